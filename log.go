@@ -1,0 +1,166 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gopkg.in/natefinch/lumberjack.v2"
+)
+
+const (
+	logBuffer   = 512 << 10              // bytes that wait for the disk at most; also the largest single write
+	logFlushAt  = 64 << 10               // bytes that wake the flusher at once
+	logInterval = 200 * time.Millisecond // longest time that an ordinary line waits
+)
+
+// logger is slog's JSON handler over a buffer that one goroutine carries to
+// the file. A caller never waits for the disk: lines that do not fit the
+// buffer, or that the disk refuses, are dropped and counted.
+type logger struct {
+	*slog.Logger
+	dropped atomic.Int64 // lines lost to a full buffer or a failing disk
+
+	mu     sync.Mutex // guards buffer and lines
+	buffer []byte
+	lines  int64 // in buffer
+
+	wake chan struct{} // capacity 1: there is something that should not wait
+	done chan struct{} // closed by close
+	idle chan struct{} // closed when the flusher has written its last
+
+	out     io.Writer // lumberjack, or stderr; only the flusher writes
+	file    *lumberjack.Logger
+	stderr  io.Writer
+	failing bool // the flusher's: the last write failed and stderr was told
+}
+
+// openLog opens the log file, or stderr for "-". A file that cannot be written
+// is an error here; once the service runs it is one line on stderr.
+func openLog(cfg config, stderr io.Writer) (*logger, error) {
+	l := &logger{
+		wake:   make(chan struct{}, 1),
+		done:   make(chan struct{}),
+		idle:   make(chan struct{}),
+		out:    stderr,
+		stderr: stderr,
+	}
+	if cfg.log != "-" {
+		if err := touchLog(cfg.log); err != nil {
+			return nil, fmt.Errorf("cannot write the log file: %w; choose another with -log", err)
+		}
+		l.file = &lumberjack.Logger{Filename: cfg.log, MaxSize: cfg.logSize, MaxBackups: cfg.logBackups, MaxAge: cfg.logDays, Compress: true}
+		l.out = l.file
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.logLevel)); err != nil {
+		return nil, fmt.Errorf("log level: %w", err)
+	}
+	l.Logger = slog.New(slog.NewJSONHandler(l, &slog.HandlerOptions{Level: level}))
+	go l.flushLoop()
+	return l, nil
+}
+
+// touchLog makes the directory and the file, readable by their owner only.
+func touchLog(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// Warn and Error shadow slog's: such a line does not wait for the interval.
+func (l *logger) Warn(msg string, args ...any) {
+	l.Logger.Warn(msg, args...)
+	l.nudge()
+}
+
+func (l *logger) Error(msg string, args ...any) {
+	l.Logger.Error(msg, args...)
+	l.nudge()
+}
+
+func (l *logger) nudge() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Write takes one encoded line. It never blocks and never fails.
+func (l *logger) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.buffer)+len(line) > logBuffer {
+		l.dropped.Add(1)
+		return len(line), nil
+	}
+	l.buffer = append(l.buffer, line...)
+	l.lines++
+	if len(l.buffer) >= logFlushAt {
+		l.nudge()
+	}
+	return len(line), nil
+}
+
+func (l *logger) flushLoop() {
+	defer close(l.idle)
+	tick := time.NewTicker(logInterval)
+	defer tick.Stop()
+	var spare []byte
+	for {
+		select {
+		case <-tick.C:
+		case <-l.wake:
+		case <-l.done:
+			l.flush(spare)
+			return
+		}
+		spare = l.flush(spare)
+	}
+}
+
+// flush swaps the buffer for spare, writes it, and returns it for the next time.
+func (l *logger) flush(spare []byte) []byte {
+	l.mu.Lock()
+	full, lines := l.buffer, l.lines
+	l.buffer, l.lines = spare[:0], 0
+	l.mu.Unlock()
+	if len(full) == 0 {
+		return full
+	}
+	if l.file != nil {
+		if _, err := os.Stat(l.file.Filename); errors.Is(err, os.ErrNotExist) {
+			l.file.Close() // deleted under us: the write below makes it anew
+		}
+	}
+	_, err := l.out.Write(full)
+	if err != nil {
+		l.dropped.Add(lines)
+	}
+	if err != nil && !l.failing {
+		fmt.Fprintf(l.stderr, "orderd: cannot write the log: %v; orders go on, lines are dropped until it works again\n", err)
+	}
+	l.failing = err != nil
+	return full
+}
+
+// close writes what waits and closes the file.
+func (l *logger) close() error {
+	close(l.done)
+	<-l.idle
+	if l.file == nil {
+		return nil
+	}
+	return l.file.Close()
+}

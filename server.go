@@ -1,0 +1,768 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"embed"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/labstack/echo/v4"
+	"github.com/oklog/ulid/v2"
+)
+
+const (
+	maxBody     = 64 << 10 // bytes of a request's body
+	maxHeader   = 64 << 10 // bytes of a request's header
+	maxUserID   = 128      // bytes, trimmed
+	maxItems    = 1000
+	maxItemIDs  = 16 << 10 // bytes
+	maxKey      = 255      // bytes of an idempotency key
+	maxCents    = 9999999999999_99
+	maxWait     = 60 * time.Second // longest Prefer: wait
+	maxPage     = 1000             // orders in a list
+	defaultPage = 50
+	retryAfter  = "1" // seconds, with every 503
+)
+
+//go:embed web/index.html web/openapi.json
+var web embed.FS
+
+// server is the HTTP side: Echo routes to the handlers, everything else is
+// net/http's own server with its limits set.
+type server struct {
+	http    *http.Server
+	store   *store
+	cache   *cache
+	pool    *pool
+	metrics *metrics
+	log     *logger
+
+	token    [sha256.Size]byte // of the bearer token, if any
+	guarded  bool              // whether there is one
+	hosts    []string          // the Host names that are ours; empty takes any
+	boot     string            // makes request IDs differ between starts
+	requests atomic.Uint64
+	stopping chan struct{} // closed by shutdown
+
+	creates, reads histogram // latencies
+	routes         map[string]*route
+}
+
+func newServer(a *app) *server {
+	s := &server{
+		store: a.store, cache: a.cache, pool: a.pool, metrics: a.metrics, log: a.log,
+		token: sha256.Sum256([]byte(a.cfg.token)), guarded: a.cfg.token != "",
+		boot:     strconv.FormatUint(rand.Uint64(), 36) + "-",
+		stopping: make(chan struct{}),
+		creates:  newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
+		routes: map[string]*route{},
+	}
+	if isLoopback(a.listener.Addr().String()) {
+		host, _, _ := net.SplitHostPort(a.cfg.addr)
+		s.hosts = []string{"localhost", "127.0.0.1", "::1", host}
+	}
+	e := echo.New()
+	e.HTTPErrorHandler = s.problem
+	e.IPExtractor = echo.ExtractIPDirect()
+	e.Use(s.observe, s.admit)
+	for _, r := range []struct {
+		path    string
+		handler echo.HandlerFunc
+	}{
+		{"/", s.page},
+		{"/openapi.json", s.openAPI},
+		{"/orders", s.listOrders},
+		{"/orders/:order_id", s.getOrder},
+		{"/metrics", s.getMetrics},
+		{"/livez", s.live},
+		{"/healthz", s.live},
+		{"/readyz", s.readyz},
+	} {
+		e.Match([]string{http.MethodGet, http.MethodHead}, r.path, r.handler)
+	}
+	e.POST("/orders", s.createOrder)
+	for _, r := range e.Routes() {
+		s.routes[r.Method+r.Path] = &route{method: r.Method, path: r.Path}
+	}
+	s.routes["POST/orders"].latency = &s.creates
+	s.routes["GET/orders/:order_id"].latency = &s.reads
+	s.routes[""] = &route{method: "other", path: "other"}
+	s.http = &http.Server{
+		Handler:           e,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      maxWait + 30*time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeader - 4096, // net/http adds these 4096
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
+	}
+	s.http.RegisterOnShutdown(func() { close(s.stopping) })
+	return s
+}
+
+// shutdown answers what is in flight, and cuts it off when ctx is done.
+func (s *server) shutdown(ctx context.Context) {
+	if err := s.http.Shutdown(ctx); err != nil {
+		s.log.Warn("requests were cut off at shutdown", "error", err)
+		s.http.Close()
+	}
+}
+
+// observe is around every request: it names it, answers its error, and counts,
+// times and logs it.
+func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
+	handler := s.log.Handler()
+	return func(c echo.Context) error {
+		began := time.Now()
+		request, response := c.Request(), c.Response()
+		id := s.boot + strconv.FormatUint(s.requests.Add(1), 36)
+		response.Header()[echo.HeaderXRequestID] = []string{id}
+		if err := guard(next, c); err != nil {
+			c.Error(err)
+		}
+		took := time.Since(began)
+
+		r := s.routes[request.Method+c.Path()]
+		if r == nil {
+			r = s.routes[""]
+		}
+		r.statuses[response.Status].Add(1)
+		if r.latency != nil && response.Header()["Preference-Applied"] == nil {
+			r.latency.observe(took.Seconds())
+		}
+		if handler.Enabled(context.Background(), slog.LevelInfo) {
+			line := slog.NewRecord(began, slog.LevelInfo, "request", 0)
+			line.AddAttrs(slog.String("id", id), slog.String("client", c.RealIP()),
+				slog.String("method", request.Method), slog.String("path", request.URL.Path),
+				slog.Int("status", response.Status), slog.Float64("seconds", took.Seconds()), slog.Int64("bytes", response.Size))
+			handler.Handle(context.Background(), line)
+		}
+		return nil
+	}
+}
+
+// guard turns a handler's panic into an error, with the stack for the log.
+func guard(next echo.HandlerFunc, c echo.Context) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+		}
+	}()
+	return next(c)
+}
+
+// open are the paths that need no token.
+var open = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz": true}
+
+// admit keeps out requests for another host's name (DNS rebinding) while we
+// listen on loopback only, and those without the token where one is set.
+func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if host := c.Request().Host; len(s.hosts) > 0 && host != "" && !s.ours(host) {
+			return &fault{status: http.StatusMisdirectedRequest, detail: fmt.Sprintf("This server does not answer for the host %q; use localhost.", host)}
+		}
+		if s.guarded && !open[c.Path()] {
+			given, ok := strings.CutPrefix(c.Request().Header.Get(echo.HeaderAuthorization), "Bearer ")
+			hash := sha256.Sum256([]byte(given))
+			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !ok {
+				c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
+				return &fault{status: http.StatusUnauthorized, detail: "Send the server's token as Authorization: Bearer <token>."}
+			}
+		}
+		return next(c)
+	}
+}
+
+// ours compares the name in a Host header, without its port.
+func (s *server) ours(host string) bool {
+	name, _, err := net.SplitHostPort(host)
+	if err != nil {
+		name = strings.Trim(host, "[]")
+	}
+	for _, h := range s.hosts {
+		if strings.EqualFold(name, h) {
+			return true
+		}
+	}
+	return false
+}
+
+// createOrder answers once the order is on disk.
+func (s *server) createOrder(c echo.Context) error {
+	request := c.Request()
+	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
+		return &fault{status: http.StatusUnsupportedMediaType, detail: "Send the order as Content-Type: application/json."}
+	}
+	key, err := idempotencyKey(request.Header[http.CanonicalHeaderKey("Idempotency-Key")])
+	if err != nil {
+		return err
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), request.Body, maxBody))
+	if err != nil {
+		return err
+	}
+	n, err := decodeCreate(body)
+	if err != nil {
+		return err
+	}
+	n.key = key
+	if err := s.store.create(n); err != nil {
+		return err
+	}
+	id := n.id.String()
+	header := c.Response().Header()
+	header[echo.HeaderLocation] = []string{"/orders/" + id}
+	if n.replayed {
+		header.Set("Idempotent-Replayed", "true")
+	}
+	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
+}
+
+// idempotencyKey reads the header of the IETF draft, whose value is a quoted
+// string, and the bare form that most clients send:
+// https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
+func idempotencyKey(values []string) (string, error) {
+	if len(values) == 0 {
+		return "", nil
+	}
+	key := values[0]
+	wellFormed := len(values) == 1
+	if strings.HasPrefix(key, `"`) {
+		inner, terminated := strings.CutSuffix(key[1:], `"`)
+		key = strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(inner)
+		bare := strings.NewReplacer(`\\`, "", `\"`, "").Replace(inner)
+		wellFormed = wellFormed && terminated && !strings.ContainsAny(bare, `"\`)
+	}
+	for i := range len(key) {
+		wellFormed = wellFormed && key[i] >= ' ' && key[i] <= '~'
+	}
+	if !wellFormed || key == "" || len(key) > maxKey {
+		return "", &fault{status: http.StatusBadRequest, detail: fmt.Sprintf("Idempotency-Key must be given once, with 1 to %d printable ASCII characters, bare or as a quoted string.", maxKey)}
+	}
+	return key, nil
+}
+
+// decodeCreate reads a body into an order. A body that is no single JSON object
+// is a 400; all that is wrong with its fields is one 422.
+func decodeCreate(body []byte) (*create, error) {
+	malformed := &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
+		`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	dec.UseNumber()
+	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(body) {
+		return nil, malformed
+	}
+	n := &create{}
+	fields := [...]struct {
+		name  string
+		parse func(any, report)
+		seen  bool
+	}{{"user_id", n.parseUserID, false}, {"item_ids", n.parseItemIDs, false}, {"total_amount", n.parseAmount, false}}
+	var bad []fieldError
+	for dec.More() {
+		token, err := dec.Token()
+		if err != nil {
+			return nil, malformed
+		}
+		var value any
+		if err := dec.Decode(&value); err != nil {
+			return nil, malformed
+		}
+		name := token.(string)
+		to := func(format string, args ...any) { bad = append(bad, fieldError{name, fmt.Sprintf(format, args...)}) }
+		i := 0
+		for i < len(fields) && fields[i].name != name {
+			i++
+		}
+		switch {
+		case i == len(fields):
+			to("is not a field of an order: the fields are user_id, item_ids and total_amount")
+		case fields[i].seen:
+			to("is given more than once")
+		default:
+			fields[i].seen = true
+			fields[i].parse(value, to)
+		}
+	}
+	if _, err := dec.Token(); err != nil { // the closing brace
+		return nil, malformed
+	}
+	if _, err := dec.Token(); err != io.EOF || loneSurrogates(body, n.userID+n.itemIDs) {
+		return nil, malformed
+	}
+	for _, f := range fields {
+		if !f.seen {
+			bad = append(bad, fieldError{f.name, "is missing"})
+		}
+	}
+	if len(bad) > 0 {
+		return nil, &fault{status: http.StatusUnprocessableEntity, detail: "The order was not taken: see errors for what is wrong with its fields.", fields: bad}
+	}
+	return n, nil
+}
+
+// loneSurrogates reports whether encoding/json put U+FFFD into text for an
+// escape such as \ud800, which is no character. One that body spells out is fine.
+func loneSurrogates(body []byte, text string) bool {
+	const mark = "\uFFFD"
+	n := strings.Count(text, mark)
+	return n > 0 && n > bytes.Count(body, []byte(mark))+bytes.Count(bytes.ToLower(body), []byte(`\ufffd`))
+}
+
+// report notes what is wrong with a field.
+type report func(format string, args ...any)
+
+func (n *create) parseUserID(value any, bad report) {
+	n.userID = strings.TrimSpace(plainText(value, bad))
+	if _, ok := value.(string); ok && (n.userID == "" || len(n.userID) > maxUserID) {
+		bad("must be 1 to %d bytes without the spaces around it, not %d", maxUserID, len(n.userID))
+	}
+}
+
+func (n *create) parseItemIDs(value any, bad report) {
+	text := plainText(value, bad)
+	if _, ok := value.(string); !ok {
+		return
+	}
+	if len(text) > maxItemIDs {
+		bad("must be at most %d bytes, not %d", maxItemIDs, len(text))
+	}
+	items := strings.Split(text, ",")
+	if len(items) > maxItems {
+		bad("must be at most %d items, not %d", maxItems, len(items))
+	}
+	for i, item := range items {
+		if items[i] = strings.TrimSpace(item); items[i] == "" {
+			bad("must be items separated by commas, but item %d is empty", i+1)
+			return
+		}
+	}
+	n.itemIDs = strings.Join(items, ",")
+}
+
+func (n *create) parseAmount(value any, bad report) {
+	number, ok := value.(json.Number)
+	if !ok {
+		bad("must be a number, not %s", kindOf(value))
+		return
+	}
+	var err error
+	if n.cents, err = parseCents(number.String()); err != nil {
+		bad("%v", err)
+	}
+}
+
+// plainText takes a string without control characters (Unicode's category Cc).
+func plainText(value any, bad report) string {
+	text, ok := value.(string)
+	if !ok {
+		bad("must be a string, not %s", kindOf(value))
+	}
+	if i := strings.IndexFunc(text, unicode.IsControl); i >= 0 {
+		bad("must not contain control characters, but has one at byte %d", i)
+	}
+	return text
+}
+
+// kindOf names the JSON type of a decoded value.
+func kindOf(value any) string {
+	switch value.(type) {
+	case nil:
+		return "null"
+	case bool:
+		return "a boolean"
+	case json.Number:
+		return "a number"
+	case string:
+		return "a string"
+	case []any:
+		return "an array"
+	}
+	return "an object"
+}
+
+// parseCents reads a JSON number exactly, from its digits.
+func parseCents(number string) (int64, error) {
+	mantissa, exponent := number, 0
+	if i := strings.IndexAny(number, "eE"); i >= 0 {
+		mantissa = number[:i]
+		exponent, _ = strconv.Atoi(number[i+1:]) // out of range: the largest int
+		exponent = min(max(exponent, -maxBody*2), maxBody*2)
+	}
+	mantissa, negative := strings.CutPrefix(mantissa, "-")
+	whole, fraction, _ := strings.Cut(mantissa, ".")
+	digits := strings.TrimRight(whole+fraction, "0")
+	zeros := len(whole) + exponent + 2 - len(digits) // that make cents of the digits
+	digits = strings.TrimLeft(digits, "0")
+	switch {
+	case digits == "":
+		return 0, nil
+	case negative:
+		return 0, errors.New("must be 0 or more")
+	case zeros < 0:
+		return 0, errors.New("must have at most two decimals")
+	case len(digits)+zeros > len("999999999999999"):
+		return 0, errors.New("must be at most 9999999999999.99")
+	}
+	return strconv.ParseInt(digits+strings.Repeat("0", zeros), 10, 64)
+}
+
+// getOrder answers from memory, or on a miss from one indexed row. With
+// Prefer: wait it holds the answer until the order is Completed.
+func (s *server) getOrder(c echo.Context) error {
+	id, err := ulid.ParseStrict(c.Param("order_id"))
+	if err != nil {
+		return errNotFound
+	}
+	wait, ok := preferredWait(c.Request().Header["Prefer"])
+	if ok {
+		c.Response().Header().Set("Preference-Applied", fmt.Sprintf("wait=%d", wait/time.Second))
+		if err := s.await(c, id, wait); err != nil {
+			return err
+		}
+	}
+	st, err := s.status(id)
+	if err != nil {
+		return err
+	}
+	c.Response().Header()[echo.HeaderCacheControl] = noStore
+	return c.JSONBlob(http.StatusOK, []byte(`{"order_id":"`+id.String()+`","status":"`+st.String()+`"}`+"\n"))
+}
+
+var noStore = []string{"no-store"}
+
+func (s *server) status(id ulid.ULID) (status, error) {
+	if st, ok := s.cache.get(id); ok {
+		return st, nil
+	}
+	o, err := s.store.find(id)
+	if err != nil {
+		return 0, err
+	}
+	s.cache.learn(id, o.status)
+	return o.status, nil
+}
+
+// await returns when the order is Completed, the wait is over, the client has
+// gone or the server stops.
+func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
+	done, stop := s.cache.watch(id)
+	defer stop()
+	if st, err := s.status(id); err != nil || st == completed {
+		return err
+	}
+	// The read deadline of the request would end a longer wait.
+	if err := http.NewResponseController(c.Response()).SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+	case <-c.Request().Context().Done():
+	case <-s.stopping:
+	}
+	return nil
+}
+
+// preferredWait reads the wait preference of RFC 7240, section 4.3. Only the
+// first counts; one that can't be read is ignored.
+func preferredWait(values []string) (wait time.Duration, ok bool) {
+	for _, preference := range strings.Split(strings.Join(values, ","), ",") {
+		preference, _, _ = strings.Cut(preference, ";")
+		name, value, _ := strings.Cut(preference, "=")
+		if !strings.EqualFold(strings.TrimSpace(name), "wait") {
+			continue
+		}
+		seconds, err := strconv.ParseUint(strings.Trim(strings.TrimSpace(value), `"`), 10, 63)
+		if err != nil && !errors.Is(err, strconv.ErrRange) {
+			return 0, false
+		}
+		return time.Duration(min(seconds, uint64(maxWait/time.Second))) * time.Second, true
+	}
+	return 0, false
+}
+
+// listedOrder is an order as GET /orders shows it.
+type listedOrder struct {
+	OrderID     string      `json:"order_id"`
+	UserID      string      `json:"user_id"`
+	ItemIDs     string      `json:"item_ids"`
+	TotalAmount json.Number `json:"total_amount"`
+	Status      string      `json:"status"`
+	CreatedAt   *string     `json:"created_at"`
+	StartedAt   *string     `json:"started_at"`
+	CompletedAt *string     `json:"completed_at"`
+}
+
+func newListedOrder(o order) listedOrder {
+	at := func(ms int64) *string {
+		text := time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
+		return &text
+	}
+	l := listedOrder{
+		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
+		TotalAmount: json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100)),
+		Status:      o.status.String(), CreatedAt: at(int64(o.id.Time())),
+	}
+	if o.status >= processing {
+		l.StartedAt = at(o.started)
+	}
+	if o.status == completed {
+		l.CompletedAt = at(o.started + o.took/1000)
+	}
+	return l
+}
+
+// listOrders answers a page, newest first. Its cursor is the ID of the last
+// order, so pages stay right while orders arrive.
+func (s *server) listOrders(c echo.Context) error {
+	query, err := url.ParseQuery(c.Request().URL.RawQuery)
+	if err != nil {
+		return badQuery("the query cannot be read: %v", err)
+	}
+	f, err := parseFilter(query)
+	if err != nil {
+		return err
+	}
+	limit := f.limit
+	f.limit++ // one more tells whether there is a next page
+	orders, err := s.store.list(f)
+	if err != nil {
+		return err
+	}
+	page := struct {
+		Orders []listedOrder `json:"orders"`
+		Next   *string       `json:"next"`
+	}{Orders: make([]listedOrder, 0, len(orders))}
+	if len(orders) > limit {
+		orders = orders[:limit]
+		query.Set("before", orders[limit-1].id.String())
+		next := "/orders?" + query.Encode()
+		page.Next = &next
+	}
+	for _, o := range orders {
+		s.cache.learn(o.id, o.status)
+		page.Orders = append(page.Orders, newListedOrder(o))
+	}
+	c.Response().Header()[echo.HeaderCacheControl] = noStore
+	return c.JSON(http.StatusOK, page)
+}
+
+func badQuery(format string, args ...any) error {
+	return &fault{status: http.StatusBadRequest, detail: fmt.Sprintf("The list was not read: "+format+".", args...)}
+}
+
+func parseFilter(query url.Values) (filter, error) {
+	f := filter{before: math.MaxInt64, limit: defaultPage}
+	for name, values := range query {
+		value := values[0]
+		if len(values) > 1 {
+			return f, badQuery("%s is given more than once", name)
+		}
+		switch name {
+		case "limit":
+			n, err := strconv.Atoi(value)
+			if err != nil || n < 1 || n > maxPage {
+				return f, badQuery("limit must be a whole number from 1 to %d, not %q", maxPage, value)
+			}
+			f.limit = n
+		case "status":
+			i := slices.Index(statusNames[:], value)
+			if i < 0 {
+				return f, badQuery("status must be Pending, Processing or Completed, not %q", value)
+			}
+			st := status(i)
+			f.status = &st
+		case "user_id":
+			if value == "" || len(value) > maxUserID {
+				return f, badQuery("user_id must be 1 to %d bytes, not %d", maxUserID, len(value))
+			}
+			f.userID = value
+		case "before":
+			id, err := ulid.ParseStrict(value)
+			if err != nil {
+				return f, badQuery("before must be the ID of an order, not %q", value)
+			}
+			f.before = high(id)
+		default:
+			return f, badQuery("%q is not one of the parameters limit, status, user_id and before", name)
+		}
+	}
+	return f, nil
+}
+
+func (s *server) getMetrics(c echo.Context) error {
+	header := c.Response().Header()
+	header[echo.HeaderCacheControl] = noStore
+	header.Set(echo.HeaderVary, echo.HeaderAccept)
+	if prefersText(c.Request().Header.Values(echo.HeaderAccept)) {
+		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
+	}
+	return c.JSON(http.StatusOK, s.metrics.summary())
+}
+
+// prefersText reports whether an Accept header ranks Prometheus's text format
+// above JSON. For each the most specific range counts (RFC 9110, section 12.5.1).
+func prefersText(accept []string) bool {
+	quality := func(full, half string) float64 {
+		best, specific := 0.0, 0
+		for _, part := range strings.Split(strings.Join(accept, ","), ",") {
+			kind, params, err := mime.ParseMediaType(part)
+			if err != nil || (kind == "text/plain" && cmp.Or(params["version"], "0.0.4") != "0.0.4") {
+				continue
+			}
+			q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+			if err != nil {
+				continue
+			}
+			rank := map[string]int{full: 3, half: 2, "*/*": 1}[kind]
+			if rank > specific || (rank == specific && rank > 0 && q > best) {
+				best, specific = q, rank
+			}
+		}
+		return best
+	}
+	return quality("text/plain", "text/*") > quality(echo.MIMEApplicationJSON, "application/*")
+}
+
+// live says that the process answers.
+func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok\n") }
+
+// readyz says whether a create would be taken.
+func (s *server) readyz(c echo.Context) error {
+	select {
+	case <-s.stopping:
+		return errClosed
+	default:
+	}
+	if err := s.store.ready(); err != nil {
+		return err
+	}
+	return c.String(http.StatusOK, "ready\n")
+}
+
+// page serves the one page. Its policy allows its own script and style by
+// their hashes, and requests to this server only.
+func (s *server) page(c echo.Context) error {
+	header := c.Response().Header()
+	header.Set(echo.HeaderContentSecurityPolicy, pagePolicy)
+	header.Set(echo.HeaderXContentTypeOptions, "nosniff")
+	header.Set("Referrer-Policy", "no-referrer")
+	header.Set(echo.HeaderCacheControl, "no-cache")
+	return c.HTMLBlob(http.StatusOK, pageHTML)
+}
+
+var (
+	pageHTML, _ = web.ReadFile("web/index.html")
+	apiJSON, _  = web.ReadFile("web/openapi.json")
+	pagePolicy  = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
+		inlineHash("script") + "; style-src " + inlineHash("style")
+)
+
+// inlineHash is the CSP source of the page's one element of that name.
+func inlineHash(element string) string {
+	_, rest, _ := bytes.Cut(pageHTML, []byte("<"+element+">"))
+	text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
+	hash := sha256.Sum256(text)
+	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+}
+
+func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
+
+// fault is an error that the client is told in full.
+type fault struct {
+	status int
+	kind   string // of the problem, a URI; about:blank when empty
+	detail string
+	fields []fieldError
+}
+
+type fieldError struct {
+	Field  string `json:"field"`
+	Detail string `json:"detail"`
+}
+
+func (f *fault) Error() string { return f.detail }
+
+// faultOf is the one place where an error becomes a status. An unknown error
+// is a 500 that tells nothing.
+func faultOf(err error, c echo.Context) *fault {
+	var f *fault
+	var tooLarge *http.MaxBytesError
+	var routing *echo.HTTPError
+	path := c.Request().URL.Path
+	switch {
+	case errors.As(err, &f):
+		return f
+	case errors.Is(err, errNotFound):
+		return &fault{status: http.StatusNotFound, detail: "There is no order with this ID."}
+	case errors.Is(err, errKeyReused):
+		return &fault{status: http.StatusUnprocessableEntity, detail: "This Idempotency-Key has already created an order with other content: use a new key for a new order."}
+	case errors.Is(err, errOutcomeUnknown):
+		return &fault{status: http.StatusServiceUnavailable, kind: "urn:orderd:problem:outcome-unknown",
+			detail: "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back."}
+	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
+		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("The order was not taken: %v. Try again later.", err)}
+	case errors.As(err, &tooLarge):
+		return &fault{status: http.StatusRequestEntityTooLarge, detail: fmt.Sprintf("The body is larger than %d bytes.", tooLarge.Limit)}
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return &fault{status: http.StatusRequestTimeout, detail: "The body did not arrive in time."}
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return &fault{status: http.StatusBadRequest, detail: "The body ended before its announced length."}
+	case errors.As(err, &routing) && routing.Code == http.StatusNotFound:
+		return &fault{status: http.StatusNotFound, detail: fmt.Sprintf("There is nothing at %s.", path)}
+	case errors.As(err, &routing) && routing.Code == http.StatusMethodNotAllowed:
+		return &fault{status: http.StatusMethodNotAllowed, detail: fmt.Sprintf("%s does not take %s; see the Allow header.", path, c.Request().Method)}
+	}
+	return &fault{status: http.StatusInternalServerError, detail: "The server failed to answer; the cause is in its log under this X-Request-Id."}
+}
+
+// problem answers an error with a problem document (RFC 9457).
+func (s *server) problem(err error, c echo.Context) {
+	if c.Response().Committed {
+		return
+	}
+	f := faultOf(err, c)
+	header := c.Response().Header()
+	if f.status == http.StatusInternalServerError {
+		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
+	}
+	if f.status == http.StatusServiceUnavailable {
+		header.Set(echo.HeaderRetryAfter, retryAfter)
+	}
+	text, _ := json.Marshal(struct {
+		Type   string       `json:"type"`
+		Title  string       `json:"title"`
+		Status int          `json:"status"`
+		Detail string       `json:"detail"`
+		Errors []fieldError `json:"errors,omitempty"`
+	}{cmp.Or(f.kind, "about:blank"), http.StatusText(f.status), f.status, f.detail, f.fields})
+	if err := c.Blob(f.status, "application/problem+json", append(text, '\n')); err != nil {
+		s.log.Debug("a problem could not be answered", "error", err)
+	}
+}

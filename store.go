@@ -1,0 +1,900 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// status only moves forward.
+type status uint8
+
+const (
+	pending status = iota
+	processing
+	completed
+)
+
+var statusNames = [...]string{"Pending", "Processing", "Completed"}
+
+func (s status) String() string { return statusNames[s] }
+
+// order is one row. Its ULID says when it was created and, since the writer
+// makes the IDs in commit order, its place in the queue.
+type order struct {
+	id      ulid.ULID
+	userID  string
+	itemIDs string // comma-separated, no spaces around the commas
+	cents   int64
+	status  status
+	started int64 // Unix ms, by the wall clock; 0 until Processing
+	took    int64 // µs from start to completion, by the monotonic clock
+}
+
+// high is the half of an ID that is the primary key: 48 bits of Unix ms and
+// 16 bits of sequence. low is the random half.
+func high(id ulid.ULID) int64 { return int64(binary.BigEndian.Uint64(id[:8])) }
+func low(id ulid.ULID) int64  { return int64(binary.BigEndian.Uint64(id[8:])) }
+
+func joinID(high, low int64) (id ulid.ULID) {
+	binary.BigEndian.PutUint64(id[:8], uint64(high))
+	binary.BigEndian.PutUint64(id[8:], uint64(low))
+	return id
+}
+
+const ordersVersion = 1 // PRAGMA user_version of orders.db
+
+const ordersSchema = `
+CREATE TABLE orders (
+	id_high  INTEGER PRIMARY KEY, -- of the ULID: (Unix ms of creation << 16) + sequence; also the queue's order
+	id_low   INTEGER NOT NULL,    -- of the ULID: random
+	status   INTEGER NOT NULL CHECK (status BETWEEN 0 AND 2), -- Pending, Processing, Completed
+	user_id  TEXT    NOT NULL,
+	item_ids TEXT    NOT NULL,    -- comma-separated
+	cents    INTEGER NOT NULL CHECK (cents >= 0),
+	started  INTEGER,             -- Unix ms; of the attempt that completed it, once Completed
+	took     INTEGER              -- µs from started to completion
+) STRICT;
+CREATE INDEX orders_unfinished ON orders (status) WHERE status < 2; -- as small as the backlog
+CREATE INDEX orders_by_user ON orders (user_id);
+CREATE TABLE idempotency_keys (
+	key     TEXT PRIMARY KEY,
+	id_high INTEGER NOT NULL -- the order that the key created
+) STRICT, WITHOUT ROWID;
+-- Running totals, written in the transaction that changes them. They are the
+-- outbox to metrics.db: being sums, they can be taken over any number of times.
+CREATE TABLE totals (
+	accepted       INTEGER NOT NULL, -- orders in the table
+	processing     INTEGER NOT NULL, -- of these, being processed
+	completed      INTEGER NOT NULL, -- of these, completed
+	took           INTEGER NOT NULL, -- µs, sum over the completed
+	newest_started INTEGER NOT NULL  -- id_high of the newest order that ever left Pending
+) STRICT;
+INSERT INTO totals VALUES (0, 0, 0, 0, 0);`
+
+// ordersView is for people with the sqlite3 command line.
+func ordersView() string {
+	digits := make([]string, 26) // Crockford's base 32, 5 bits a digit, from the right
+	for i := range digits {
+		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
+		switch {
+		case i == 12: // 4 bits of the lower half, 1 of the upper
+			bits = "((id_low >> 60) & 15) | ((id_high & 1) << 4)"
+		case i > 12:
+			bits = fmt.Sprintf("(id_high >> %d) & 31", 5*i-64)
+		}
+		digits[25-i] = fmt.Sprintf("substr('%s', 1 + (%s), 1)", ulid.Encoding, bits)
+	}
+	const when = "strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', (%s) / 1000.0, 'unixepoch')"
+	return "\nCREATE VIEW orders_readable AS SELECT " + strings.Join(digits, " || ") + ` AS order_id,
+	CASE status WHEN 0 THEN 'Pending' WHEN 1 THEN 'Processing' ELSE 'Completed' END AS status,
+	user_id, item_ids, printf('%d.%02d', cents / 100, cents % 100) AS total_amount,
+	` + fmt.Sprintf(when, "id_high >> 16") + ` AS created_at,
+	` + fmt.Sprintf(when, "started") + ` AS started_at,
+	` + fmt.Sprintf(when, "started + took / 1000") + ` AS completed_at
+FROM orders;`
+}
+
+// totals is the row of that name.
+type totals struct {
+	accepted, processing, completed, took, newestStarted int64
+}
+
+func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
+
+// Limits of what waits for the writer. Beyond them a create is refused and a
+// worker waits; a batch, and so a transaction, is never larger.
+const (
+	maxCreates = 4096
+	maxSteps   = 8192
+)
+
+const (
+	checkpointPages = 4000            // WAL pages (16 MB) after which the writer checkpoints
+	walKeptBytes    = 32 << 20        // a larger WAL is cut back to this at its next restart
+	retryPause      = time.Second     // between attempts to write after a refused batch
+	busyTimeout     = 5 * time.Second // for another program's lock on a database
+	listReaders     = 4               // read-only connections
+)
+
+// Why the store does not take a create now. Except after errOutcomeUnknown,
+// nothing of the order is stored.
+var (
+	errBusy           = fmt.Errorf("more than %d orders wait for the disk", maxCreates)
+	errUnwritable     = errors.New("the store cannot be written")
+	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")
+	errClosed         = errors.New("the store is closed")
+	errKeyReused      = errors.New("the idempotency key was used with other content")
+	errNotFound       = errors.New("no such order")
+)
+
+// create is an order on its way into the table.
+type create struct {
+	order
+	key      string // idempotency key, or empty
+	replayed bool   // order is the one that the key created earlier
+	err      error  // errKeyReused
+}
+
+func (c *create) stored() bool { return !c.replayed && c.err == nil }
+
+// step is one order's move to a later status.
+type step struct {
+	id            ulid.ULID
+	from, to      status
+	started, took int64 // as in order
+	void          bool  // the writer's: it did not find its order
+}
+
+// batch is what one transaction holds. While it is the store's open batch it
+// is guarded by store.mu; then it belongs to the writer until done is closed,
+// and after that to whoever waited.
+type batch struct {
+	creates []*create
+	steps   []step
+	done    chan struct{}
+	err     error // of every create in it
+}
+
+func newBatch() *batch { return &batch{done: make(chan struct{})} }
+
+// store owns orders.db. One goroutine and one connection do all the writing:
+// it takes whatever waits, runs it in one transaction with one fsync (group
+// commit), and only then updates the cache and answers.
+type store struct {
+	lock    *sql.DB // holds the data directory for this process
+	db      *database
+	write   statements // the writer's
+	reads   *sql.DB
+	readOne *sql.Stmt
+	cache   *cache
+	log     *logger
+	hooks   hooks
+
+	mu       sync.Mutex // guards open, refusing and closing
+	open     *batch
+	refusing error // why creates are refused now, or nil
+	closing  bool
+
+	quit    chan struct{} // closed by close
+	wake    chan struct{} // capacity 1: the open batch holds something
+	fed     chan struct{} // capacity 1: there are new Pending orders; the feeder receives
+	counted chan struct{} // capacity 1: the totals changed; the projector receives
+	stopped chan struct{} // closed when the writer has ended
+	failed  chan struct{} // closed when the writer gave up: errOutcomeUnknown
+
+	resumeAfter    int64                  // upper half of an ID: all orders up to it are Completed; set at start
+	totals         atomic.Pointer[totals] // as of the last commit
+	newest         int64                  // the writer's: upper half of the newest ID
+	nextCheckpoint int64                  // the writer's: WAL pages
+	batchSizes     histogram
+	batchTimes     histogram
+}
+
+type statements struct {
+	begin, commit, rollback, insert, step, total, key, keyed, order, walPages, checkpoint *sql.Stmt
+}
+
+const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
+
+// openStore takes the data directory for this process, checks both databases
+// before it writes to either, and opens them.
+func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
+	s = &store{
+		cache: statuses, log: log, hooks: cfg.hooks,
+		open: newBatch(), quit: make(chan struct{}), wake: make(chan struct{}, 1),
+		fed: make(chan struct{}, 1), counted: make(chan struct{}, 1),
+		stopped: make(chan struct{}), failed: make(chan struct{}),
+		nextCheckpoint: checkpointPages,
+		batchSizes:     newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
+	}
+	if s.hooks.now == nil {
+		s.hooks.now = time.Now
+	}
+	if s.lock, err = lockDirectory(cfg.data); err != nil {
+		return nil, nil, err
+	}
+	s.db = &database{path: filepath.Join(cfg.data, "orders.db"), appID: 0x6f726472, version: ordersVersion, schema: ordersSchema + ordersView()}
+	m = newMetrics(cfg, s, log)
+	if err := s.openBoth(m); err != nil {
+		return nil, nil, errors.Join(err, m.db.close(), s.db.close(), s.lock.Close())
+	}
+	return s, m, nil
+}
+
+// openBoth checks everything before it changes anything.
+func (s *store) openBoth(m *metrics) error {
+	var t, counted totals
+	if err := s.db.inspect("SELECT accepted, processing, completed, took, newest_started FROM totals",
+		&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted); err != nil {
+		return err
+	}
+	if err := m.db.inspect("SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took); err != nil {
+		return err
+	}
+	if counted.accepted > t.accepted || counted.completed > t.completed {
+		return fmt.Errorf("%s has lost orders: it holds %d, %d of them completed, but %s has counted %d and %d; put back the newest orders.db together with its -wal file, or delete %[4]s to accept the loss",
+			s.db.path, t.accepted, t.completed, m.db.path, counted.accepted, counted.completed)
+	}
+	if err := s.db.prepare(); err != nil {
+		return err
+	}
+	if err := m.db.prepare(); err != nil {
+		return err
+	}
+	s.totals.Store(&t)
+	if err := s.prepareStatements(); err != nil {
+		return explain(s.db.path, err)
+	}
+	return m.take(t)
+}
+
+// lockDirectory makes dir and takes SQLite's own crash-released lock on a
+// small database in it. See https://sqlite.org/lockingv3.html.
+func lockDirectory(dir string) (*sql.DB, error) {
+	if err := makeDirectory(dir); err != nil {
+		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
+	}
+	path := filepath.Join(dir, "orderd.lock")
+	db, err := openSQLite(path, "mode=rwc")
+	if err != nil {
+		return nil, err
+	}
+	_, err = db.Exec("BEGIN EXCLUSIVE")
+	if code(err) == sqlite3.SQLITE_BUSY {
+		err = fmt.Errorf("another orderd uses the data directory %s: stop it first, or choose another with -data", dir)
+	} else if err != nil {
+		err = explain(path, err)
+	}
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// makeDirectory makes dir for its owner only, and makes its name durable.
+func makeDirectory(dir string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	parent, err := os.Open(filepath.Dir(dir))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	parent.Sync() // not possible on every system, and no order is in it yet
+	return nil
+}
+
+func (s *store) prepareStatements() (err error) {
+	ctx := context.Background()
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := s.db.PrepareContext(ctx, query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
+	}
+	s.write = statements{
+		begin:    prepare("BEGIN IMMEDIATE"),
+		commit:   prepare("COMMIT"),
+		rollback: prepare("ROLLBACK"),
+		insert:   prepare("INSERT INTO orders (id_high, id_low, status, user_id, item_ids, cents) VALUES (?, ?, 0, ?, ?, ?)"),
+		step:     prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
+		total:    prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?"),
+		key:      prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
+		keyed:    prepare("SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"),
+		// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
+		walPages:   prepare("PRAGMA wal_checkpoint(NOOP)"),
+		checkpoint: prepare("PRAGMA wal_checkpoint(PASSIVE)"),
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.db.QueryRow("SELECT coalesce(max(id_high), 0) FROM orders").Scan(&s.newest); err != nil {
+		return err
+	}
+	if s.reads, err = openSQLite(s.db.path, "mode=ro", "_pragma=query_only(1)"); err != nil {
+		return err
+	}
+	s.reads.SetMaxOpenConns(listReaders)
+	if s.readOne, err = s.reads.Prepare("SELECT " + orderColumns + " FROM orders WHERE id_high = ?"); err != nil {
+		return err
+	}
+	s.resumeAfter = s.newest
+	for _, st := range []status{pending, processing} {
+		if first, ok, err := s.oldest(st); err != nil {
+			return err
+		} else if ok {
+			s.resumeAfter = min(s.resumeAfter, first-1)
+		}
+	}
+	return nil
+}
+
+// start begins to write and returns how many orders are unfinished.
+func (s *store) start() int64 {
+	go s.writeLoop()
+	t := s.totals.Load()
+	return t.accepted - t.completed
+}
+
+// create puts an order into the open batch and returns once that batch is on
+// disk. The writer gives c.order its ID.
+func (s *store) create(c *create) error {
+	s.mu.Lock()
+	b := s.open
+	var err error
+	switch {
+	case s.closing:
+		err = errClosed
+	case s.refusing != nil:
+		err = s.refusing
+	case len(b.creates) == maxCreates:
+		err = errBusy
+	default:
+		b.creates = append(b.creates, c)
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	nudge(s.wake)
+	<-b.done
+	return cmp.Or(b.err, c.err)
+}
+
+// ticket is where a step waits. As long as that batch is open, the order's
+// next step takes its place: only the last of a batch need be written.
+type ticket struct {
+	b *batch
+	i int
+}
+
+// step hands a move to the writer without waiting for the commit; it waits
+// only while the open batch is full. earlier is the ticket of the same order's
+// step before, if any.
+func (s *store) step(st step, earlier ticket) ticket {
+	for {
+		s.mu.Lock()
+		b := s.open
+		if earlier.b == b {
+			st.from = b.steps[earlier.i].from
+			b.steps[earlier.i] = st
+			s.mu.Unlock()
+			return earlier
+		}
+		if len(b.steps) < maxSteps {
+			b.steps = append(b.steps, st)
+			s.mu.Unlock()
+			nudge(s.wake)
+			return ticket{b, len(b.steps) - 1}
+		}
+		s.mu.Unlock()
+		select {
+		case <-b.done:
+		case <-s.stopped:
+			return ticket{}
+		}
+	}
+}
+
+// nudge tells the one receiver of a channel of capacity 1 to look.
+func nudge(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// take closes the open batch and opens the next.
+func (s *store) take() *batch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.open
+	s.open = newBatch()
+	return b
+}
+
+// writeLoop is the writer. Its last batch is the one that close found open.
+func (s *store) writeLoop() {
+	defer close(s.stopped)
+	for open := true; open; {
+		select {
+		case <-s.wake:
+		case <-s.quit:
+			open = false
+		}
+		if err := s.settle(s.take()); err != nil {
+			s.giveUp(err)
+			return
+		}
+	}
+}
+
+// settle brings a batch to disk and answers it. When the disk does not take
+// it, its creates are refused, and all new ones too; its steps are tried again
+// until there is room. An error means that the writer must not go on.
+func (s *store) settle(b *batch) error {
+	if len(b.creates)+len(b.steps) == 0 {
+		return nil
+	}
+	for err := s.commit(b); err != nil; err = s.commit(b) {
+		if errors.Is(err, errOutcomeUnknown) {
+			b.answer(errOutcomeUnknown)
+			return err
+		}
+		if s.refuse(errUnwritable) {
+			s.log.Warn("orders are refused until the store can be written", "error", err)
+		}
+		b.answer(errUnwritable)
+		b = &batch{steps: b.steps, done: make(chan struct{})}
+		select {
+		case <-time.After(retryPause):
+		case <-s.quit:
+			return nil // the next start takes these steps again
+		}
+	}
+	s.cache.apply(b)
+	b.answer(nil)
+	nudge(s.fed)
+	nudge(s.counted)
+	if s.refuse(nil) {
+		s.log.Warn("orders are accepted again")
+	}
+	return s.checkpoint()
+}
+
+// answer releases everyone who waits for the batch.
+func (b *batch) answer(err error) {
+	b.err = err
+	close(b.done)
+}
+
+// refuse makes creates fail with err from now on, or lets them in again with
+// nil. It reports whether that is a change.
+func (s *store) refuse(err error) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	changed := s.refusing != err
+	s.refusing = err
+	return changed
+}
+
+// giveUp ends the writer after an outcome that only a restart can find out:
+// the kernel may have dropped what an fsync could not write, and would call
+// the next one good (https://wiki.postgresql.org/wiki/Fsync_Errors).
+func (s *store) giveUp(err error) {
+	s.log.Error("the writer gave up: restart orderd to find out what is on disk", "error", err)
+	s.refuse(errUnwritable)
+	s.take().answer(errUnwritable)
+	close(s.failed)
+}
+
+// commit runs a batch in one transaction. Its error is errOutcomeUnknown, or
+// else nothing of the batch is in the table.
+func (s *store) commit(b *batch) error {
+	began := time.Now()
+	t := *s.totals.Load()
+	newest := s.newest
+	if err := s.fill(b, &t); err != nil {
+		s.newest = newest
+		s.write.rollback.Exec() // fails where SQLite has already rolled back
+		if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+			return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+		}
+		return err
+	}
+	if s.hooks.beforeCommit != nil {
+		s.hooks.beforeCommit(s, b)
+	}
+	if _, err := s.write.commit.Exec(); err != nil {
+		s.newest = newest
+		// Only these two are known to leave the transaction rolled back.
+		if c := code(err); c == sqlite3.SQLITE_FULL || c == sqlite3.SQLITE_IOERR_WRITE {
+			return err
+		}
+		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+	}
+	s.totals.Store(&t)
+	s.batchSizes.observe(float64(len(b.creates) + len(b.steps)))
+	s.batchTimes.observe(time.Since(began).Seconds())
+	return nil
+}
+
+// fill does everything of a transaction but its end.
+func (s *store) fill(b *batch, t *totals) error {
+	if _, err := s.write.begin.Exec(); err != nil {
+		return err
+	}
+	for _, c := range b.creates {
+		if err := s.insert(c, t); err != nil {
+			return err
+		}
+	}
+	for i := range b.steps {
+		if err := s.apply(&b.steps[i], t); err != nil {
+			return err
+		}
+	}
+	_, err := s.write.total.Exec(t.accepted, t.processing, t.completed, t.took, t.newestStarted)
+	return err
+}
+
+func (s *store) insert(c *create, t *totals) error {
+	if c.key != "" {
+		earlier, err := scanOrder(s.write.keyed.QueryRow(c.key))
+		switch {
+		case err == nil && earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents:
+			c.order, c.replayed = earlier, true
+			return nil
+		case err == nil:
+			c.err = errKeyReused
+			return nil
+		case !errors.Is(err, errNotFound):
+			return err
+		}
+	}
+	// Later than every ID in the table, whatever the clock does.
+	s.newest = max(s.newest+1, s.hooks.now().UnixMilli()<<16)
+	c.id = joinID(s.newest, int64(rand.Uint64()))
+	if _, err := s.write.insert.Exec(s.newest, low(c.id), c.userID, c.itemIDs, c.cents); err != nil {
+		return err
+	}
+	t.accepted++
+	if c.key == "" {
+		return nil
+	}
+	_, err := s.write.key.Exec(c.key, s.newest)
+	return err
+}
+
+// apply writes a step and counts it, unless the order is not where the step
+// starts from: then the step is void.
+func (s *store) apply(st *step, t *totals) error {
+	result, err := s.write.step.Exec(st.to, st.started, st.took, high(st.id), st.from)
+	if err != nil {
+		return err
+	}
+	if n, _ := result.RowsAffected(); n != 1 {
+		st.void = true
+		s.log.Error("a step did not find its order", "order_id", st.id.String(), "from", st.from.String(), "to", st.to.String())
+		return nil
+	}
+	t.newestStarted = max(t.newestStarted, high(st.id))
+	if st.from == processing {
+		t.processing--
+	}
+	if st.to == processing {
+		t.processing++
+		return nil
+	}
+	t.completed++
+	t.took += st.took
+	return nil
+}
+
+// checkpoint moves the WAL into the database once it is long enough, after the
+// batch was answered. While a reader holds the WAL back it tries again only
+// after as many pages more. See https://sqlite.org/wal.html#ckpt.
+func (s *store) checkpoint() error {
+	var busy, pages, moved int64
+	if err := s.write.walPages.QueryRow().Scan(&busy, &pages, &moved); err != nil || pages < s.nextCheckpoint {
+		return err
+	}
+	err := s.write.checkpoint.QueryRow().Scan(&busy, &pages, &moved)
+	if s.nextCheckpoint = checkpointPages; moved < pages {
+		s.nextCheckpoint += pages
+	}
+	if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+	}
+	if err != nil {
+		s.log.Warn("the WAL could not be moved into the database yet", "error", err)
+	}
+	return nil
+}
+
+// ready tells why a create would be refused now.
+func (s *store) ready() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return errClosed
+	}
+	return s.refusing
+}
+
+type row interface{ Scan(...any) error }
+
+func scanOrder(r row) (o order, err error) {
+	var idHigh, idLow int64
+	err = r.Scan(&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took)
+	if errors.Is(err, sql.ErrNoRows) {
+		return o, errNotFound
+	}
+	o.id = joinID(idHigh, idLow)
+	return o, err
+}
+
+// find reads one order from the table.
+func (s *store) find(id ulid.ULID) (order, error) {
+	o, err := scanOrder(s.readOne.QueryRow(high(id)))
+	if err == nil && o.id != id {
+		err = errNotFound
+	}
+	return o, err
+}
+
+// unfinished returns up to limit orders after the one given, oldest first,
+// that are not Completed. The feeder's: behind what it has read, all are Pending.
+func (s *store) unfinished(after int64, limit int) ([]order, error) {
+	return s.query("SELECT "+orderColumns+" FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+}
+
+// oldest is the upper half of the ID of the oldest order in an unfinished
+// status; ok is false where there is none.
+func (s *store) oldest(st status) (idHigh int64, ok bool, err error) {
+	var n sql.NullInt64
+	err = s.reads.QueryRow("SELECT min(id_high) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", st).Scan(&n)
+	return n.Int64, n.Valid, err
+}
+
+// filter is what a list asks for.
+type filter struct {
+	before int64 // upper half of an ID; only older orders
+	userID string
+	status *status
+	limit  int
+}
+
+// list returns orders newest first.
+func (s *store) list(f filter) ([]order, error) {
+	query, args := f.query(s.totals.Load().newestStarted)
+	return s.query(query, args...)
+}
+
+// query costs by the page and not by the table for every combination: each
+// status is confined to the stretch of the table where it can be found. Behind
+// newestStarted all orders are Pending, before the oldest unfinished one all
+// are Completed; in between lie no more than the queue and the pool hold.
+func (f filter) query(newestStarted int64) (string, []any) {
+	source, where, args := "orders NOT INDEXED", "id_high < ?", []any{f.before}
+	if f.userID != "" {
+		source = "orders INDEXED BY orders_by_user"
+		where += " AND user_id = ?"
+		args = append(args, f.userID)
+	}
+	switch {
+	case f.status == nil:
+	case *f.status == completed:
+		where += " AND status = 2 AND id_high <= ?"
+		args = append(args, newestStarted)
+	case f.userID == "":
+		source = "orders INDEXED BY orders_unfinished"
+		where += " AND status < 2 AND status = ?"
+		args = append(args, *f.status)
+	default:
+		const edge = "(SELECT %s(id_high) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?)"
+		where += " AND status = ? AND id_high BETWEEN " + fmt.Sprintf(edge, "min") + " AND " + fmt.Sprintf(edge, "max")
+		args = append(args, *f.status, *f.status, *f.status)
+	}
+	return "SELECT " + orderColumns + " FROM " + source + " WHERE " + where + " ORDER BY id_high DESC LIMIT ?", append(args, f.limit)
+}
+
+func (s *store) query(query string, args ...any) (orders []order, err error) {
+	rows, err := s.reads.Query(query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		o, err := scanOrder(rows)
+		if err != nil {
+			return nil, err
+		}
+		orders = append(orders, o)
+	}
+	return orders, rows.Err()
+}
+
+// walBytes is the size of the -wal file.
+func (s *store) walBytes() int64 {
+	info, err := os.Stat(s.db.path + "-wal")
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// close writes what waits and closes the files, readers first so that the
+// writer's connection is the last and removes the WAL. After the writer gave
+// up nothing may be synced again: the files are left for the next start.
+func (s *store) close() error {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	close(s.quit)
+	<-s.stopped
+	select {
+	case <-s.failed:
+		return errors.New("a write to orders.db failed and its outcome is unknown: check the disk, then start orderd again to find out; no order it confirmed is lost")
+	default:
+	}
+	return errors.Join(s.reads.Close(), s.db.close(), s.lock.Close())
+}
+
+// database is one SQLite file of ours.
+type database struct {
+	*sql.DB // one connection; nil until the file exists and inspect has seen it
+	path    string
+	appID   int64 // PRAGMA application_id
+	version int64 // PRAGMA user_version
+	schema  string
+	empty   bool // no schema yet
+}
+
+// openSQLite opens lazily: no file is touched before the first statement.
+// See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
+func openSQLite(path string, params ...string) (*sql.DB, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	name := filepath.ToSlash(abs)
+	if !strings.HasPrefix(name, "/") {
+		name = "/" + name // a Windows drive
+	}
+	if len(params) == 0 {
+		params = []string{"mode=rw"}
+	}
+	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
+	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err == nil {
+		db.SetMaxOpenConns(1)
+		db.SetMaxIdleConns(listReaders)
+	}
+	return db, err
+}
+
+// inspect opens the file if there is one, makes sure that it is ours and of
+// our version, and reads its totals with query. It writes nothing.
+func (d *database) inspect(query string, into ...any) error {
+	d.empty = true
+	info, err := os.Stat(d.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("cannot open %s: %w", d.path, err)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
+	}
+	if d.DB, err = openSQLite(d.path); err != nil {
+		return err
+	}
+	var appID, version, objects int64
+	row := d.QueryRow("SELECT a.application_id, v.user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v")
+	if err := row.Scan(&appID, &version, &objects); err != nil {
+		return explain(d.path, err)
+	}
+	d.empty = appID == 0 && version == 0 && objects == 0
+	switch {
+	case d.empty:
+		return nil
+	case appID != d.appID:
+		return fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
+	case version != d.version:
+		return fmt.Errorf("%s has schema version %d and this orderd knows %d: use the orderd that wrote it", d.path, version, d.version)
+	}
+	if err := d.QueryRow(query).Scan(into...); err != nil {
+		return explain(d.path, err)
+	}
+	return nil
+}
+
+// prepare makes the file if need be, sets durability and reads it back, and
+// creates the schema in an empty database.
+func (d *database) prepare() (err error) {
+	if d.DB == nil {
+		f, err := os.OpenFile(d.path, os.O_CREATE|os.O_RDWR, 0o600) // SQLite gives -wal and -shm the same mode
+		if err != nil {
+			return fmt.Errorf("cannot make %s: %w", d.path, err)
+		}
+		if err := f.Close(); err != nil {
+			return err
+		}
+		if d.DB, err = openSQLite(d.path); err != nil {
+			return err
+		}
+	}
+	var journal string
+	var synchronous int
+	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
+		return explain(d.path, err)
+	}
+	// fullfsync matters on macOS only. The writer checkpoints by itself.
+	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA journal_size_limit = %d; PRAGMA cache_size = -8192;", walKeptBytes)
+	if _, err := d.Exec(settings); err != nil {
+		return explain(d.path, err)
+	}
+	if err := d.QueryRow("PRAGMA synchronous").Scan(&synchronous); err != nil || journal != "wal" || synchronous != 2 {
+		return fmt.Errorf("%s cannot be made durable (journal_mode %s, synchronous %d, want wal and 2): keep the data directory on a local disk", d.path, journal, synchronous)
+	}
+	if !d.empty {
+		return nil
+	}
+	_, err = d.Exec(fmt.Sprintf("BEGIN; %s; PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT;", d.schema, d.appID, d.version))
+	return explain(d.path, err)
+}
+
+func (d *database) close() error {
+	if d.DB == nil {
+		return nil
+	}
+	return d.Close()
+}
+
+// code is SQLite's extended result code of err, or 0.
+func code(err error) int {
+	if e := (*sqlite.Error)(nil); errors.As(err, &e) {
+		return e.Code()
+	}
+	return 0
+}
+
+// explain turns an error at start into one sentence with the remedy. Only the
+// low byte is the kind of error: https://sqlite.org/rescode.html.
+func explain(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	switch code(err) & 0xff {
+	case sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT:
+		return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
+	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM:
+		return fmt.Errorf("%s cannot be opened for writing: check the owner and mode of the file and its directory", path)
+	case sqlite3.SQLITE_FULL:
+		return fmt.Errorf("%s cannot be written: the disk is full", path)
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
+		return fmt.Errorf("%s is locked by another program: close it there first", path)
+	}
+	return fmt.Errorf("cannot use %s: %w", path, err)
+}

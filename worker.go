@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
+	feedPause    = time.Second            // after a read that failed
+	firstRetry   = 100 * time.Millisecond // pause after an order's first failed attempt; it doubles
+	longestRetry = time.Minute
+)
+
+// pool runs orders through Processing to Completed. The channel is a window on
+// the table: the feeder is its only sender, the workers receive.
+type pool struct {
+	store   *store
+	log     *logger
+	work    func(context.Context, order) error
+	workers int
+
+	queue   chan order
+	retries chan job     // orders whose pause is over
+	parked  atomic.Int64 // orders in a pause, never more than queue has places
+	took    histogram
+
+	quit    chan struct{}   // closed by stop: take no more orders
+	working context.Context // cancelled by drain: end what runs
+	cancel  context.CancelFunc
+	running sync.WaitGroup // feeder and workers
+}
+
+// job is an order in the hands of a worker.
+type job struct {
+	order
+	began    time.Time // start of processing, with the monotonic clock
+	ticket   ticket
+	attempts int
+}
+
+func newPool(cfg config, s *store, log *logger) *pool {
+	p := &pool{
+		store: s, log: log, work: simulate(cfg.delay), workers: cfg.workers,
+		queue: make(chan order, cfg.queue), retries: make(chan job),
+		took: newHistogram(durationBounds), quit: make(chan struct{}),
+	}
+	if cfg.hooks.work != nil {
+		p.work = cfg.hooks.work
+	}
+	p.working, p.cancel = context.WithCancel(context.Background())
+	return p
+}
+
+// simulate is the stand-in for real work: it takes a while, and gives up when
+// ctx is done. Real work may run twice for one order (after a crash), and must
+// return an error for what should be tried again.
+func simulate(delay time.Duration) func(context.Context, order) error {
+	return func(ctx context.Context, _ order) error {
+		if delay == 0 {
+			return nil
+		}
+		timer := time.NewTimer(delay)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (p *pool) start() {
+	p.running.Go(p.feed)
+	for range p.workers {
+		p.running.Go(p.serve)
+	}
+}
+
+// feed carries unfinished orders from the table to the channel, first in,
+// first out. Starting up, a backlog and the normal case are the same to it.
+func (p *pool) feed() {
+	cursor := p.store.resumeAfter
+	for {
+		orders, err := p.store.unfinished(cursor, feedRows)
+		if err != nil {
+			p.log.Error("the backlog cannot be read", "error", err)
+		}
+		for _, o := range orders {
+			select {
+			case p.queue <- o:
+				cursor = high(o.id)
+			case <-p.quit:
+				return
+			}
+		}
+		switch {
+		case err != nil:
+			if !p.pause(feedPause) {
+				return
+			}
+		case len(orders) == 0:
+			select {
+			case <-p.store.fed:
+			case <-p.quit:
+				return
+			}
+		}
+	}
+}
+
+// pause waits for d and returns false if the pool is stopped meanwhile.
+func (p *pool) pause(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-p.quit:
+		return false
+	}
+}
+
+// serve is one worker. It takes no more orders once the pool is stopped.
+func (p *pool) serve() {
+	for {
+		select {
+		case <-p.quit:
+			return
+		default:
+		}
+		select {
+		case <-p.quit:
+			return
+		case o := <-p.queue:
+			j := job{order: o, began: time.Now()}
+			if o.status == pending {
+				j.ticket = p.store.step(step{id: o.id, from: pending, to: processing, started: j.began.UnixMilli()}, ticket{})
+				j.status = processing
+			}
+			p.attempt(j)
+		case j := <-p.retries:
+			p.attempt(j)
+		}
+	}
+}
+
+// attempt works on an order once. One that fails is parked and tried again,
+// unless the pool is ending: then it waits in the table for the next start.
+func (p *pool) attempt(j job) {
+	err := p.guarded(j.order)
+	if err == nil {
+		took := time.Since(j.began)
+		p.took.observe(took.Seconds())
+		p.store.step(step{id: j.id, from: processing, to: completed, started: j.began.UnixMilli(), took: took.Microseconds()}, j.ticket)
+		return
+	}
+	if p.working.Err() != nil {
+		return
+	}
+	pause := min(firstRetry<<min(j.attempts, 16), longestRetry)
+	j.attempts++
+	p.log.Warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
+	p.park(j, pause)
+}
+
+// guarded turns a panic in the work into an error of this attempt.
+func (p *pool) guarded(o order) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v", r)
+		}
+	}()
+	return p.work(p.working, o)
+}
+
+// park lets an order sit out its pause without a worker. When as many are
+// parked as the queue has places, the worker waits along, so that work that
+// always fails fills no memory.
+func (p *pool) park(j job, pause time.Duration) {
+	if p.parked.Add(1) > int64(cap(p.queue)) {
+		p.parked.Add(-1)
+		if p.pause(pause) {
+			p.attempt(j)
+		}
+		return
+	}
+	time.AfterFunc(pause, func() {
+		defer p.parked.Add(-1)
+		select {
+		case p.retries <- j:
+		case <-p.quit:
+		}
+	})
+}
+
+// stop ends the intake: no worker takes another order.
+func (p *pool) stop() { close(p.quit) }
+
+// drain waits until running work has ended, and ends it when ctx is done.
+func (p *pool) drain(ctx context.Context) {
+	release := context.AfterFunc(ctx, p.cancel)
+	defer release()
+	p.running.Wait()
+	p.cancel()
+}
