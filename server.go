@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"math"
 	"math/rand/v2"
@@ -86,7 +87,6 @@ func newServer(a *app) *server {
 	}
 	e := echo.New()
 	e.HTTPErrorHandler = s.problem
-	e.IPExtractor = echo.ExtractIPDirect()
 	e.Use(s.observe, s.admit)
 	for _, r := range []struct {
 		path    string
@@ -155,7 +155,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		}
 		if handler.Enabled(context.Background(), slog.LevelInfo) {
 			line := slog.NewRecord(began, slog.LevelInfo, "request", 0)
-			line.AddAttrs(slog.String("id", id), slog.String("client", c.RealIP()),
+			line.AddAttrs(slog.String("id", id), slog.String("client", request.RemoteAddr),
 				slog.String("method", request.Method), slog.String("path", request.URL.Path),
 				slog.Int("status", response.Status), slog.Float64("seconds", took.Seconds()), slog.Int64("bytes", response.Size))
 			handler.Handle(context.Background(), line)
@@ -213,10 +213,10 @@ func (s *server) ours(host string) bool {
 // createOrder answers once the order is on disk.
 func (s *server) createOrder(c echo.Context) error {
 	request := c.Request()
-	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
+	if !isJSON(request.Header.Get(echo.HeaderContentType)) {
 		return &fault{status: http.StatusUnsupportedMediaType, detail: "Send the order as Content-Type: application/json."}
 	}
-	key, err := idempotencyKey(request.Header[http.CanonicalHeaderKey("Idempotency-Key")])
+	key, err := idempotencyKey(request.Header["Idempotency-Key"])
 	if err != nil {
 		return err
 	}
@@ -239,6 +239,14 @@ func (s *server) createOrder(c echo.Context) error {
 		header.Set("Idempotent-Replayed", "true")
 	}
 	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
+}
+
+func isJSON(contentType string) bool {
+	if contentType == echo.MIMEApplicationJSON {
+		return true
+	}
+	kind, _, err := mime.ParseMediaType(contentType)
+	return err == nil && kind == echo.MIMEApplicationJSON
 }
 
 // idempotencyKey reads the header of the IETF draft, whose value is a quoted
@@ -268,30 +276,18 @@ func idempotencyKey(values []string) (string, error) {
 // decodeCreate reads a body into an order. A body that is no single JSON object
 // is a 400; all that is wrong with its fields is one 422.
 func decodeCreate(body []byte) (*create, error) {
-	malformed := &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
-		`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(body) {
-		return nil, malformed
+	if !utf8.Valid(body) || !json.Valid(body) || kindOf(bytes.TrimLeft(body, jsonSpace)) != "an object" {
+		return nil, &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
+			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
 	}
 	n := &create{}
 	fields := [...]struct {
 		name  string
-		parse func(any, report)
+		parse func([]byte, report)
 		seen  bool
 	}{{"user_id", n.parseUserID, false}, {"item_ids", n.parseItemIDs, false}, {"total_amount", n.parseAmount, false}}
 	var bad []fieldError
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
-			return nil, malformed
-		}
-		var value any
-		if err := dec.Decode(&value); err != nil {
-			return nil, malformed
-		}
-		name := token.(string)
+	for name, value := range members(body) {
 		to := func(format string, args ...any) { bad = append(bad, fieldError{name, fmt.Sprintf(format, args...)}) }
 		i := 0
 		for i < len(fields) && fields[i].name != name {
@@ -307,12 +303,6 @@ func decodeCreate(body []byte) (*create, error) {
 			fields[i].parse(value, to)
 		}
 	}
-	if _, err := dec.Token(); err != nil { // the closing brace
-		return nil, malformed
-	}
-	if _, err := dec.Token(); err != io.EOF || loneSurrogates(body, n.userID+n.itemIDs) {
-		return nil, malformed
-	}
 	for _, f := range fields {
 		if !f.seen {
 			bad = append(bad, fieldError{f.name, "is missing"})
@@ -324,27 +314,84 @@ func decodeCreate(body []byte) (*create, error) {
 	return n, nil
 }
 
-// loneSurrogates reports whether encoding/json put U+FFFD into text for an
-// escape such as \ud800, which is no character. One that body spells out is fine.
-func loneSurrogates(body []byte, text string) bool {
-	const mark = "\uFFFD"
-	n := strings.Count(text, mark)
-	return n > 0 && n > bytes.Count(body, []byte(mark))+bytes.Count(bytes.ToLower(body), []byte(`\ufffd`))
+const jsonSpace = " \t\r\n"
+
+// members walks over a valid JSON object, its names unquoted and its values as
+// they stand. Unlike encoding/json it shows repeated names, and names in their
+// own letter case.
+func members(object []byte) iter.Seq2[string, []byte] {
+	return func(yield func(string, []byte) bool) {
+		rest := bytes.Trim(object, jsonSpace+"{")
+		for {
+			rest = bytes.TrimLeft(rest, jsonSpace+",")
+			if rest[0] == '}' {
+				return
+			}
+			n := valueLength(rest)
+			name, _ := unquote(rest[:n])
+			rest = bytes.TrimLeft(rest[n:], jsonSpace+":")
+			n = valueLength(rest)
+			if !yield(name, rest[:n]) {
+				return
+			}
+			rest = rest[n:]
+		}
+	}
+}
+
+// valueLength is the length of the JSON value that text, which is valid, starts with.
+func valueLength(text []byte) int {
+	depth, quoted := 0, false
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+			if !quoted && depth == 0 {
+				return i + 1
+			}
+		case quoted:
+		case c == '{' || c == '[':
+			depth++
+		case depth == 0 && (c == ',' || c == ':' || c == '}' || strings.IndexByte(jsonSpace, c) >= 0):
+			return i
+		case c == '}' || c == ']':
+			if depth--; depth == 0 {
+				return i + 1
+			}
+		}
+	}
+	return len(text)
+}
+
+// unquote reads a JSON string. ok is false for an escape such as \ud800 that
+// is half a character: encoding/json puts U+FFFD in its place.
+func unquote(text []byte) (s string, ok bool) {
+	if bytes.IndexByte(text, '\\') < 0 {
+		return string(text[1 : len(text)-1]), true
+	}
+	if err := json.Unmarshal(text, &s); err != nil {
+		return "", false
+	}
+	meant := bytes.Count(text, []byte("\uFFFD")) + bytes.Count(bytes.ToLower(text), []byte(`\ufffd`))
+	return s, strings.Count(s, "\uFFFD") <= meant
 }
 
 // report notes what is wrong with a field.
 type report func(format string, args ...any)
 
-func (n *create) parseUserID(value any, bad report) {
-	n.userID = strings.TrimSpace(plainText(value, bad))
-	if _, ok := value.(string); ok && (n.userID == "" || len(n.userID) > maxUserID) {
+func (n *create) parseUserID(value []byte, bad report) {
+	text, ok := plainText(value, bad)
+	n.userID = strings.TrimSpace(text)
+	if ok && (n.userID == "" || len(n.userID) > maxUserID) {
 		bad("must be 1 to %d bytes without the spaces around it, not %d", maxUserID, len(n.userID))
 	}
 }
 
-func (n *create) parseItemIDs(value any, bad report) {
-	text := plainText(value, bad)
-	if _, ok := value.(string); !ok {
+func (n *create) parseItemIDs(value []byte, bad report) {
+	text, ok := plainText(value, bad)
+	if !ok {
 		return
 	}
 	if len(text) > maxItemIDs {
@@ -363,45 +410,49 @@ func (n *create) parseItemIDs(value any, bad report) {
 	n.itemIDs = strings.Join(items, ",")
 }
 
-func (n *create) parseAmount(value any, bad report) {
-	number, ok := value.(json.Number)
-	if !ok {
-		bad("must be a number, not %s", kindOf(value))
+func (n *create) parseAmount(value []byte, bad report) {
+	if kind := kindOf(value); kind != "a number" {
+		bad("must be a number, not %s", kind)
 		return
 	}
 	var err error
-	if n.cents, err = parseCents(number.String()); err != nil {
+	if n.cents, err = parseCents(string(value)); err != nil {
 		bad("%v", err)
 	}
 }
 
 // plainText takes a string without control characters (Unicode's category Cc).
-func plainText(value any, bad report) string {
-	text, ok := value.(string)
-	if !ok {
-		bad("must be a string, not %s", kindOf(value))
+// ok is false only for what is no string.
+func plainText(value []byte, bad report) (text string, ok bool) {
+	if kind := kindOf(value); kind != "a string" {
+		bad("must be a string, not %s", kind)
+		return "", false
+	}
+	text, whole := unquote(value)
+	if !whole {
+		bad("must be Unicode text, but has an escape for half of a surrogate pair")
 	}
 	if i := strings.IndexFunc(text, unicode.IsControl); i >= 0 {
 		bad("must not contain control characters, but has one at byte %d", i)
 	}
-	return text
+	return text, true
 }
 
-// kindOf names the JSON type of a decoded value.
-func kindOf(value any) string {
-	switch value.(type) {
-	case nil:
-		return "null"
-	case bool:
-		return "a boolean"
-	case json.Number:
-		return "a number"
-	case string:
-		return "a string"
-	case []any:
+// kindOf names the type of a valid JSON value.
+func kindOf(value []byte) string {
+	switch value[0] {
+	case '{':
+		return "an object"
+	case '[':
 		return "an array"
+	case '"':
+		return "a string"
+	case 't', 'f':
+		return "a boolean"
+	case 'n':
+		return "null"
 	}
-	return "an object"
+	return "a number"
 }
 
 // parseCents reads a JSON number exactly, from its digits.

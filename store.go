@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -125,11 +126,12 @@ const (
 )
 
 const (
-	checkpointPages = 4000            // WAL pages (16 MB) after which the writer checkpoints
-	walKeptBytes    = 32 << 20        // a larger WAL is cut back to this at its next restart
-	retryPause      = time.Second     // between attempts to write after a refused batch
-	busyTimeout     = 5 * time.Second // for another program's lock on a database
-	listReaders     = 4               // read-only connections
+	checkpointPages = 4000                 // WAL pages (16 MB) after which the writer checkpoints
+	walKeptBytes    = 32 << 20             // a larger WAL is cut back to this at its next restart
+	retryPause      = time.Second          // between attempts to write after a refused batch
+	stepPause       = 5 * time.Millisecond // longest that a step waits for company
+	busyTimeout     = 5 * time.Second      // for another program's lock on a database
+	listReaders     = 4                    // read-only connections
 )
 
 // Why the store does not take a create now. Except after errOutcomeUnknown,
@@ -167,6 +169,7 @@ type step struct {
 type batch struct {
 	creates []*create
 	steps   []step
+	after   int64 // upper half of the newest ID before this batch
 	done    chan struct{}
 	err     error // of every create in it
 }
@@ -192,8 +195,9 @@ type store struct {
 	closing  bool
 
 	quit    chan struct{} // closed by close
-	wake    chan struct{} // capacity 1: the open batch holds something
-	fed     chan struct{} // capacity 1: there are new Pending orders; the feeder receives
+	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
+	stepped chan struct{} // capacity 1: a step does
+	fed     chan *batch   // batches with new orders, for the feeder; it reads the table where one is missing
 	counted chan struct{} // capacity 1: the totals changed; the projector receives
 	stopped chan struct{} // closed when the writer has ended
 	failed  chan struct{} // closed when the writer gave up: errOutcomeUnknown
@@ -207,8 +211,15 @@ type store struct {
 }
 
 type statements struct {
-	begin, commit, rollback, insert, step, total, key, keyed, order, walPages, checkpoint *sql.Stmt
+	begin, commit, rollback, insert, insertMany, step, total, key, keyed, walPages, checkpoint *sql.Stmt
 }
+
+// insertRows is how many orders one INSERT takes where there are as many: the
+// price of running a statement is shared, and more rows share hardly better.
+const (
+	insertRows = 16
+	orderArgs  = 5 // placeholders of a row
+)
 
 const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
 
@@ -217,8 +228,8 @@ const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesc
 func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
 	s = &store{
 		cache: statuses, log: log, hooks: cfg.hooks,
-		open: newBatch(), quit: make(chan struct{}), wake: make(chan struct{}, 1),
-		fed: make(chan struct{}, 1), counted: make(chan struct{}, 1),
+		open: newBatch(), quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
+		fed: make(chan *batch, 16), counted: make(chan struct{}, 1),
 		stopped: make(chan struct{}), failed: make(chan struct{}),
 		nextCheckpoint: checkpointPages,
 		batchSizes:     newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
@@ -311,15 +322,19 @@ func (s *store) prepareStatements() (err error) {
 		err = cmp.Or(err, prepareErr)
 		return stmt
 	}
+	// OR ROLLBACK spares SQLite a statement journal; an error ends the transaction anyhow.
+	const insert = "INSERT OR ROLLBACK INTO orders (id_high, id_low, status, user_id, item_ids, cents) VALUES "
+	const values = "(?, ?, 0, ?, ?, ?)"
 	s.write = statements{
-		begin:    prepare("BEGIN IMMEDIATE"),
-		commit:   prepare("COMMIT"),
-		rollback: prepare("ROLLBACK"),
-		insert:   prepare("INSERT INTO orders (id_high, id_low, status, user_id, item_ids, cents) VALUES (?, ?, 0, ?, ?, ?)"),
-		step:     prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
-		total:    prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?"),
-		key:      prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
-		keyed:    prepare("SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"),
+		begin:      prepare("BEGIN IMMEDIATE"),
+		commit:     prepare("COMMIT"),
+		rollback:   prepare("ROLLBACK"),
+		insert:     prepare(insert + values),
+		insertMany: prepare(insert + values + strings.Repeat(", "+values, insertRows-1)),
+		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
+		total:      prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?"),
+		key:        prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
+		keyed:      prepare("SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"),
 		// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
 		walPages:   prepare("PRAGMA wal_checkpoint(NOOP)"),
 		checkpoint: prepare("PRAGMA wal_checkpoint(PASSIVE)"),
@@ -401,12 +416,14 @@ func (s *store) step(st step, earlier ticket) ticket {
 			return earlier
 		}
 		if len(b.steps) < maxSteps {
+			at := ticket{b, len(b.steps)}
 			b.steps = append(b.steps, st)
 			s.mu.Unlock()
-			nudge(s.wake)
-			return ticket{b, len(b.steps) - 1}
+			nudge(s.stepped)
+			return at
 		}
 		s.mu.Unlock()
+		nudge(s.wake)
 		select {
 		case <-b.done:
 		case <-s.stopped:
@@ -438,13 +455,32 @@ func (s *store) writeLoop() {
 	for open := true; open; {
 		select {
 		case <-s.wake:
+		case <-s.stepped: // nobody waits for a step: let it share a create's fsync
+			select {
+			case <-s.wake:
+			case <-time.After(stepPause):
+			case <-s.quit:
+			}
 		case <-s.quit:
 			open = false
 		}
+		s.gather()
 		if err := s.settle(s.take()); err != nil {
 			s.giveUp(err)
 			return
 		}
+	}
+}
+
+// gather lets everyone who is ready to run go first, as long as that brings
+// more creates into the batch. Under load they share its fsync; when idle it
+// costs no time.
+func (s *store) gather() {
+	for before, now := -1, 0; before < now; {
+		runtime.Gosched()
+		s.mu.Lock()
+		before, now = now, len(s.open.creates)
+		s.mu.Unlock()
 	}
 }
 
@@ -473,7 +509,12 @@ func (s *store) settle(b *batch) error {
 	}
 	s.cache.apply(b)
 	b.answer(nil)
-	nudge(s.fed)
+	if len(b.creates) > 0 {
+		select {
+		case s.fed <- b:
+		default:
+		}
+	}
 	nudge(s.counted)
 	if s.refuse(nil) {
 		s.log.Warn("orders are accepted again")
@@ -512,9 +553,9 @@ func (s *store) giveUp(err error) {
 func (s *store) commit(b *batch) error {
 	began := time.Now()
 	t := *s.totals.Load()
-	newest := s.newest
+	b.after = s.newest
 	if err := s.fill(b, &t); err != nil {
-		s.newest = newest
+		s.newest = b.after
 		s.write.rollback.Exec() // fails where SQLite has already rolled back
 		if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
 			return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
@@ -525,7 +566,7 @@ func (s *store) commit(b *batch) error {
 		s.hooks.beforeCommit(s, b)
 	}
 	if _, err := s.write.commit.Exec(); err != nil {
-		s.newest = newest
+		s.newest = b.after
 		// Only these two are known to leave the transaction rolled back.
 		if c := code(err); c == sqlite3.SQLITE_FULL || c == sqlite3.SQLITE_IOERR_WRITE {
 			return err
@@ -543,10 +584,8 @@ func (s *store) fill(b *batch, t *totals) error {
 	if _, err := s.write.begin.Exec(); err != nil {
 		return err
 	}
-	for _, c := range b.creates {
-		if err := s.insert(c, t); err != nil {
-			return err
-		}
+	if err := s.insertAll(b.creates, t); err != nil {
+		return err
 	}
 	for i := range b.steps {
 		if err := s.apply(&b.steps[i], t); err != nil {
@@ -557,32 +596,60 @@ func (s *store) fill(b *batch, t *totals) error {
 	return err
 }
 
-func (s *store) insert(c *create, t *totals) error {
-	if c.key != "" {
-		earlier, err := scanOrder(s.write.keyed.QueryRow(c.key))
-		switch {
-		case err == nil && earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents:
-			c.order, c.replayed = earlier, true
-			return nil
-		case err == nil:
-			c.err = errKeyReused
-			return nil
-		case !errors.Is(err, errNotFound):
+// insertAll inserts the new orders, many to a statement where there are many.
+func (s *store) insertAll(creates []*create, t *totals) error {
+	args := make([]any, 0, insertRows*orderArgs)
+	for _, c := range creates {
+		if c.key != "" {
+			if err := s.insertKeyed(c, t); err != nil {
+				return err
+			}
+			continue
+		}
+		args = s.number(c, t, args)
+		if len(args) == cap(args) {
+			if _, err := s.write.insertMany.Exec(args...); err != nil {
+				return err
+			}
+			args = args[:0]
+		}
+	}
+	for ; len(args) > 0; args = args[orderArgs:] {
+		if _, err := s.write.insert.Exec(args[:orderArgs]...); err != nil {
 			return err
 		}
 	}
-	// Later than every ID in the table, whatever the clock does.
-	s.newest = max(s.newest+1, s.hooks.now().UnixMilli()<<16)
-	c.id = joinID(s.newest, int64(rand.Uint64()))
-	if _, err := s.write.insert.Exec(s.newest, low(c.id), c.userID, c.itemIDs, c.cents); err != nil {
+	return nil
+}
+
+// insertKeyed inserts an order together with its idempotency key, or finds the
+// order that the key has already created.
+func (s *store) insertKeyed(c *create, t *totals) error {
+	earlier, err := scanOrder(s.write.keyed.QueryRow(c.key))
+	switch {
+	case err == nil && earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents:
+		c.order, c.replayed = earlier, true
+		return nil
+	case err == nil:
+		c.err = errKeyReused
+		return nil
+	case !errors.Is(err, errNotFound):
 		return err
 	}
-	t.accepted++
-	if c.key == "" {
-		return nil
+	if _, err := s.write.insert.Exec(s.number(c, t, nil)...); err != nil {
+		return err
 	}
-	_, err := s.write.key.Exec(c.key, s.newest)
+	_, err = s.write.key.Exec(c.key, high(c.id))
 	return err
+}
+
+// number gives a new order the next ID, later than every ID in the table
+// whatever the clock does, counts it, and appends the arguments of its INSERT.
+func (s *store) number(c *create, t *totals, args []any) []any {
+	s.newest = max(s.newest+1, s.hooks.now().UnixMilli()<<16)
+	c.id = joinID(s.newest, int64(rand.Uint64()))
+	t.accepted++
+	return append(args, s.newest, low(c.id), c.userID, c.itemIDs, c.cents)
 }
 
 // apply writes a step and counts it, unless the order is not where the step

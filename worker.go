@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -81,33 +82,59 @@ func (p *pool) start() {
 	}
 }
 
-// feed carries unfinished orders from the table to the channel, first in,
-// first out. Starting up, a backlog and the normal case are the same to it.
+// feed carries unfinished orders to the channel, first in, first out: from the
+// table at start and whenever it has fallen behind, else straight from the
+// batches that the writer has committed.
 func (p *pool) feed() {
-	cursor := p.store.resumeAfter
+	cursor, err := p.catchUp(p.store.resumeAfter)
+	for err == nil {
+		select {
+		case b := <-p.store.fed:
+			if b.after != cursor {
+				cursor, err = p.catchUp(cursor)
+				continue
+			}
+			for _, c := range b.creates {
+				if c.stored() {
+					cursor, err = p.push(c.order)
+				}
+			}
+		case <-p.quit:
+			return
+		}
+	}
+}
+
+// errStopped ends the feeder.
+var errStopped = errors.New("the pool is stopped")
+
+// push waits for a place in the channel.
+func (p *pool) push(o order) (cursor int64, err error) {
+	select {
+	case p.queue <- o:
+		return high(o.id), nil
+	case <-p.quit:
+		return 0, errStopped
+	}
+}
+
+// catchUp reads the table from the cursor to its end.
+func (p *pool) catchUp(cursor int64) (int64, error) {
 	for {
 		orders, err := p.store.unfinished(cursor, feedRows)
 		if err != nil {
 			p.log.Error("the backlog cannot be read", "error", err)
+			if !p.pause(feedPause) {
+				return 0, errStopped
+			}
+			continue
+		}
+		if len(orders) == 0 {
+			return cursor, nil
 		}
 		for _, o := range orders {
-			select {
-			case p.queue <- o:
-				cursor = high(o.id)
-			case <-p.quit:
-				return
-			}
-		}
-		switch {
-		case err != nil:
-			if !p.pause(feedPause) {
-				return
-			}
-		case len(orders) == 0:
-			select {
-			case <-p.store.fed:
-			case <-p.quit:
-				return
+			if cursor, err = p.push(o); err != nil {
+				return 0, err
 			}
 		}
 	}
