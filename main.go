@@ -108,10 +108,13 @@ func openApp(cfg config, stderr io.Writer) (a *app, err error) {
 // serve answers requests until ctx is done or the store fails, and takes
 // everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
-	go a.server.http.Serve(a.listener) // returns when close shuts it down
+	served := make(chan error, 1)
+	go func() { served <- a.server.http.Serve(a.listener) }()
 	select {
 	case <-ctx.Done():
 	case <-a.store.failed:
+	case err := <-served: // it cannot accept any more
+		return errors.Join(err, a.close())
 	}
 	return a.close()
 }
@@ -149,7 +152,7 @@ func listen(addr string) (net.Listener, error) {
 // announce tells a person where everything is.
 func (a *app) announce(stderr io.Writer) {
 	addr := a.listener.Addr().String()
-	fmt.Fprintf(stderr, "orderd is open at http://%s\n", addr)
+	fmt.Fprintf(stderr, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(stderr, "data in %s, log in %s\n", a.cfg.data, a.cfg.log)
 	fmt.Fprintf(stderr, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.workers, a.cfg.delay, a.unfinished)
 	if a.cfg.token == "" && !isLoopback(addr) {

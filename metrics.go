@@ -36,9 +36,9 @@ type metrics struct {
 	log   *logger
 	hooks hooks
 
-	counted atomic.Pointer[totals] // what metrics.db holds
-	quit    chan struct{}          // closed by close
-	stopped chan struct{}          // closed when the projector has ended
+	counted atomic.Pointer[sums] // what metrics.db holds
+	quit    chan struct{}        // closed by close
+	stopped chan struct{}        // closed when the projector has ended
 }
 
 func newMetrics(cfg config, s *store, log *logger) *metrics {
@@ -60,7 +60,7 @@ func (m *metrics) project() {
 			open = false
 		}
 		pause = projectEvery
-		if err := m.take(*m.store.totals.Load()); err != nil {
+		if err := m.take(m.store.totals.Load().sums); err != nil {
 			m.log.Error("metrics.db cannot be written; its counts lag until it can", "error", err)
 			nudge(m.store.counted)
 			pause = projectRetry
@@ -74,8 +74,8 @@ func (m *metrics) project() {
 
 // take makes metrics.db hold t. Called at start, it also rebuilds a metrics.db
 // that was deleted or put back from a backup.
-func (m *metrics) take(t totals) error {
-	if old := m.counted.Load(); old != nil && *old == t {
+func (m *metrics) take(t sums) error {
+	if *m.counted.Load() == t {
 		return nil
 	}
 	if m.hooks.beforeProject != nil {

@@ -111,9 +111,15 @@ func ordersView() string {
 FROM orders;`
 }
 
+// sums are the part of the totals that metrics.db takes over.
+type sums struct {
+	accepted, completed, took int64
+}
+
 // totals is the row of that name.
 type totals struct {
-	accepted, processing, completed, took, newestStarted int64
+	sums
+	processing, newestStarted int64
 }
 
 func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
@@ -250,7 +256,8 @@ func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, 
 
 // openBoth checks everything before it changes anything.
 func (s *store) openBoth(m *metrics) error {
-	var t, counted totals
+	var t totals
+	var counted sums
 	if err := s.db.inspect("SELECT accepted, processing, completed, took, newest_started FROM totals",
 		&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted); err != nil {
 		return err
@@ -272,7 +279,8 @@ func (s *store) openBoth(m *metrics) error {
 	if err := s.prepareStatements(); err != nil {
 		return explain(s.db.path, err)
 	}
-	return m.take(t)
+	m.counted.Store(&counted)
+	return m.take(t.sums)
 }
 
 // lockDirectory makes dir and takes SQLite's own crash-released lock on a
@@ -282,7 +290,10 @@ func lockDirectory(dir string) (*sql.DB, error) {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
 	}
 	path := filepath.Join(dir, "orderd.lock")
-	db, err := openSQLite(path, "mode=rwc")
+	if err := makeFile(path); err != nil {
+		return nil, err
+	}
+	db, err := openSQLite(path)
 	if err != nil {
 		return nil, err
 	}
@@ -901,11 +912,7 @@ func (d *database) inspect(query string, into ...any) error {
 // creates the schema in an empty database.
 func (d *database) prepare() (err error) {
 	if d.DB == nil {
-		f, err := os.OpenFile(d.path, os.O_CREATE|os.O_RDWR, 0o600) // SQLite gives -wal and -shm the same mode
-		if err != nil {
-			return fmt.Errorf("cannot make %s: %w", d.path, err)
-		}
-		if err := f.Close(); err != nil {
+		if err := makeFile(d.path); err != nil {
 			return err
 		}
 		if d.DB, err = openSQLite(d.path); err != nil {
@@ -930,6 +937,17 @@ func (d *database) prepare() (err error) {
 	}
 	_, err = d.Exec(fmt.Sprintf("BEGIN; %s; PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT;", d.schema, d.appID, d.version))
 	return explain(d.path, err)
+}
+
+// makeFile makes an empty file for its owner only; SQLite gives -wal and -shm
+// the same mode. It must not run once SQLite has the file open: closing any
+// descriptor of a file drops the process's locks on it.
+func makeFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("cannot make a file in the data directory: %w; choose another with -data", err)
+	}
+	return f.Close()
 }
 
 func (d *database) close() error {

@@ -228,10 +228,18 @@ func (p *pool) park(j job, pause time.Duration) {
 // stop ends the intake: no worker takes another order.
 func (p *pool) stop() { close(p.quit) }
 
-// drain waits until running work has ended, and ends it when ctx is done.
+// drain waits until running work has ended, and ends it when ctx is done. It
+// does not wait for a worker whose step finds no room in the store then: the
+// store's end releases that.
 func (p *pool) drain(ctx context.Context) {
-	release := context.AfterFunc(ctx, p.cancel)
-	defer release()
-	p.running.Wait()
+	ended := make(chan struct{})
+	go func() {
+		p.running.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
 	p.cancel()
 }
