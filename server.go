@@ -157,7 +157,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			line := slog.NewRecord(began, slog.LevelInfo, "request", 0)
 			line.AddAttrs(slog.String("id", id), slog.String("client", request.RemoteAddr),
 				slog.String("method", request.Method), slog.String("path", request.URL.Path),
-				slog.Int("status", response.Status), slog.Float64("seconds", took.Seconds()), slog.Int64("bytes", response.Size))
+				slog.Int("status", response.Status), slog.Int64("us", took.Microseconds()), slog.Int64("bytes", response.Size))
 			handler.Handle(context.Background(), line)
 		}
 		return nil
@@ -222,7 +222,7 @@ func (s *server) createOrder(c echo.Context) error {
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), request.Body, maxBody))
 	if err != nil {
-		return err
+		return unreadable(err)
 	}
 	n, err := decodeCreate(body)
 	if err != nil {
@@ -239,6 +239,17 @@ func (s *server) createOrder(c echo.Context) error {
 		header.Set("Idempotent-Replayed", "true")
 	}
 	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
+}
+
+// unreadable tells why a body did not arrive whole.
+func unreadable(err error) error {
+	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		return &fault{status: http.StatusRequestEntityTooLarge, detail: fmt.Sprintf("The body is larger than %d bytes.", tooLarge.Limit)}
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &fault{status: http.StatusRequestTimeout, detail: "The body did not arrive in time."}
+	}
+	return &fault{status: http.StatusBadRequest, detail: "The body did not arrive whole: its length or its chunks are not as announced."}
 }
 
 func isJSON(contentType string) bool {
@@ -374,8 +385,9 @@ func unquote(text []byte) (s string, ok bool) {
 	if err := json.Unmarshal(text, &s); err != nil {
 		return "", false
 	}
-	meant := bytes.Count(text, []byte("\uFFFD")) + bytes.Count(bytes.ToLower(text), []byte(`\ufffd`))
-	return s, strings.Count(s, "\uFFFD") <= meant
+	escapes := bytes.ToLower(bytes.ReplaceAll(text, []byte(`\\`), nil))
+	meant := bytes.Count(text, []byte("\uFFFD")) + bytes.Count(escapes, []byte(`\ufffd`))
+	return s, strings.Count(s, "\uFFFD") == meant
 }
 
 // report notes what is wrong with a field.
@@ -490,10 +502,10 @@ func (s *server) getOrder(c echo.Context) error {
 	}
 	wait, ok := preferredWait(c.Request().Header["Prefer"])
 	if ok {
-		c.Response().Header().Set("Preference-Applied", fmt.Sprintf("wait=%d", wait/time.Second))
 		if err := s.await(c, id, wait); err != nil {
 			return err
 		}
+		c.Response().Header().Set("Preference-Applied", fmt.Sprintf("wait=%d", wait/time.Second))
 	}
 	st, err := s.status(id)
 	if err != nil {
@@ -621,7 +633,7 @@ func (s *server) listOrders(c echo.Context) error {
 		page.Orders = append(page.Orders, newListedOrder(o))
 	}
 	c.Response().Header()[echo.HeaderCacheControl] = noStore
-	return c.JSON(http.StatusOK, page)
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, page)
 }
 
 func badQuery(format string, args ...any) error {
@@ -659,7 +671,9 @@ func parseFilter(query url.Values) (filter, error) {
 			if err != nil {
 				return f, badQuery("before must be the ID of an order, not %q", value)
 			}
-			f.before = high(id)
+			if f.before = high(id); f.before < 0 { // a time that no order can have
+				f.before = math.MaxInt64
+			}
 		default:
 			return f, badQuery("%q is not one of the parameters limit, status, user_id and before", name)
 		}
@@ -674,7 +688,7 @@ func (s *server) getMetrics(c echo.Context) error {
 	if prefersText(c.Request().Header.Values(echo.HeaderAccept)) {
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
-	return c.JSON(http.StatusOK, s.metrics.summary())
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary())
 }
 
 // prefersText reports whether an Accept header ranks Prometheus's text format
@@ -706,13 +720,8 @@ func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok
 
 // readyz says whether a create would be taken.
 func (s *server) readyz(c echo.Context) error {
-	select {
-	case <-s.stopping:
-		return errClosed
-	default:
-	}
 	if err := s.store.ready(); err != nil {
-		return err
+		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("Orders are refused now: %v.", err)}
 	}
 	return c.String(http.StatusOK, "ready\n")
 }
@@ -764,7 +773,6 @@ func (f *fault) Error() string { return f.detail }
 // is a 500 that tells nothing.
 func faultOf(err error, c echo.Context) *fault {
 	var f *fault
-	var tooLarge *http.MaxBytesError
 	var routing *echo.HTTPError
 	path := c.Request().URL.Path
 	switch {
@@ -779,12 +787,6 @@ func faultOf(err error, c echo.Context) *fault {
 			detail: "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back."}
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
 		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("The order was not taken: %v. Try again later.", err)}
-	case errors.As(err, &tooLarge):
-		return &fault{status: http.StatusRequestEntityTooLarge, detail: fmt.Sprintf("The body is larger than %d bytes.", tooLarge.Limit)}
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return &fault{status: http.StatusRequestTimeout, detail: "The body did not arrive in time."}
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return &fault{status: http.StatusBadRequest, detail: "The body ended before its announced length."}
 	case errors.As(err, &routing) && routing.Code == http.StatusNotFound:
 		return &fault{status: http.StatusNotFound, detail: fmt.Sprintf("There is nothing at %s.", path)}
 	case errors.As(err, &routing) && routing.Code == http.StatusMethodNotAllowed:
@@ -806,14 +808,23 @@ func (s *server) problem(err error, c echo.Context) {
 	if f.status == http.StatusServiceUnavailable {
 		header.Set(echo.HeaderRetryAfter, retryAfter)
 	}
-	text, _ := json.Marshal(struct {
+	answer := struct {
 		Type   string       `json:"type"`
 		Title  string       `json:"title"`
 		Status int          `json:"status"`
 		Detail string       `json:"detail"`
 		Errors []fieldError `json:"errors,omitempty"`
-	}{cmp.Or(f.kind, "about:blank"), http.StatusText(f.status), f.status, f.detail, f.fields})
-	if err := c.Blob(f.status, "application/problem+json", append(text, '\n')); err != nil {
+	}{cmp.Or(f.kind, "about:blank"), http.StatusText(f.status), f.status, f.detail, f.fields}
+	if err := answerJSON(c, f.status, "application/problem+json", answer); err != nil {
 		s.log.Debug("a problem could not be answered", "error", err)
 	}
+}
+
+// answerJSON spares people who read along the escapes that are for HTML only.
+func answerJSON(c echo.Context, status int, contentType string, v any) error {
+	c.Response().Header().Set(echo.HeaderContentType, contentType)
+	c.Response().WriteHeader(status)
+	enc := json.NewEncoder(c.Response())
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
 }

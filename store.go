@@ -567,7 +567,7 @@ func (s *store) commit(b *batch) error {
 	b.after = s.newest
 	if err := s.fill(b, &t); err != nil {
 		s.newest = b.after
-		s.write.rollback.Exec() // fails where SQLite has already rolled back
+		s.write.rollback.Exec() // fails where SQLite has rolled back by itself
 		if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
 			return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 		}
@@ -578,8 +578,10 @@ func (s *store) commit(b *batch) error {
 	}
 	if _, err := s.write.commit.Exec(); err != nil {
 		s.newest = b.after
-		// Only these two are known to leave the transaction rolled back.
+		// Only these two are known to leave the transaction rolled back:
+		// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
 		if c := code(err); c == sqlite3.SQLITE_FULL || c == sqlite3.SQLITE_IOERR_WRITE {
+			s.write.rollback.Exec()
 			return err
 		}
 		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
@@ -670,8 +672,10 @@ func (s *store) apply(st *step, t *totals) error {
 	if err != nil {
 		return err
 	}
-	if n, _ := result.RowsAffected(); n != 1 {
-		st.void = true
+	n, err := result.RowsAffected()
+	if st.void = n != 1; err != nil {
+		return err
+	} else if st.void {
 		s.log.Error("a step did not find its order", "order_id", st.id.String(), "from", st.from.String(), "to", st.to.String())
 		return nil
 	}

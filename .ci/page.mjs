@@ -1,0 +1,169 @@
+// Tests the page in headless Chromium, against a running orderd without a token:
+//   node .ci/page.mjs http://localhost:8080 screenshot.png
+// playwright-core is found from the directory in PLAYWRIGHT_DIR, or from here.
+import assert from 'node:assert/strict';
+import { createRequire } from 'node:module';
+import { resolve } from 'node:path';
+
+const [url = 'http://localhost:8080', screenshot] = process.argv.slice(2);
+const require = createRequire(resolve(process.env.PLAYWRIGHT_DIR ?? '.', 'from.js'));
+const { chromium } = require('playwright-core');
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+});
+let passed = 0, failed = 0;
+
+// check runs one test on a page of its own. Chromium logs every failed request
+// as an error: a test that wants some says which statuses.
+async function check(name, test, { expect = /^$/, ...options } = {}) {
+  const context = await browser.newContext({ viewport: { width: 1200, height: 800 }, colorScheme: 'light', ...options });
+  const page = await context.newPage();
+  const errors = [];
+  page.on('pageerror', error => errors.push(String(error)));
+  page.on('console', message => {
+    if (['error', 'warning'].includes(message.type()) && !expect.test(message.text())) errors.push(message.text());
+  });
+  try {
+    page.setDefaultTimeout(20_000);
+    await page.addInitScript(() => addEventListener('securitypolicyviolation', e => console.error('CSP violation', e.violatedDirective, e.blockedURI)));
+    await test(page);
+    assert.deepEqual(errors, [], 'errors in the console');
+    passed++;
+    console.log(`ok    ${name}`);
+  } catch (error) {
+    failed++;
+    console.log(`FAIL  ${name}\n${error.message.slice(0, 500).replace(/^/gm, '      ')}`);
+  } finally {
+    await context.close();
+  }
+}
+
+const hasText = (page, selector, pattern) =>
+  page.waitForFunction(([s, p]) => new RegExp(p).test(document.querySelector(s)?.textContent), [selector, pattern.source]);
+
+async function open(page) {
+  await page.goto(url);
+  await hasText(page, '#link', /^Live$/);
+}
+
+await check('the page shows live counts', async page => {
+  await open(page);
+  assert.deepEqual(await page.locator('#states span').allTextContents(), ['Pending', 'Processing', 'Completed']);
+  for (const text of await page.locator('#states b').allTextContents()) assert.match(text, /^[\d,]+$/);
+  await page.waitForSelector('#rates .curve', { state: 'attached' });
+  assert.match(await page.getAttribute('#rates', 'aria-label'), /^Throughput over the last 1 min: now .+ orders\/s/);
+});
+
+await check('an order placed by keyboard becomes Completed, its amount sent as typed', async page => {
+  await open(page);
+  const request = page.waitForRequest(r => r.method() === 'POST');
+  await page.focus('#user_id');
+  for (const text of ['page "test"', 'tea, <b>cake</b>', '9999999999999.90']) {
+    await page.keyboard.press('ControlOrMeta+A');
+    await page.keyboard.type(text);
+    await page.keyboard.press('Tab');
+  }
+  await page.keyboard.press('Enter'); // the focus is on the button by now
+  const sent = await request;
+  assert.equal(sent.postData(), '{"user_id":"page \\"test\\"","item_ids":"tea, <b>cake</b>","total_amount":9999999999999.90}');
+  assert.match(await sent.headerValue('Idempotency-Key'), /^[0-9a-f]{32}$/);
+  await hasText(page, '#done', /^Order \w{26} is placed\.$/);
+  const id = (await page.textContent('#done')).split(' ')[1];
+  const row = page.locator('#orders li', { hasText: id });
+  await row.locator('.Completed').waitFor();
+  assert.match(await row.textContent(), /page "test" tea, <b>cake<\/b>.*9,999,999,999,999\.90/);
+});
+
+await check('wrong fields are shown at their places and announced', async page => {
+  await open(page);
+  await page.fill('#user_id', ' ');
+  await page.fill('#total_amount', '1.999');
+  await page.press('#total_amount', 'Enter');
+  await hasText(page, '#total_amount-error', /at most two decimals/);
+  await hasText(page, '#user_id-error', /must be 1 to 128 bytes/);
+  await hasText(page, '[role=alert]#failed', /The order was not taken/);
+  assert.equal(await page.textContent('#item_ids-error'), '');
+  for (const field of ['#user_id', '#total_amount']) {
+    assert.equal(await page.getAttribute(field, 'aria-invalid'), 'true');
+    assert.ok((await page.getAttribute(field, 'aria-describedby')).split(' ').includes(field.slice(1) + '-error'));
+  }
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id', 'the focus is on the first wrong field');
+  await page.fill('#user_id', 'user123');
+  await page.fill('#total_amount', '1,5');
+  await page.press('#total_amount', 'Enter');
+  await hasText(page, '#total_amount-error', /^must be a number, such as 99\.99$/);
+}, { expect: /status of 422/ });
+
+await check('a retry repeats the key, a new order gets another', async page => {
+  await open(page);
+  const keys = [];
+  await page.route('**/orders', async route => {
+    keys.push(await route.request().headerValue('Idempotency-Key'));
+    await (keys.length === 1 ? route.abort() : route.continue());
+  });
+  await page.click('#place [type=submit]');
+  await hasText(page, '#failed', /The server does not answer/);
+  await page.click('#place [type=submit]');
+  await hasText(page, '#done', /is placed/);
+  await Promise.all([page.waitForResponse(r => r.status() === 201), page.click('#place [type=submit]')]);
+  assert.equal(keys[0], keys[1]);
+  assert.notEqual(keys[1], keys[2]);
+}, { expect: /ERR_FAILED/ });
+
+await check('the page says that the server is gone, and comes back by itself', async page => {
+  await open(page);
+  await page.route('**/metrics', route => route.abort());
+  await hasText(page, '#link[role=status]', /^The server does not answer\. Trying again\.$/);
+  await page.unroute('**/metrics');
+  await hasText(page, '#link', /^Live$/);
+}, { expect: /ERR_FAILED/ });
+
+await check('the page asks for a token and sends it', async page => {
+  await page.route(/\/(metrics|orders.*)$/, async route => {
+    const given = await route.request().headerValue('Authorization');
+    if (given === 'Bearer secret') return route.continue();
+    await route.fulfill({ status: 401, contentType: 'application/problem+json', body: '{"detail":"Send the token."}' });
+  });
+  await page.goto(url);
+  await hasText(page, '#link', /^Token needed$/);
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'token');
+  await page.keyboard.type('wrong');
+  await page.keyboard.press('Enter');
+  await hasText(page, '#token-error', /did not accept/);
+  await page.fill('#token', 'secret');
+  await page.press('#token', 'Enter');
+  await hasText(page, '#link', /^Live$/);
+  assert.ok(await page.isHidden('#door'));
+}, { expect: /status of 401/ });
+
+for (const colorScheme of ['light', 'dark']) {
+  await check(`nothing is cut off at 360 pixels, ${colorScheme}`, async page => {
+    await page.route('**/metrics', route => route.fulfill({ json: {
+      total_orders_processed: 98765432, average_processing_time: 2.0012, orders_pending: 12345678, orders_processing: 100000, orders_completed: 98765432 } }));
+    await open(page);
+    await page.locator('#orders li').first().waitFor();
+    const sizes = await page.evaluate(() => {
+      const wide = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth && !e.closest('#dots'));
+      return { scroll: document.documentElement.scrollWidth, wide: wide.map(e => e.tagName + '#' + e.id), background: getComputedStyle(document.body).backgroundColor };
+    });
+    assert.equal(sizes.scroll, 360);
+    assert.deepEqual(sizes.wide, []);
+    assert.equal(/rgb\((\d+)/.exec(sizes.background)[1] < 128, colorScheme === 'dark');
+    if (screenshot && process.env.SCREENSHOTS) await page.screenshot({ path: screenshot.replace(/(\.\w+)$/, `-360-${colorScheme}$1`), fullPage: true });
+  }, { viewport: { width: 360, height: 740 }, colorScheme, isMobile: true });
+}
+
+await check('a hundred orders are placed and flow', async page => {
+  await open(page);
+  await page.click('#hundred');
+  await hasText(page, '#done', /^100 orders are placed\.$/);
+  await page.waitForFunction(() => document.querySelectorAll('#dots .Pending').length > 3 || document.querySelectorAll('#dots .Completed').length > 50);
+  await page.waitForTimeout(12_000); // for the charts to have something to show
+  if (screenshot) await page.screenshot({ path: screenshot });
+});
+
+await browser.close();
+console.log(`${passed} passed, ${failed} failed`);
+process.exitCode = failed ? 1 : 0;
