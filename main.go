@@ -79,8 +79,8 @@ type app struct {
 
 // openApp opens everything and starts the work on what was left unfinished.
 // After it, the address is bound but not yet served.
-func openApp(cfg config, stderr io.Writer) (a *app, err error) {
-	a = &app{cfg: cfg, cache: newCache(cfg.cache)}
+func openApp(cfg config, stderr io.Writer) (_ *app, err error) {
+	a := &app{cfg: cfg, cache: newCache(cfg.cache)}
 	if a.log, err = openLog(cfg, stderr); err != nil {
 		return nil, err
 	}

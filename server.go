@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log/slog"
 	"math"
 	"math/rand/v2"
@@ -285,20 +284,32 @@ func idempotencyKey(values []string) (string, error) {
 }
 
 // decodeCreate reads a body into an order. A body that is no single JSON object
-// is a 400; all that is wrong with its fields is one 422.
+// is a 400; all that is wrong with its fields is one 422. It goes token by token
+// because decoding into a struct or a map hides repeated names and letter case.
 func decodeCreate(body []byte) (*create, error) {
-	if !utf8.Valid(body) || !json.Valid(body) || kindOf(bytes.TrimLeft(body, jsonSpace)) != "an object" {
-		return nil, &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
-			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
+	malformed := &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
+		`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(body) {
+		return nil, malformed
 	}
 	n := &create{}
 	fields := [...]struct {
 		name  string
-		parse func([]byte, report)
+		parse func(json.RawMessage, report)
 		seen  bool
 	}{{"user_id", n.parseUserID, false}, {"item_ids", n.parseItemIDs, false}, {"total_amount", n.parseAmount, false}}
 	var bad []fieldError
-	for name, value := range members(body) {
+	for dec.More() {
+		token, err := dec.Token()
+		if err != nil {
+			return nil, malformed
+		}
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return nil, malformed
+		}
+		name := token.(string)
 		to := func(format string, args ...any) { bad = append(bad, fieldError{name, fmt.Sprintf(format, args...)}) }
 		i := 0
 		for i < len(fields) && fields[i].name != name {
@@ -314,6 +325,12 @@ func decodeCreate(body []byte) (*create, error) {
 			fields[i].parse(value, to)
 		}
 	}
+	if _, err := dec.Token(); err != nil { // the closing brace
+		return nil, malformed
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, malformed
+	}
 	for _, f := range fields {
 		if !f.seen {
 			bad = append(bad, fieldError{f.name, "is missing"})
@@ -325,60 +342,9 @@ func decodeCreate(body []byte) (*create, error) {
 	return n, nil
 }
 
-const jsonSpace = " \t\r\n"
-
-// members walks over a valid JSON object, its names unquoted and its values as
-// they stand. Unlike encoding/json it shows repeated names, and names in their
-// own letter case.
-func members(object []byte) iter.Seq2[string, []byte] {
-	return func(yield func(string, []byte) bool) {
-		rest := bytes.Trim(object, jsonSpace+"{")
-		for {
-			rest = bytes.TrimLeft(rest, jsonSpace+",")
-			if rest[0] == '}' {
-				return
-			}
-			n := valueLength(rest)
-			name, _ := unquote(rest[:n])
-			rest = bytes.TrimLeft(rest[n:], jsonSpace+":")
-			n = valueLength(rest)
-			if !yield(name, rest[:n]) {
-				return
-			}
-			rest = rest[n:]
-		}
-	}
-}
-
-// valueLength is the length of the JSON value that text, which is valid, starts with.
-func valueLength(text []byte) int {
-	depth, quoted := 0, false
-	for i := 0; i < len(text); i++ {
-		switch c := text[i]; {
-		case quoted && c == '\\':
-			i++
-		case c == '"':
-			quoted = !quoted
-			if !quoted && depth == 0 {
-				return i + 1
-			}
-		case quoted:
-		case c == '{' || c == '[':
-			depth++
-		case depth == 0 && (c == ',' || c == ':' || c == '}' || strings.IndexByte(jsonSpace, c) >= 0):
-			return i
-		case c == '}' || c == ']':
-			if depth--; depth == 0 {
-				return i + 1
-			}
-		}
-	}
-	return len(text)
-}
-
 // unquote reads a JSON string. ok is false for an escape such as \ud800 that
 // is half a character: encoding/json puts U+FFFD in its place.
-func unquote(text []byte) (s string, ok bool) {
+func unquote(text json.RawMessage) (s string, ok bool) {
 	if bytes.IndexByte(text, '\\') < 0 {
 		return string(text[1 : len(text)-1]), true
 	}
@@ -393,7 +359,7 @@ func unquote(text []byte) (s string, ok bool) {
 // report notes what is wrong with a field.
 type report func(format string, args ...any)
 
-func (n *create) parseUserID(value []byte, bad report) {
+func (n *create) parseUserID(value json.RawMessage, bad report) {
 	text, ok := plainText(value, bad)
 	n.userID = strings.TrimSpace(text)
 	if ok && (n.userID == "" || len(n.userID) > maxUserID) {
@@ -401,7 +367,7 @@ func (n *create) parseUserID(value []byte, bad report) {
 	}
 }
 
-func (n *create) parseItemIDs(value []byte, bad report) {
+func (n *create) parseItemIDs(value json.RawMessage, bad report) {
 	text, ok := plainText(value, bad)
 	if !ok {
 		return
@@ -422,7 +388,7 @@ func (n *create) parseItemIDs(value []byte, bad report) {
 	n.itemIDs = strings.Join(items, ",")
 }
 
-func (n *create) parseAmount(value []byte, bad report) {
+func (n *create) parseAmount(value json.RawMessage, bad report) {
 	if kind := kindOf(value); kind != "a number" {
 		bad("must be a number, not %s", kind)
 		return
@@ -435,7 +401,7 @@ func (n *create) parseAmount(value []byte, bad report) {
 
 // plainText takes a string without control characters (Unicode's category Cc).
 // ok is false only for what is no string.
-func plainText(value []byte, bad report) (text string, ok bool) {
+func plainText(value json.RawMessage, bad report) (text string, ok bool) {
 	if kind := kindOf(value); kind != "a string" {
 		bad("must be a string, not %s", kind)
 		return "", false
@@ -451,7 +417,7 @@ func plainText(value []byte, bad report) (text string, ok bool) {
 }
 
 // kindOf names the type of a valid JSON value.
-func kindOf(value []byte) string {
+func kindOf(value json.RawMessage) string {
 	switch value[0] {
 	case '{':
 		return "an object"

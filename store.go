@@ -521,16 +521,29 @@ func (s *store) settle(b *batch) error {
 	s.cache.apply(b)
 	b.answer(nil)
 	if len(b.creates) > 0 {
-		select {
-		case s.fed <- b:
-		default:
-		}
+		s.feed(b)
 	}
 	nudge(s.counted)
 	if s.refuse(nil) {
 		s.log.Warn("orders are accepted again")
 	}
 	return s.checkpoint()
+}
+
+// feed hands a batch to the feeder, in the place of the oldest when too many
+// wait: from the newest one it always sees that it has missed some.
+func (s *store) feed(b *batch) {
+	for {
+		select {
+		case s.fed <- b:
+			return
+		default:
+		}
+		select {
+		case <-s.fed:
+		default:
+		}
+	}
 }
 
 // answer releases everyone who waits for the batch.
@@ -546,6 +559,10 @@ func (s *store) refuse(err error) bool {
 	defer s.mu.Unlock()
 	changed := s.refusing != err
 	s.refusing = err
+	if waiting := s.open; err != nil && len(waiting.creates) > 0 { // they joined while the refused batch was written
+		s.open = &batch{steps: waiting.steps, done: make(chan struct{})}
+		waiting.answer(err)
+	}
 	return changed
 }
 

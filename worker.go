@@ -26,7 +26,7 @@ type pool struct {
 
 	queue   chan order
 	retries chan job     // orders whose pause is over
-	parked  atomic.Int64 // orders in a pause, never more than queue has places
+	parked  atomic.Int64 // orders in a pause; while as many as queue has places, no worker takes a new one
 	took    histogram
 
 	quit    chan struct{}   // closed by stop: take no more orders
@@ -160,10 +160,15 @@ func (p *pool) serve() {
 			return
 		default:
 		}
+		queue, again := p.queue, (<-chan time.Time)(nil)
+		if p.parked.Load() >= int64(cap(queue)) { // no new orders before some of these complete
+			queue, again = nil, time.After(firstRetry)
+		}
 		select {
 		case <-p.quit:
 			return
-		case o := <-p.queue:
+		case <-again:
+		case o := <-queue:
 			j := job{order: o, began: time.Now()}
 			if o.status == pending {
 				j.ticket = p.store.step(step{id: o.id, from: pending, to: processing, started: j.began.UnixMilli()}, ticket{})
@@ -171,6 +176,7 @@ func (p *pool) serve() {
 			}
 			p.attempt(j)
 		case j := <-p.retries:
+			p.parked.Add(-1)
 			p.attempt(j)
 		}
 	}
@@ -205,19 +211,10 @@ func (p *pool) guarded(o order) (err error) {
 	return p.work(p.working, o)
 }
 
-// park lets an order sit out its pause without a worker. When as many are
-// parked as the queue has places, the worker waits along, so that work that
-// always fails fills no memory.
+// park lets an order sit out its pause without a worker.
 func (p *pool) park(j job, pause time.Duration) {
-	if p.parked.Add(1) > int64(cap(p.queue)) {
-		p.parked.Add(-1)
-		if p.pause(pause) {
-			p.attempt(j)
-		}
-		return
-	}
+	p.parked.Add(1)
 	time.AfterFunc(pause, func() {
-		defer p.parked.Add(-1)
 		select {
 		case p.retries <- j:
 		case <-p.quit:
