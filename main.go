@@ -188,6 +188,7 @@ type config struct {
 
 	token   string // from ORDERD_TOKEN or the token file, never from a flag's value
 	version bool
+	help    bool
 	hooks   hooks
 }
 
@@ -232,7 +233,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.logDays, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", intIn(0, 36_500))
 	define(fs, &c.logLevel, "log-level", "info", "least level that is logged: debug, info, warn or error", parseLevel)
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
-	fs.BoolFunc("h", "print this help", func(string) error { return flag.ErrHelp })
+	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs
 }
 
@@ -311,8 +312,8 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool)) (config, 
 			}
 		}
 	})
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return c, err
+	if err := fs.Parse(args); c.help || errors.Is(err, flag.ErrHelp) {
+		return c, flag.ErrHelp
 	} else if err = cmp.Or(err, envErr); err != nil {
 		return c, usageError{fmt.Errorf("%w; see orderd -h", err)}
 	}

@@ -184,9 +184,9 @@ func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 			return &fault{status: http.StatusMisdirectedRequest, detail: fmt.Sprintf("This server does not answer for the host %q; use localhost.", host)}
 		}
 		if s.guarded && !open[c.Path()] {
-			given, ok := strings.CutPrefix(c.Request().Header.Get(echo.HeaderAuthorization), "Bearer ")
-			hash := sha256.Sum256([]byte(given))
-			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !ok {
+			scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
+			hash := sha256.Sum256([]byte(given)) // equal lengths to compare
+			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !strings.EqualFold(scheme, "Bearer") {
 				c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
 				return &fault{status: http.StatusUnauthorized, detail: "Send the server's token as Authorization: Bearer <token>."}
 			}
@@ -501,10 +501,6 @@ func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
 	done, stop := s.cache.watch(id)
 	defer stop()
 	if st, err := s.status(id); err != nil || st == completed {
-		return err
-	}
-	// The read deadline of the request would end a longer wait.
-	if err := http.NewResponseController(c.Response()).SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
 	timer := time.NewTimer(wait)

@@ -297,7 +297,7 @@ func lockDirectory(dir string) (*sql.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = db.Exec("BEGIN EXCLUSIVE")
+	_, err = db.Exec("PRAGMA busy_timeout = 0; BEGIN EXCLUSIVE")
 	if code(err) == sqlite3.SQLITE_BUSY {
 		err = fmt.Errorf("another orderd uses the data directory %s: stop it first, or choose another with -data", dir)
 	} else if err != nil {
