@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -140,7 +139,7 @@ func (l *logger) flush(spare []byte) []byte {
 		return full
 	}
 	if l.file != nil {
-		if _, err := os.Stat(l.file.Filename); errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(l.file.Filename); err != nil {
 			l.file.Close() // deleted under us: the write below makes it anew
 		}
 	}

@@ -3,27 +3,63 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
+	"math"
+	"math/big"
+	"math/rand/v2"
+	"mime"
 	"net"
 	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path"
+	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/labstack/echo/v4"
+	"github.com/oklog/ulid/v2"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+)
+
+var (
+	killRounds = flag.Int("kill-rounds", 5, "how often TestKillNine kills the service")
+	killSeed   = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
 )
 
 // newTestApp opens the whole service on real files and a free port, serves it,
 // and takes it down at the end of the test.
 func newTestApp(tb testing.TB, change func(*config)) *app {
 	tb.Helper()
-	a := openTestApp(tb, tb.TempDir(), change)
+	return openTestApp(tb, tb.TempDir(), change)
+}
+
+// openTestApp is newTestApp on a directory that may hold an earlier one's files.
+func openTestApp(tb testing.TB, dir string, change func(*config)) *app {
+	tb.Helper()
+	a, _ := startApp(tb, dir, change, nil)
 	return a
 }
 
@@ -34,23 +70,5408 @@ func testConfig(dir string) config {
 	return cfg
 }
 
-// openTestApp is newTestApp on a directory that may hold an earlier one's files.
-func openTestApp(tb testing.TB, dir string, change func(*config)) *app {
+// longest is the time to wait for something that must happen.
+const longest = 20 * time.Second
+
+func until(tb testing.TB, condition func() bool, because ...any) {
 	tb.Helper()
+	require.Eventually(tb, condition, longest, 2*time.Millisecond, because...)
+}
+
+// startApp is openTestApp for a test that stops the service itself, or breaks
+// it before it serves.
+func startApp(t testing.TB, dir string, change func(*config), before func(*app)) (a *app, stop func()) {
+	t.Helper()
 	cfg := testConfig(dir)
 	if change != nil {
 		change(&cfg)
 	}
 	a, err := openApp(cfg, io.Discard)
-	require.NoError(tb, err)
+	require.NoError(t, err)
+	if before != nil {
+		before(a)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- a.serve(ctx) }()
-	tb.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
-		require.NoError(tb, <-ended)
+		assert.NoError(t, <-ended)
 	})
-	return a
+	t.Cleanup(stop)
+	return a, stop
+}
+
+// heldApp works on an order only until it has an item called held; from there
+// it waits for release.
+func heldApp(t *testing.T, change func(*config), before func(*app)) (a *app, release, stop func()) {
+	t.Helper()
+	gate := make(chan struct{})
+	a, stop = startApp(t, t.TempDir(), func(c *config) {
+		c.hooks.work = func(_ context.Context, o order) error {
+			if o.itemIDs == "held" {
+				<-gate
+			}
+			return nil
+		}
+		if change != nil {
+			change(c)
+		}
+	}, before)
+	release = sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(release)
+	return a, release, stop
+}
+
+// answer is what the service sent back, or why nothing came.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	err    error
+}
+
+// send makes one request over TCP. A Host in the header is sent as such.
+func send(ctx context.Context, addr, method, path string, header http.Header, body string) answer {
+	_, port, _ := net.SplitHostPort(addr)
+	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1:"+port+path, strings.NewReader(body))
+	if err != nil {
+		return answer{err: err}
+	}
+	if header != nil {
+		request.Header, request.Host = header.Clone(), header.Get("Host")
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return answer{err: err}
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	return answer{response.StatusCode, response.Header, string(text), err}
+}
+
+// callAt also demands of the answer what is true of every answer.
+func callAt(t *testing.T, addr, method, path string, header http.Header, body string) answer {
+	t.Helper()
+	got := send(t.Context(), addr, method, path, header, body)
+	requireGood(t, method, path, got)
+	return got
+}
+
+func call(t *testing.T, a *app, method, path string, header http.Header, body string) answer {
+	t.Helper()
+	return callAt(t, a.listener.Addr().String(), method, path, header, body)
+}
+
+func get(t *testing.T, a *app, path string) answer {
+	t.Helper()
+	return call(t, a, http.MethodGet, path, nil, "")
+}
+
+var asJSON = http.Header{"Content-Type": {"application/json"}}
+
+func post(t *testing.T, a *app, body string) answer {
+	t.Helper()
+	return call(t, a, http.MethodPost, "/orders", asJSON, body)
+}
+
+func keyed(keys ...string) http.Header {
+	return http.Header{"Content-Type": {"application/json"}, "Idempotency-Key": keys}
+}
+
+func prefer(values ...string) http.Header { return http.Header{"Prefer": values} }
+
+// orderBody takes the three values as JSON.
+func orderBody(userID, itemIDs, amount string) string {
+	return fmt.Sprintf(`{"user_id": %s, "item_ids": %s, "total_amount": %s}`, userID, itemIDs, amount)
+}
+
+// place creates an order and returns its ID.
+func place(t *testing.T, a *app, userID, itemIDs string) string {
+	t.Helper()
+	got := post(t, a, orderBody(`"`+userID+`"`, `"`+itemIDs+`"`, "1"))
+	require.Equal(t, http.StatusCreated, got.status, got.body)
+	return strings.TrimPrefix(got.header.Get("Location"), "/orders/")
+}
+
+func statusOf(t *testing.T, a *app, id string) string {
+	t.Helper()
+	return decoded[struct{ Status string }](t, get(t, a, "/orders/"+id).body).Status
+}
+
+func decoded[T any](t *testing.T, text string) (v T) {
+	t.Helper()
+	require.NoError(t, json.Unmarshal([]byte(text), &v), text)
+	return v
+}
+
+// requireGood checks that an answer has its request ID, that an error is a
+// problem document (RFC 9457), and that web/openapi.json foretells it.
+func requireGood(t *testing.T, method, path string, got answer) {
+	t.Helper()
+	require.NoError(t, got.err)
+	require.NotEmpty(t, got.header.Get("X-Request-Id"))
+	if got.status >= 400 && method != http.MethodHead {
+		require.Equal(t, "application/problem+json", got.header.Get("Content-Type"), got.body)
+		problem := decoded[struct {
+			Type, Title, Detail string
+			Status              int
+		}](t, got.body)
+		require.NotEmpty(t, problem.Type)
+		require.Equal(t, http.StatusText(got.status), problem.Title)
+		require.NotEmpty(t, problem.Detail)
+		require.Equal(t, got.status, problem.Status)
+	}
+	requireDocumented(t, method, path, got)
+}
+
+// openIdle opens an app without its pool and server: orders move only as the
+// test steps them.
+func openIdle(tb testing.TB, dir string, change func(*config)) (a *app, stop func()) {
+	tb.Helper()
+	cfg := testConfig(dir)
+	if change != nil {
+		change(&cfg)
+	}
+	a = &app{cfg: cfg, cache: newCache(cfg.cache)}
+	var err error
+	a.log, err = openLog(cfg, io.Discard)
+	require.NoError(tb, err)
+	a.store, a.metrics, err = openStore(cfg, a.cache, a.log)
+	require.NoError(tb, err)
+	a.unfinished = a.store.start()
+	a.metrics.start()
+	a.pool = newPool(cfg, a.store, a.log)
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			a.pool.cancel()
+			require.NoError(tb, errors.Join(a.store.close(), a.metrics.close(), a.log.close()))
+		})
+	}
+	tb.Cleanup(stop)
+	return a, stop
+}
+
+// sampleOrder is the i-th of many orders that can be told apart.
+func sampleOrder(i int, key string) *create {
+	return &create{order: order{userID: fmt.Sprintf("user%d", i), itemIDs: fmt.Sprintf("item%d,item2", i), cents: int64(i)}, key: key}
+}
+
+func sampleOrders(n int) []*create {
+	creates := make([]*create, n)
+	for i := range creates {
+		creates[i] = sampleOrder(i, "")
+	}
+	return creates
+}
+
+// commitTogether puts the creates into one batch, in this order, and waits for
+// its commit. It returns their IDs.
+func commitTogether(tb testing.TB, s *store, creates []*create) []ulid.ULID {
+	tb.Helper()
+	s.mu.Lock()
+	b := s.open
+	b.creates = append(b.creates, creates...)
+	s.mu.Unlock()
+	nudge(s.wake)
+	<-b.done
+	require.NoError(tb, b.err)
+	var ids []ulid.ULID
+	for _, c := range creates {
+		ids = append(ids, c.id)
+	}
+	return ids
+}
+
+// move steps an order and returns the step as the writer left it.
+func move(s *store, st step) step {
+	at := s.step(st, ticket{})
+	<-at.b.done
+	return at.b.steps[at.i]
+}
+
+// moveTo takes a Pending order to a status.
+func moveTo(tb testing.TB, s *store, id ulid.ULID, to status, took int64) {
+	tb.Helper()
+	if to >= processing {
+		require.False(tb, move(s, step{id: id, from: pending, to: processing, started: 1000}).void)
+	}
+	if to == completed {
+		require.False(tb, move(s, step{id: id, from: processing, to: completed, started: 1000, took: took}).void)
+	}
+}
+
+func allOrders(tb testing.TB, s *store) []order {
+	tb.Helper()
+	orders, err := s.list(filter{before: math.MaxInt64, limit: math.MaxInt32})
+	require.NoError(tb, err)
+	return orders
+}
+
+// execOn runs SQL on a database by a connection of its own.
+func execOn(tb testing.TB, path, query string, args ...any) {
+	tb.Helper()
+	db, err := openSQLite(path)
+	require.NoError(tb, err)
+	_, err = db.Exec(query, args...)
+	require.NoError(tb, errors.Join(err, db.Close()))
+}
+
+// logged are the lines with this message in the log of an app that has ended.
+func logged(tb testing.TB, dir, message string) (lines []map[string]any) {
+	tb.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
+	require.NoError(tb, err)
+	for line := range bytes.Lines(text) {
+		var fields map[string]any
+		require.NoError(tb, json.Unmarshal(line, &fields))
+		if fields["msg"] == message {
+			lines = append(lines, fields)
+		}
+	}
+	return lines
+}
+
+// diary notes orders in the order in which they were met.
+type diary struct {
+	mu  sync.Mutex
+	ids []ulid.ULID
+}
+
+func (d *diary) note(id ulid.ULID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ids = append(d.ids, id)
+}
+
+func (d *diary) read() []ulid.ULID {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.ids)
+}
+
+// hold is work that lasts until release is closed.
+func hold(release <-chan struct{}) func(context.Context, order) error {
+	return func(ctx context.Context, _ order) error {
+		select {
+		case <-release:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// awaitRest waits until so many orders are Processing and Completed, and until
+// metrics.db has counted them.
+func awaitRest(tb testing.TB, a *app, inWork, done int64) {
+	tb.Helper()
+	until(tb, func() bool {
+		t := *a.store.totals.Load()
+		return t.processing == inWork && t.completed == done && *a.metrics.counted.Load() == t.sums
+	}, fmt.Sprintf("%d Processing and %d Completed, in both databases", inWork, done))
+
+}
+
+// checkInvariants compares everything that tells the state of the orders. The
+// app must be at rest: nothing moves while it looks.
+func checkInvariants(tb testing.TB, a *app) {
+	tb.Helper()
+	until(tb, func() bool { return *a.metrics.counted.Load() == a.store.totals.Load().sums }, "metrics.db has counted all")
+	db, err := openSQLite(a.store.db.path)
+	require.NoError(tb, err)
+	defer db.Close()
+
+	var found totals
+	inTable := map[ulid.ULID]status{}
+	var last ulid.ULID
+	rows, err := db.Query("SELECT id_high, id_low, status, started, took FROM orders ORDER BY rowid")
+	require.NoError(tb, err)
+	defer rows.Close()
+	for rows.Next() {
+		var idHigh, idLow int64
+		var st status
+		var started, took *int64
+		require.NoError(tb, rows.Scan(&idHigh, &idLow, &st, &started, &took))
+		id := joinID(idHigh, idLow)
+		require.Negative(tb, last.Compare(id), "IDs increase from %s to %s", last, id)
+		last, inTable[id] = id, st
+		found.accepted++
+		if st == pending {
+			require.True(tb, started == nil && took == nil, "%s is Pending and has a start", id)
+			continue
+		}
+		found.newestStarted = idHigh
+		require.True(tb, started != nil && *started > 0, "%s is %s without a start", id, st)
+		if st == processing {
+			found.processing++
+			continue
+		}
+		require.True(tb, took != nil && *took >= 0, "%s is Completed without a time", id)
+		found.completed++
+		found.took += *took
+	}
+	require.NoError(tb, rows.Err())
+	require.Equal(tb, found, *a.store.totals.Load(), "totals in memory are those of the table")
+	var written totals
+	var projected sums
+	require.NoError(tb, db.QueryRow("SELECT * FROM totals").Scan(&written.accepted, &written.processing, &written.completed, &written.took, &written.newestStarted))
+	require.Equal(tb, found, written, "totals in orders.db are those of the table")
+
+	counts, err := openSQLite(a.metrics.db.path)
+	require.NoError(tb, err)
+	defer counts.Close()
+	require.NoError(tb, counts.QueryRow("SELECT * FROM totals").Scan(&projected.accepted, &projected.completed, &projected.took))
+	require.Equal(tb, found.sums, projected, "metrics.db holds the totals of orders.db")
+	average := 0.0
+	if found.completed > 0 {
+		average = float64(found.took) / float64(found.completed) / 1e6
+	}
+	require.Equal(tb, summary{
+		TotalOrdersProcessed: found.completed, AverageProcessingTime: average,
+		OrdersPending: found.pending(), OrdersProcessing: found.processing, OrdersCompleted: found.completed,
+	}, a.metrics.summary())
+
+	var stray int64
+	require.NoError(tb, db.QueryRow("SELECT count(*) FROM idempotency_keys WHERE id_high NOT IN (SELECT id_high FROM orders)").Scan(&stray))
+	require.Zero(tb, stray, "every key points at an order")
+	for _, file := range []*sql.DB{db, counts} {
+		var verdict string
+		require.NoError(tb, file.QueryRow("PRAGMA integrity_check").Scan(&verdict))
+		require.Equal(tb, "ok", verdict)
+	}
+
+	// The writer tells the cache only after it has stored the totals.
+	until(tb, func() bool { return cacheAgrees(a.cache, inTable) }, "the cache agrees with the table and with its ring")
+	if found.completed == found.accepted {
+		require.Empty(tb, a.pool.queue)
+		until(tb, func() bool { return a.pool.parked.Load() == 0 }, "nothing is parked")
+	}
+}
+
+func cacheAgrees(c *cache, inTable map[ulid.ULID]status) bool {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	keys := map[ulid.ULID]bool{}
+	for _, id := range c.ring {
+		st, ok := c.statuses[id]
+		inRow, stored := inTable[id]
+		if !ok || !stored || st != inRow {
+			return false
+		}
+		keys[id] = true
+	}
+	return len(keys) == len(c.ring) && len(keys) == len(c.statuses) && len(keys) <= c.max && c.next < c.max
+}
+
+// ---- the real process ----
+
+// childMode, where it is set, makes the test binary the service, in one of
+// childModes.
+const childMode = "ORDERD_TEST_CHILD"
+
+// childModes are the service as it is, and broken on purpose.
+var childModes = map[string]func() hooks{
+	"serve":                func() hooks { return hooks{} },
+	"exit-between-commits": exitBetweenCommits,
+	"answer-before-commit": answerBeforeCommit,
+	"hold-commit":          holdCommit,
+}
+
+const exitedBetweenCommits = 77
+
+// exitBetweenCommits ends the process, without any clean-up, where orders.db
+// has been committed and metrics.db not yet, at the time ORDERD_TEST_AT.
+func exitBetweenCommits() hooks {
+	left, _ := strconv.Atoi(os.Getenv("ORDERD_TEST_AT"))
+	return hooks{beforeProject: func() {
+		if left--; left == 0 {
+			os.Exit(exitedBetweenCommits)
+		}
+	}}
+}
+
+// answerBeforeCommit breaks the first promise: after a few good batches it
+// answers one that it never commits.
+func answerBeforeCommit() hooks {
+	batches := 0
+	return hooks{beforeCommit: func(_ *store, b *batch) {
+		if len(b.creates) == 0 {
+			return
+		}
+		if batches++; batches <= 3 {
+			return
+		}
+		close(b.done)
+		fmt.Fprintln(os.Stderr, "answered before the commit")
+		select {} // until it is killed
+	}}
+}
+
+// heldCreates is how many creates are in flight when holdCommit says so.
+const heldCreates = 16
+
+// holdCommit holds the first commit until heldCreates are in flight and a
+// little longer, so that SIGTERM finds them there.
+func holdCommit() hooks {
+	var once sync.Once
+	return hooks{beforeCommit: func(s *store, b *batch) {
+		if len(b.creates) == 0 {
+			return
+		}
+		once.Do(func() {
+			for waiting := 0; waiting < heldCreates; runtime.Gosched() {
+				s.mu.Lock()
+				waiting = len(b.creates) + len(s.open.creates)
+				s.mu.Unlock()
+			}
+			fmt.Fprintln(os.Stderr, "all creates are in flight")
+			time.Sleep(300 * time.Millisecond)
+		})
+	}}
+}
+
+func TestMain(m *testing.M) {
+	mode, ok := os.LookupEnv(childMode)
+	if !ok {
+		os.Exit(m.Run())
+	}
+	go func() { // no child outlives its test
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(3)
+	}()
+	if mode == "serve" {
+		main()
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(exitCode(func() error {
+		cfg, err := parseConfig(os.Args[1:], os.LookupEnv)
+		if err != nil {
+			return err
+		}
+		cfg.hooks = childModes[mode]()
+		a, err := openApp(cfg, os.Stderr)
+		if err != nil {
+			return err
+		}
+		return a.serve(ctx)
+	}(), os.Stderr))
+}
+
+// process is the service in a process of its own.
+type process struct {
+	cmd    *exec.Cmd
+	addr   string // host:port
+	dir    string
+	stderr *transcript
+	exited chan struct{} // closed after code is set
+	code   int           // exit code, -1 for a signal
+}
+
+// startProcess runs the service on dir/data and waits until it is open.
+func startProcess(tb testing.TB, dir string, env []string, args ...string) *process {
+	tb.Helper()
+	return startWrapped(tb, nil, dir, env, args...)
+}
+
+// startWrapped is startProcess under another command, such as strace. It must
+// become the service by exec, or leave it as its own process.
+func startWrapped(tb testing.TB, wrapper []string, dir string, env []string, args ...string) *process {
+	tb.Helper()
+	p := launch(tb, wrapper, dir, env, args...)
+	const announced = "orderd is open at http://"
+	line := p.stderr.waitFor(tb, announced, p.exited)
+	p.addr = strings.TrimPrefix(line, announced)
+	return p
+}
+
+// launch is startWrapped without the wait.
+func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...string) *process {
+	tb.Helper()
+	self, err := os.Executable()
+	require.NoError(tb, err)
+	command := append(slices.Clone(wrapper), self,
+		"-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
+	command = append(command, args...)
+	p := &process{cmd: exec.Command(command[0], command[1:]...), dir: dir, stderr: &transcript{}, exited: make(chan struct{})}
+	for _, v := range os.Environ() {
+		if !strings.HasPrefix(v, "ORDERD_") {
+			p.cmd.Env = append(p.cmd.Env, v)
+		}
+	}
+	// Of a repeated variable the last counts. The race detector would sleep a second at exit.
+	p.cmd.Env = append(append(p.cmd.Env, childMode+"=serve", "GORACE=atexit_sleep_ms=0"), env...)
+	p.cmd.Stderr = p.stderr
+	p.cmd.WaitDelay = 5 * time.Second
+	stdin, err := p.cmd.StdinPipe()
+	require.NoError(tb, err)
+	require.NoError(tb, p.cmd.Start())
+	go func() {
+		p.cmd.Wait()
+		p.code = p.cmd.ProcessState.ExitCode()
+		close(p.exited)
+	}()
+	tb.Cleanup(func() {
+		stdin.Close()
+		p.kill()
+	})
+	return p
+}
+
+func (p *process) url() string { return "http://" + p.addr }
+
+// kill is kill -9.
+func (p *process) kill() {
+	p.cmd.Process.Kill() // fails where it has ended
+	<-p.exited
+}
+
+// wait returns the exit code.
+func (p *process) wait(tb testing.TB, within time.Duration) int {
+	tb.Helper()
+	select {
+	case <-p.exited:
+	case <-time.After(within):
+		require.Fail(tb, "the process has not ended", p.stderr.String())
+	}
+	return p.code
+}
+
+// terminate sends SIGTERM and returns the exit code.
+func (p *process) terminate(tb testing.TB, within time.Duration) int {
+	tb.Helper()
+	needsUnix(tb)
+	require.NoError(tb, p.cmd.Process.Signal(syscall.SIGTERM))
+	return p.wait(tb, within)
+}
+
+// stop ends the process cleanly where the system can, and demands exit code 0.
+func (p *process) stop(tb testing.TB) {
+	tb.Helper()
+	if runtime.GOOS == "windows" {
+		p.kill()
+		return
+	}
+	require.Equal(tb, 0, p.terminate(tb, time.Minute), p.stderr.String())
+}
+
+// residentMB is the memory that the process occupies.
+func (p *process) residentMB(tb testing.TB) float64 {
+	tb.Helper()
+	text, err := exec.Command("ps", "-o", "rss=", "-p", strconv.Itoa(p.cmd.Process.Pid)).Output()
+	if err != nil {
+		tb.Skip("needs ps: ", err)
+	}
+	kb, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	require.NoError(tb, err)
+	return float64(kb) / 1024
+}
+
+// transcript keeps what a process printed.
+type transcript struct {
+	mu   sync.Mutex
+	text []byte
+	more chan struct{} // closed by the next write; nil while nobody waits
+}
+
+func (c *transcript) Write(text []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.text = append(c.text, text...)
+	if c.more != nil {
+		close(c.more)
+		c.more = nil
+	}
+	return len(text), nil
+}
+
+func (c *transcript) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return string(c.text)
+}
+
+// read returns the text so far and a channel that is closed when there is more.
+func (c *transcript) read() (text string, more <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.more == nil {
+		c.more = make(chan struct{})
+	}
+	return string(c.text), c.more
+}
+
+// waitFor returns the first whole line with that prefix.
+func (c *transcript) waitFor(tb testing.TB, prefix string, exited <-chan struct{}) string {
+	tb.Helper()
+	limit := time.After(time.Minute)
+	for {
+		text, more := c.read()
+		for line := range strings.Lines(text) {
+			if strings.HasPrefix(line, prefix) && strings.HasSuffix(line, "\n") {
+				return strings.TrimSuffix(line, "\n")
+			}
+		}
+		select {
+		case <-more:
+		case <-exited:
+			require.Fail(tb, "the process ended before it printed: "+prefix, c.String())
+		case <-limit:
+			require.Fail(tb, "the process does not print: "+prefix, c.String())
+		}
+	}
+}
+
+func needsUnix(tb testing.TB) {
+	tb.Helper()
+	if runtime.GOOS == "windows" {
+		tb.Skip("needs signals")
+	}
+}
+
+func needs(tb testing.TB, command string) {
+	tb.Helper()
+	needsUnix(tb)
+	if _, err := exec.LookPath(command); err != nil {
+		tb.Skip("needs ", command)
+	}
+}
+
+// ---- the API description, held against every answer ----
+
+// node is a JSON object of web/openapi.json.
+type node = map[string]any
+
+var openapi = sync.OnceValue(func() (document node) {
+	json.Unmarshal(apiJSON, &document)
+	return document
+})
+
+// within goes down into a description, through each $ref.
+func within(value any, names ...string) node {
+	n, _ := value.(node)
+	if ref, ok := n["$ref"].(string); ok {
+		return within(openapi(), append(strings.Split(strings.TrimPrefix(ref, "#/"), "/"), names...)...)
+	}
+	if len(names) == 0 {
+		return n
+	}
+	return within(n[names[0]], names[1:]...)
+}
+
+var placeholder = regexp.MustCompile(`\{[^/]+\}`)
+
+// operation is the description of what answers a request, or nil.
+func operation(method, address string) node {
+	address, _, _ = strings.Cut(address, "?")
+	if method == http.MethodHead {
+		method = http.MethodGet // the server sends the same without the body
+	}
+	for template := range within(openapi(), "paths") {
+		if ok, _ := path.Match(placeholder.ReplaceAllString(template, "*"), address); ok {
+			return within(openapi(), "paths", template, strings.ToLower(method))
+		}
+	}
+	return nil
+}
+
+func requireDocumented(t *testing.T, method, path string, got answer) {
+	t.Helper()
+	operation := operation(method, path)
+	if operation == nil { // no route: a 404, a 405 or OPTIONS
+		return
+	}
+	response := within(operation, "responses", strconv.Itoa(got.status))
+	require.NotNil(t, response, "web/openapi.json lacks %d of %s %s", got.status, method, path)
+	if got.body == "" {
+		return
+	}
+	media, _, err := mime.ParseMediaType(got.header.Get("Content-Type"))
+	require.NoError(t, err)
+	for listed := range within(response, "content") {
+		if kind, _, _ := mime.ParseMediaType(listed); kind == media {
+			if strings.HasSuffix(media, "json") && path != "/openapi.json" { // whose schema names no more than it needs
+				require.Empty(t, mismatches("body", within(response, "content", listed, "schema"), decoded[any](t, got.body)),
+					"web/openapi.json differs from %d of %s %s", got.status, method, path)
+			}
+			return
+		}
+	}
+	require.Fail(t, "web/openapi.json lacks a media type", "%s in %d of %s %s", media, got.status, method, path)
+}
+
+// mismatches tells where a value departs from the names and types of a schema.
+func mismatches(where string, schema node, value any) (found []string) {
+	wrong := func(format string, args ...any) { found = append(found, where+fmt.Sprintf(format, args...)) }
+	kind := "null"
+	switch v := value.(type) {
+	case string:
+		kind = "string"
+	case bool:
+		kind = "boolean"
+	case float64:
+		kind = "number"
+		if v == math.Trunc(v) && schema["type"] == "integer" {
+			kind = "integer"
+		}
+	case node:
+		kind = "object"
+		names := within(schema, "properties")
+		for name, member := range v {
+			if names != nil && names[name] == nil {
+				wrong(".%s is not in the schema", name)
+			} else {
+				found = append(found, mismatches(where+"."+name, within(names, name), member)...)
+			}
+		}
+		required, _ := schema["required"].([]any)
+		for _, name := range required {
+			if _, ok := v[name.(string)]; !ok {
+				wrong(".%s is missing", name)
+			}
+		}
+	case []any:
+		kind = "array"
+		for i, member := range v {
+			found = append(found, mismatches(fmt.Sprintf("%s[%d]", where, i), within(schema, "items"), member)...)
+		}
+	}
+	if types, several := schema["type"].([]any); several && !slices.Contains(types, any(kind)) || !several && schema["type"] != nil && schema["type"] != kind {
+		wrong(" is %s, not %v", kind, schema["type"])
+	}
+	if values, ok := schema["enum"].([]any); ok && !slices.Contains(values, value) {
+		wrong(" is %v, not one of %v", value, values)
+	}
+	if only, ok := schema["const"]; ok && only != value {
+		wrong(" is %v, not %v", value, only)
+	}
+	return found
+}
+
+func TestOpenAPIListsTheRoutes(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	got := get(t, a, "/openapi.json")
+	require.JSONEq(t, string(apiJSON), got.body)
+	require.Regexp(t, `^3\.`, decoded[node](t, got.body)["openapi"])
+	var routed, listed []string
+	for _, r := range a.server.http.Handler.(*echo.Echo).Routes() {
+		if r.Method != http.MethodHead {
+			routed = append(routed, r.Method+" "+regexp.MustCompile(`:(\w+)`).ReplaceAllString(r.Path, "{$1}"))
+		}
+	}
+	for path, item := range within(openapi(), "paths") {
+		for method := range within(item) {
+			if slices.Contains([]string{"get", "put", "post", "delete", "options", "head", "patch", "trace"}, method) {
+				listed = append(listed, strings.ToUpper(method)+" "+path)
+			}
+		}
+	}
+	require.ElementsMatch(t, routed, listed)
+}
+
+// ---- main.go ----
+
+// flagTable says of each flag all that can be said of it. Accepted values are
+// written as fmt prints them; the first and the last are the limits.
+var flagTable = []struct {
+	name              string
+	initial           string
+	get               func(config) any
+	accepted, refused []string
+	limits            string // in the message
+}{
+	{name: "addr", initial: "localhost:8080", get: func(c config) any { return c.addr },
+		accepted: []string{"localhost:0", "[::1]:80", ":65535"}, refused: []string{"localhost", "localhost:-1", ":65536", ":http", ""},
+		limits: "host:port with a port from 0 to 65535"},
+	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"go.mod", "go.sum"}},
+	{name: "drain", initial: "10s", get: func(c config) any { return c.drain },
+		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
+	{name: "data", initial: "data", get: func(c config) any { return c.data },
+		accepted: []string{"a", "/b/c"}, refused: []string{""}, limits: "not be empty"},
+	{name: "workers", initial: "8", get: func(c config) any { return c.workers },
+		accepted: []string{"1", "100000"}, refused: []string{"0", "100001", "-1", "1.5", "many", ""}, limits: "a whole number from 1 to 100000"},
+	{name: "delay", initial: "2s", get: func(c config) any { return c.delay },
+		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
+	{name: "queue", initial: "1024", get: func(c config) any { return c.queue },
+		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
+	{name: "cache", initial: "1000000", get: func(c config) any { return c.cache },
+		accepted: []string{"1", "100000000"}, refused: []string{"0", "100000001"}, limits: "a whole number from 1 to 100000000"},
+	{name: "log", initial: "logs/orderd.log", get: func(c config) any { return c.log },
+		accepted: []string{"-", "a.log"}, refused: []string{""}, limits: "not be empty"},
+	{name: "log-size", initial: "100", get: func(c config) any { return c.logSize },
+		accepted: []string{"1", "10000"}, refused: []string{"0", "10001"}, limits: "a whole number from 1 to 10000"},
+	{name: "log-backups", initial: "5", get: func(c config) any { return c.logBackups },
+		accepted: []string{"1", "1000"}, refused: []string{"0", "1001"}, limits: "a whole number from 1 to 1000"},
+	{name: "log-days", initial: "28", get: func(c config) any { return c.logDays },
+		accepted: []string{"0", "36500"}, refused: []string{"-1", "36501"}, limits: "a whole number from 0 to 36500"},
+	{name: "log-level", initial: "info", get: func(c config) any { return c.logLevel },
+		accepted: []string{"debug", "info", "warn", "error"}, refused: []string{"DEBUG", "all", ""}, limits: "debug, info, warn or error"},
+}
+
+// environment is a lookupEnv.
+func environment(variables map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		value, ok := variables[name]
+		return value, ok
+	}
+}
+
+// exited is the exit status that err leads to, and the one line it prints.
+func exited(t *testing.T, err error) (code int, sentence string) {
+	t.Helper()
+	var stderr transcript
+	code = exitCode(err, &stderr)
+	require.Regexp(t, `^orderd: [^\n]+\n$`, stderr.String())
+	return code, stderr.String()
+}
+
+func TestFlags(t *testing.T) {
+	t.Parallel()
+	for _, f := range flagTable {
+		t.Run("-"+f.name, func(t *testing.T) {
+			name := "ORDERD_" + strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
+			parse := func(variables map[string]string, args ...string) (string, error) {
+				c, err := parseConfig(args, environment(variables))
+				return fmt.Sprint(f.get(c)), err
+			}
+			value, err := parse(nil)
+			require.NoError(t, err)
+			require.Equal(t, f.initial, value)
+			for _, text := range f.accepted {
+				value, err := parse(nil, "-"+f.name, text)
+				require.NoError(t, err)
+				require.Equal(t, text, value)
+			}
+			for _, text := range f.refused {
+				_, err := parse(nil, "-"+f.name, text)
+				code, sentence := exited(t, err)
+				require.Equal(t, 2, code)
+				require.Contains(t, sentence, fmt.Sprintf("%q for flag -%s: must ", text, f.name))
+				require.Contains(t, sentence, f.limits)
+				_, err = parse(map[string]string{name: text})
+				code, sentence = exited(t, err)
+				require.Equal(t, 2, code)
+				require.Contains(t, sentence, fmt.Sprintf("%q for %s: must ", text, name))
+				require.Contains(t, sentence, f.limits)
+			}
+			low, high := f.accepted[0], f.accepted[len(f.accepted)-1]
+			value, err = parse(map[string]string{name: low})
+			require.NoError(t, err)
+			require.Equal(t, low, value, "the variable works")
+			value, err = parse(map[string]string{name: low}, "-"+f.name, high)
+			require.NoError(t, err)
+			require.Equal(t, high, value, "the flag wins")
+		})
+	}
+}
+
+func TestHelpAndVersion(t *testing.T) {
+	t.Parallel()
+	for _, arg := range []string{"-h", "-help", "--help"} {
+		var stdout, stderr transcript
+		require.Zero(t, exitCode(run(t.Context(), []string{arg}, environment(nil), &stdout, &stderr), &stderr))
+		require.Empty(t, stderr.String())
+		for _, f := range flagTable {
+			require.Regexp(t, fmt.Sprintf(`(?m)^  -%s +\S.*\n +default %s, variable ORDERD_%s$`, f.name, regexp.QuoteMeta(cmp.Or(f.initial, "none")),
+				strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))), stdout.String())
+		}
+		require.Equal(t, len(flagTable), strings.Count(stdout.String(), ", variable "))
+		require.Regexp(t, `(?m)^  -version +\S`, stdout.String())
+		require.Regexp(t, `(?m)^  -h +\S`, stdout.String())
+		require.Contains(t, stdout.String(), "ORDERD_TOKEN")
+	}
+	var stdout, stderr transcript
+	require.NoError(t, run(t.Context(), []string{"-version"}, environment(nil), &stdout, &stderr))
+	require.Regexp(t, `^orderd \S+, commit \S+, go\S+[^\n]*\n$`, stdout.String())
+	require.Empty(t, stderr.String())
+}
+
+func TestWrongArguments(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		args  []string
+		named string
+	}{
+		{name: "an argument that is no flag", args: []string{"-workers", "2", "serve"}, named: `"serve"`},
+		{name: "a flag that does not exist", args: []string{"-worker", "2"}, named: "-worker"},
+		{name: "a flag without its value", args: []string{"-workers"}, named: "-workers"},
+		{name: "a token as a flag", args: []string{"-token", "secret"}, named: "-token"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var stdout, stderr transcript
+			code, sentence := exited(t, run(t.Context(), test.args, environment(nil), &stdout, &stderr))
+			require.Equal(t, 2, code)
+			require.Contains(t, sentence, test.named)
+			require.Contains(t, sentence, "orderd -h")
+			require.Empty(t, stdout.String()+stderr.String())
+		})
+	}
+}
+
+func TestTokenSource(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := func(text string) string {
+		path := filepath.Join(dir, fmt.Sprintf("token%x", text))
+		require.NoError(t, os.WriteFile(path, []byte(text), 0o600))
+		return path
+	}
+	for _, test := range []struct {
+		name      string
+		variables map[string]string
+		args      []string
+		token     string
+		code      int    // exit status if it is refused
+		named     string // in the sentence
+	}{
+		{name: "there is none without a source"},
+		{name: "ORDERD_TOKEN holds it", variables: map[string]string{"ORDERD_TOKEN": "secret"}, token: "secret"},
+		{name: "a file holds it, up to its line end", args: []string{"-token-file", file("secret\r\n")}, token: "secret"},
+		{name: "a variable names the file", variables: map[string]string{"ORDERD_TOKEN_FILE": file("secret")}, token: "secret"},
+		{name: "the file wins", variables: map[string]string{"ORDERD_TOKEN": "other"}, args: []string{"-token-file", file("secret")}, token: "secret"},
+		{name: "an empty variable is refused", variables: map[string]string{"ORDERD_TOKEN": ""}, code: 2, named: "ORDERD_TOKEN"},
+		{name: "a blank variable is refused", variables: map[string]string{"ORDERD_TOKEN": " "}, code: 2, named: "ORDERD_TOKEN"},
+		{name: "an empty file is refused", variables: map[string]string{"ORDERD_TOKEN": "x"}, args: []string{"-token-file", file("\n")}, code: 2, named: file("\n")},
+		{name: "a missing file is refused", args: []string{"-token-file", filepath.Join(dir, "missing")}, code: 1, named: filepath.Join(dir, "missing")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c, err := parseConfig(test.args, environment(test.variables))
+			if test.code == 0 {
+				require.NoError(t, err)
+				require.Equal(t, test.token, c.token)
+				return
+			}
+			code, sentence := exited(t, err)
+			require.Equal(t, test.code, code)
+			require.Contains(t, sentence, test.named)
+		})
+	}
+}
+
+func TestStartRefused(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { taken.Close() })
+	running := newTestApp(t, nil)
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	for _, test := range []struct {
+		name  string
+		args  []string
+		named []string
+	}{
+		{name: "a port that is taken", args: []string{"-addr", taken.Addr().String()}, named: []string{taken.Addr().String(), "-addr"}},
+		{name: "an address that is not ours", args: []string{"-addr", "192.0.2.1:0"}, named: []string{"192.0.2.1:0", "-addr"}},
+		{name: "a data directory in use", args: []string{"-data", running.cfg.data}, named: []string{running.cfg.data, "-data"}},
+		{name: "a data directory that is a file", args: []string{"-data", file + "/data"}, named: []string{file, "-data"}},
+		{name: "a log directory that is a file", args: []string{"-log", file + "/orderd.log"}, named: []string{file, "-log"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var stdout, stderr transcript
+			args := append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/orderd.log"}, test.args...)
+			code, sentence := exited(t, run(t.Context(), args, environment(nil), &stdout, &stderr))
+			require.Equal(t, 1, code)
+			for _, part := range test.named {
+				require.Contains(t, sentence, part)
+			}
+			require.Empty(t, stdout.String()+stderr.String())
+		})
+	}
+}
+
+// running is a run in the background.
+type running struct {
+	addr   string
+	stderr *transcript
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+func startRun(t *testing.T, dir string) running {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	r := running{stderr: &transcript{}, cancel: cancel, ended: make(chan error, 1)}
+	t.Cleanup(cancel)
+	args := []string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log", "-delay", "10ms"}
+	go func() { r.ended <- run(ctx, args, environment(nil), io.Discard, r.stderr) }()
+	open := regexp.MustCompile(`(?m)^orderd is open at http://(\S+)$`)
+	until(t, func() bool { return open.MatchString(r.stderr.String()) })
+	r.addr = open.FindStringSubmatch(r.stderr.String())[1]
+	return r
+}
+
+func (r running) stop(t *testing.T) {
+	t.Helper()
+	r.cancel()
+	select {
+	case err := <-r.ended:
+		require.NoError(t, err)
+	case <-time.After(longest):
+		require.Fail(t, "run does not return")
+	}
+}
+
+func TestEndToEnd(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r := startRun(t, dir)
+	created := callAt(t, r.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(t, http.StatusCreated, created.status)
+	path := created.header.Get("Location")
+	found := func(r running) string {
+		return decoded[struct{ Status string }](t, callAt(t, r.addr, http.MethodGet, path, nil, "").body).Status
+	}
+	require.Contains(t, statusNames, found(r))
+	for found(r) != "Completed" {
+		callAt(t, r.addr, http.MethodGet, path, prefer("wait=20"), "")
+	}
+	counted := func(r running) summary {
+		return decoded[summary](t, callAt(t, r.addr, http.MethodGet, "/metrics", nil, "").body)
+	}
+	until(t, func() bool {
+		return strings.Contains(send(context.Background(), r.addr, http.MethodGet, "/metrics", nil, "").body, `"total_orders_processed":1`)
+	})
+	before := counted(r)
+	require.GreaterOrEqual(t, before.AverageProcessingTime, .01)
+	listed := callAt(t, r.addr, http.MethodGet, "/orders", nil, "").body
+	require.Contains(t, r.stderr.String(), "8 workers, 10ms an order, 0 unfinished orders resumed\n")
+	r.stop(t)
+
+	var files []string
+	require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if path == dir || err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		if runtime.GOOS != "windows" {
+			assert.Zero(t, info.Mode().Perm()&0o077, "%s is %s", path, info.Mode())
+		}
+		if entry.Type().IsRegular() {
+			files = append(files, entry.Name())
+		}
+		return err
+	}))
+	require.ElementsMatch(t, []string{"orders.db", "metrics.db", "orderd.lock", "orderd.log"}, files, "no -wal is left behind")
+
+	r = startRun(t, dir)
+	require.Equal(t, "Completed", found(r))
+	require.Equal(t, before, counted(r))
+	require.JSONEq(t, listed, callAt(t, r.addr, http.MethodGet, "/orders", nil, "").body)
+	r.stop(t)
+}
+
+// ---- server.go ----
+
+func TestCreateAccepts(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	long := strings.Repeat("u", 128)
+	thousand := strings.Repeat("i,", 999) + "i"
+	for _, test := range []struct {
+		name, userID, itemIDs, amount string // JSON
+		body                          string // instead of them
+		wantUser, wantItems           string
+		wantAmount                    string
+	}{
+		{name: "the example", body: exampleOrder, wantUser: "user123", wantItems: "item1,item2", wantAmount: "99.99"},
+		{name: "a user_id of 1 byte", userID: `"u"`, wantUser: "u"},
+		{name: "a user_id of 128 bytes", userID: `"` + long + `"`, wantUser: long},
+		{name: "a user_id of 128 bytes and spaces around it", userID: `"  ` + long + ` "`, wantUser: long},
+		{name: "Unicode spaces around it", userID: `"\u00a0\u2003u v\u3000"`, wantUser: "u v"},
+		{name: "Unicode as it is and escaped", userID: `"żółw 亀 🐢\u00e9\uD83D\uDC22"`, wantUser: "żółw 亀 🐢é🐢"},
+		{name: "every other escape", userID: `"\"\\\/"`, wantUser: `"\/`},
+		{name: "markup", userID: `"<b>&amp;\u2028'"`, itemIDs: `"<i>"`, wantUser: "<b>&amp;\u2028'", wantItems: "<i>"},
+		{name: "the replacement character itself", userID: `"� \ufffd \uFFFD"`, wantUser: "� � �"},
+		{name: "text that looks like an escape", userID: `"\\ufffd\\ud800"`, wantUser: `\ufffd\ud800`},
+		{name: "items with spaces around them", itemIDs: `" a , b c,\u00a0d "`, wantItems: "a,b c,d"},
+		{name: "an item twice", itemIDs: `"a,a"`, wantItems: "a,a"},
+		{name: "1000 items", itemIDs: `"` + thousand + `"`, wantItems: thousand},
+		{name: "items of 16 KiB", itemIDs: `"` + strings.Repeat("i", 16<<10) + `"`, wantItems: strings.Repeat("i", 16<<10)},
+		{name: "nothing to pay", amount: "0", wantAmount: "0.00"},
+		{name: "less than nothing by sign only", amount: "-0", wantAmount: "0.00"},
+		{name: "nothing with an exponent", amount: "-0.000e999999999999999999999", wantAmount: "0.00"},
+		{name: "a cent", amount: "0.01", wantAmount: "0.01"},
+		{name: "a cent by exponent", amount: "1000e-5", wantAmount: "0.01"},
+		{name: "one decimal", amount: "0.1", wantAmount: "0.10"},
+		{name: "a third decimal that is 0", amount: "99.990", wantAmount: "99.99"},
+		{name: "an exponent", amount: "1e2", wantAmount: "100.00"},
+		{name: "an exponent with sign and fraction", amount: "1.2345E+3", wantAmount: "1234.50"},
+		{name: "what a float64 cannot hold", amount: "9007199254740.93", wantAmount: "9007199254740.93"},
+		{name: "the largest", amount: "9999999999999.99", wantAmount: "9999999999999.99"},
+		{name: "the largest, with an exponent", amount: "999999999999999e-2", wantAmount: "9999999999999.99"},
+		{name: "fields in any order, spaced and escaped", body: "\r\n\t { \"total_amount\" :1,\n\"item_ids\":\"{}[],:\",\"user\\u005fid\":\"\\\"}\" } \n",
+			wantUser: `"}`, wantItems: "{}[],:", wantAmount: "1.00"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := post(t, a, cmp.Or(test.body, orderBody(cmp.Or(test.userID, `"u"`), cmp.Or(test.itemIDs, `"i"`), cmp.Or(test.amount, "1"))))
+			require.Equal(t, http.StatusCreated, got.status, got.body)
+			require.Equal(t, "application/json", got.header.Get("Content-Type"))
+			created := decoded[map[string]string](t, got.body)
+			id, err := ulid.ParseStrict(created["order_id"])
+			require.NoError(t, err)
+			require.Equal(t, map[string]string{"message": "Order created", "order_id": id.String()}, created)
+			require.Equal(t, "/orders/"+id.String(), got.header.Get("Location"))
+			require.Empty(t, got.header.Get("Idempotent-Replayed"))
+			newest := list(t, a, "?limit=1").Orders[0]
+			require.Equal(t, id.String(), newest.OrderID)
+			require.Equal(t, cmp.Or(test.wantUser, "u"), newest.UserID)
+			require.Equal(t, cmp.Or(test.wantItems, "i"), newest.ItemIDs)
+			require.Equal(t, cmp.Or(test.wantAmount, "1.00"), newest.TotalAmount.String())
+		})
+	}
+}
+
+// refusals reads the fields of a 422.
+func refusals(t *testing.T, body string) (fields []string) {
+	t.Helper()
+	for _, e := range decoded[struct{ Errors []fieldError }](t, body).Errors {
+		require.NotEmpty(t, e.Detail)
+		fields = append(fields, e.Field)
+	}
+	return fields
+}
+
+func TestCreateRefusesFields(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	for _, field := range []struct {
+		name   string
+		values []string // JSON, each wrong in itself
+	}{
+		{name: "user_id", values: []string{
+			`null`, `1`, `true`, `["u"]`, `{"u": 1}`, `""`, `"  "`, `"` + strings.Repeat("u", 129) + `"`, `"` + strings.Repeat("é", 65) + `"`,
+			`"u\u0000"`, `"u\nu"`, `"u\u001fu"`, `"u\u007f"`, `"u\u0085u"`, "\"u\u0085u\"", `"u\u009f"`,
+			`"\ud800"`, `"\uDBFF"`, `"\udc00"`, `"\udc00\ud800"`, `"\ud800\ud800\udc00"`, `"\ud800\u0041"`, `"\ufffd\ud800"`, `"�\udfff"`, `"\\ufffd\ud800"`,
+		}},
+		{name: "item_ids", values: []string{
+			`null`, `1`, `false`, `["a", "b"]`, `{}`, `""`, `" "`, `","`, `"a,"`, `",a"`, `"a,,b"`, `"a, ,b"`, `"a,\u00a0"`,
+			`"` + strings.Repeat("i,", 1000) + `i"`, `"` + strings.Repeat("i", 16<<10+1) + `"`, `"a\tb"`, `"a,b\u0085c"`, `"a,\ud83d"`, `"\\ufffd,\udc00"`,
+		}},
+		{name: "total_amount", values: []string{
+			`null`, `"1"`, `true`, `[1]`, `{"cents": 1}`, `-1`, `-0.01`, `-1e400`, `0.001`, `1e-3`, `1.005`, `99.991`, `1e-400`, `1e-99999999999999999999`,
+			`10000000000000`, `9999999999999.991`, `99999999999999.99`, `1e13`, `1e400`, `1e99999999999999999999`, `123456789012345678901234567890`,
+		}},
+	} {
+		for _, value := range field.values {
+			shown := value[:min(len(value), 40)]
+			t.Run(field.name+" cannot be "+shown, func(t *testing.T) {
+				values := map[string]string{"user_id": `"u"`, "item_ids": `"i"`, "total_amount": "1"}
+				values[field.name] = value
+				got := post(t, a, orderBody(values["user_id"], values["item_ids"], values["total_amount"]))
+				require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
+				require.Subset(t, []string{field.name}, refusals(t, got.body))
+			})
+		}
+	}
+	for _, test := range []struct {
+		name, body string
+		fields     []string
+	}{
+		{name: "no field at all", body: `{}`, fields: []string{"user_id", "item_ids", "total_amount"}},
+		{name: "one field missing", body: `{"user_id": "u", "total_amount": 1}`, fields: []string{"item_ids"}},
+		{name: "a field of another name", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "note": "x"}`, fields: []string{"note"}},
+		{name: "a field of no name", body: `{"": 1, "user_id": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{""}},
+		{name: "a name in another letter case", body: `{"User_ID": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{"User_ID", "user_id"}},
+		{name: "a field given twice", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "total_amount": 1}`, fields: []string{"total_amount"}},
+		{name: "a field given twice, once escaped", body: `{"user_id": "u", "user\u005fid": "v", "item_ids": "i", "total_amount": 1}`, fields: []string{"user_id"}},
+		{name: "everything wrong at once", body: `{"user_id": 1, "item_ids": "i", "item_ids": "j", "x": {"total_amount": 1}}`,
+			fields: []string{"user_id", "item_ids", "x", "total_amount"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := post(t, a, test.body)
+			require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
+			require.Equal(t, test.fields, refusals(t, got.body))
+		})
+	}
+	require.Zero(t, a.store.totals.Load().accepted)
+}
+
+func TestCreateRefusesBodies(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	padded := func(size int) string { return exampleOrder + strings.Repeat(" ", size-len(exampleOrder)) }
+	for _, test := range []struct {
+		name, body, contentType string
+		status                  int
+	}{
+		{name: "nothing", body: "", status: 400},
+		{name: "only space", body: " \n", status: 400},
+		{name: "cut short", body: exampleOrder[:len(exampleOrder)-1], status: 400},
+		{name: "two values", body: exampleOrder + exampleOrder, status: 400},
+		{name: "something behind it", body: exampleOrder + "x", status: 400},
+		{name: "an array", body: "[" + exampleOrder + "]", status: 400},
+		{name: "a string", body: `"order"`, status: 400},
+		{name: "a number", body: "1", status: 400},
+		{name: "null", body: "null", status: 400},
+		{name: "a comma too many", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1,}`, status: 400},
+		{name: "a number that JSON does not have", body: orderBody(`"u"`, `"i"`, "01"), status: 400},
+		{name: "not a number", body: orderBody(`"u"`, `"i"`, "NaN"), status: 400},
+		{name: "a bare control character", body: orderBody("\"u\n\"", `"i"`, "1"), status: 400},
+		{name: "an escape cut short", body: orderBody(`"\u12"`, `"i"`, "1"), status: 400},
+		{name: "a byte order mark", body: "\ufeff" + exampleOrder, status: 400},
+		{name: "invalid UTF-8", body: orderBody("\"u\xff\"", `"i"`, "1"), status: 400},
+		{name: "a surrogate in UTF-8", body: orderBody("\"u\xed\xa0\x80\"", `"i"`, "1"), status: 400},
+		{name: "nested too deep", body: orderBody(strings.Repeat("[", 20_000)+strings.Repeat("]", 20_000), `"i"`, "1"), status: 400},
+		{name: "more than 64 KiB", body: padded(64<<10 + 1), status: 413},
+		{name: "much more than 64 KiB", body: padded(2 << 20), status: 413},
+		{name: "no content type", body: exampleOrder, contentType: "none", status: 415},
+		{name: "a form", body: exampleOrder, contentType: "application/x-www-form-urlencoded", status: 415},
+		{name: "text", body: exampleOrder, contentType: "text/plain", status: 415},
+		{name: "another JSON", body: exampleOrder, contentType: "application/merge-patch+json", status: 415},
+		{name: "a content type that is none", body: exampleOrder, contentType: "application/json; =", status: 415},
+		{name: "64 KiB are fine", body: padded(64 << 10), status: 201},
+		{name: "a charset is fine", body: exampleOrder, contentType: "application/json; charset=utf-8", status: 201},
+		{name: "capitals in the content type are fine", body: exampleOrder, contentType: "Application/JSON;charset=UTF-8", status: 201},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			accepted := a.store.totals.Load().accepted
+			header := http.Header{"Content-Type": {cmp.Or(test.contentType, "application/json")}}
+			if test.contentType == "none" {
+				header = http.Header{}
+			}
+			require.Equal(t, test.status, call(t, a, http.MethodPost, "/orders", header, test.body).status)
+			if test.status == http.StatusCreated {
+				accepted++
+			}
+			require.Equal(t, accepted, a.store.totals.Load().accepted)
+		})
+	}
+	t.Run("a connection that ends within the body", func(t *testing.T) {
+		conn, err := net.Dial("tcp", a.listener.Addr().String())
+		require.NoError(t, err)
+		defer conn.Close()
+		fmt.Fprint(conn, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", exampleOrder)
+		require.NoError(t, conn.(*net.TCPConn).CloseWrite())
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		require.NoError(t, err)
+		defer response.Body.Close()
+		require.Equal(t, http.StatusBadRequest, response.StatusCode)
+	})
+}
+
+func TestIdempotencyKey(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	create := func(t *testing.T, header http.Header, body string) answer {
+		t.Helper()
+		return call(t, a, http.MethodPost, "/orders", header, body)
+	}
+	requireReplay := func(t *testing.T, first, second answer) {
+		t.Helper()
+		require.Equal(t, []int{http.StatusCreated, http.StatusCreated}, []int{first.status, second.status})
+		require.Equal(t, []string{"", "true"}, []string{first.header.Get("Idempotent-Replayed"), second.header.Get("Idempotent-Replayed")})
+		require.Equal(t, first.body, second.body)
+		require.Equal(t, first.header.Get("Location"), second.header.Get("Location"))
+	}
+	order := orderBody(`"u"`, `"i,j"`, "99.99")
+	for _, test := range []struct {
+		name   string
+		first  []string // headers
+		second []string
+		body   string // of the second
+	}{
+		{name: "the same request again", first: []string{"again"}, second: []string{"again"}, body: order},
+		{name: "the same content in other words", first: []string{"words"}, second: []string{"words"},
+			body: `{"total_amount": 9.9990e1, "item_ids": " i , j", "user_id": " \u0075 "}`},
+		{name: "a key quoted and bare", first: []string{`"quoted"`}, second: []string{"quoted"}, body: order},
+		{name: "a key with escapes", first: []string{`"a\"b\\c"`}, second: []string{`a"b\c`}, body: order},
+		{name: "a key of 1 character", first: []string{"k"}, second: []string{`"k"`}, body: order},
+		{name: "a key of 255 characters", first: []string{strings.Repeat("k", 255)}, second: []string{`"` + strings.Repeat("k", 255) + `"`}, body: order},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			requireReplay(t, create(t, keyed(test.first...), order), create(t, keyed(test.second...), test.body))
+		})
+	}
+	for _, test := range []struct {
+		name, body string
+	}{
+		{name: "another user", body: orderBody(`"v"`, `"i,j"`, "99.99")},
+		{name: "other items", body: orderBody(`"u"`, `"j,i"`, "99.99")},
+		{name: "another amount", body: orderBody(`"u"`, `"i,j"`, "99.98")},
+	} {
+		t.Run(test.name+" under a used key", func(t *testing.T) {
+			first := create(t, keyed(test.name), order)
+			got := create(t, keyed(test.name), test.body)
+			require.Equal(t, http.StatusUnprocessableEntity, got.status)
+			require.Empty(t, got.header.Get("Location"))
+			require.Empty(t, refusals(t, got.body))
+			requireReplay(t, first, create(t, keyed(test.name), order))
+		})
+	}
+	for _, test := range []struct {
+		name string
+		keys []string
+	}{
+		{name: "an empty key", keys: []string{""}},
+		{name: "an empty quoted key", keys: []string{`""`}},
+		{name: "a key of 256 characters", keys: []string{strings.Repeat("k", 256)}},
+		{name: "a quoted key of 256 characters", keys: []string{`"` + strings.Repeat("k", 256) + `"`}},
+		{name: "a quote that does not end", keys: []string{`"k`}},
+		{name: "a quote that ends with an escape", keys: []string{`"k\"`}},
+		{name: "a quote only", keys: []string{`"`}},
+		{name: "a quote within the quotes", keys: []string{`"k"k"`}},
+		{name: "an escape of another character", keys: []string{`"k\k"`}},
+		{name: "a key outside ASCII", keys: []string{"ké"}},
+		{name: "a key with a tab", keys: []string{"k\tk"}},
+		{name: "two keys", keys: []string{"k", "k"}},
+	} {
+		t.Run(test.name+" is refused", func(t *testing.T) {
+			accepted := a.store.totals.Load().accepted
+			require.Equal(t, http.StatusBadRequest, create(t, keyed(test.keys...), order).status)
+			require.Equal(t, accepted, a.store.totals.Load().accepted)
+		})
+	}
+	t.Run("a refused order leaves the key free", func(t *testing.T) {
+		require.Equal(t, http.StatusUnprocessableEntity, create(t, keyed("free"), `{}`).status)
+		require.Equal(t, http.StatusBadRequest, create(t, keyed("free"), ``).status)
+		requireReplay(t, create(t, keyed("free"), order), create(t, keyed("free"), order))
+	})
+	t.Run("20 at once create one order", func(t *testing.T) {
+		before := a.store.totals.Load().accepted
+		answers := make(chan answer)
+		for range 20 {
+			go func() {
+				answers <- send(context.Background(), a.listener.Addr().String(), http.MethodPost, "/orders", keyed("race"), order)
+			}()
+		}
+		bodies, replayed := map[string]bool{}, 0
+		for range 20 {
+			got := <-answers
+			requireGood(t, http.MethodPost, "/orders", got)
+			require.Equal(t, http.StatusCreated, got.status)
+			bodies[got.body] = true
+			if got.header.Get("Idempotent-Replayed") == "true" {
+				replayed++
+			}
+		}
+		require.Len(t, bodies, 1)
+		require.Equal(t, 19, replayed)
+		require.Equal(t, before+1, a.store.totals.Load().accepted)
+	})
+	t.Run("every key is kept once", func(t *testing.T) {
+		var keys, orders int64
+		require.NoError(t, a.store.reads.QueryRow("SELECT (SELECT count(*) FROM idempotency_keys), (SELECT count(*) FROM orders)").Scan(&keys, &orders))
+		require.Equal(t, orders, keys)
+		require.Equal(t, orders, a.store.totals.Load().accepted)
+	})
+}
+
+func TestIdempotencyKeyOutlivesARestart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := startApp(t, dir, nil, nil)
+	first := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
+	stop()
+	a = openTestApp(t, dir, nil)
+	second := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
+	require.Equal(t, http.StatusCreated, second.status)
+	require.Equal(t, first.body, second.body)
+	require.Equal(t, "true", second.header.Get("Idempotent-Replayed"))
+	require.EqualValues(t, 1, a.store.totals.Load().accepted)
+}
+
+func TestGetOrder(t *testing.T) {
+	t.Parallel()
+	a, release, _ := heldApp(t, func(c *config) { c.workers, c.cache = 1, 2 }, nil)
+	first, second, third := place(t, a, "u", "held"), place(t, a, "u", "held"), place(t, a, "u", "i")
+	until(t, func() bool { return a.store.totals.Load().processing == 1 })
+	for _, cached := range []string{"in memory or on disk", "after the first was read from disk"} {
+		for id, status := range map[string]string{first: "Processing", second: "Pending", third: "Pending"} {
+			t.Run(status+" "+cached, func(t *testing.T) {
+				got := get(t, a, "/orders/"+id)
+				require.Equal(t, http.StatusOK, got.status)
+				require.Equal(t, map[string]string{"order_id": id, "status": status}, decoded[map[string]string](t, got.body))
+				require.Equal(t, "application/json", got.header.Get("Content-Type"))
+				require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+			})
+		}
+	}
+	release()
+	until(t, func() bool { return a.store.totals.Load().completed == 3 })
+	for _, id := range []string{first, second, third} {
+		require.Equal(t, "Completed", statusOf(t, a, id))
+	}
+	t.Run("lower case finds it and is answered in capitals", func(t *testing.T) {
+		got := get(t, a, "/orders/"+strings.ToLower(third))
+		require.Equal(t, http.StatusOK, got.status)
+		require.Equal(t, third, decoded[map[string]string](t, got.body)["order_id"])
+	})
+	other := ulid.MustParse(first)
+	other[15]++ // the same primary key
+	for _, test := range []struct {
+		name, id string
+	}{
+		{name: "an ID of nothing", id: "01ARZ3NDEKTSV4RRFFQ69G5FAV"},
+		{name: "the largest ID", id: "7ZZZZZZZZZZZZZZZZZZZZZZZZZ"},
+		{name: "an ID that differs in its random half", id: other.String()},
+		{name: "an ID too short", id: first[:25]},
+		{name: "an ID too long", id: first + "0"},
+		{name: "an ID too large", id: "8" + first[1:]},
+		{name: "a letter that ULIDs do not have", id: first[:25] + "U"},
+		{name: "a number", id: "1"},
+		{name: "an escaped slash", id: "a%2Fb"},
+		{name: "no ASCII", id: "%C3%A9" + first[2:]},
+	} {
+		t.Run(test.name+" is not found", func(t *testing.T) {
+			require.Equal(t, http.StatusNotFound, get(t, a, "/orders/"+test.id).status)
+			waited := call(t, a, http.MethodGet, "/orders/"+test.id, prefer("wait=60"), "")
+			require.Equal(t, http.StatusNotFound, waited.status)
+			require.Empty(t, waited.header.Get("Preference-Applied"))
+		})
+	}
+	require.Zero(t, watchers(a))
+}
+
+// waiting is how many requests wait for an order.
+func waiting(a *app) (n int) {
+	a.cache.mu.RLock()
+	defer a.cache.mu.RUnlock()
+	for _, w := range a.cache.watchers {
+		n += w.waiting
+	}
+	return n
+}
+
+func watchers(a *app) int {
+	a.cache.mu.RLock()
+	defer a.cache.mu.RUnlock()
+	return len(a.cache.watchers)
+}
+
+// later asks for an order in the background.
+func later(ctx context.Context, a *app, id string, wait string) <-chan answer {
+	answers := make(chan answer, 1)
+	go func() {
+		answers <- send(ctx, a.listener.Addr().String(), http.MethodGet, "/orders/"+id, prefer("wait="+wait), "")
+	}()
+	return answers
+}
+
+// arrived is the answer that later promised.
+func arrived(t *testing.T, answers <-chan answer) answer {
+	t.Helper()
+	select {
+	case got := <-answers:
+		requireGood(t, http.MethodGet, "/orders/x", got)
+		return got
+	case <-time.After(longest):
+		require.Fail(t, "no answer")
+		return answer{}
+	}
+}
+
+func TestWait(t *testing.T) {
+	t.Parallel()
+	t.Run("ends early when the order completes", func(t *testing.T) {
+		t.Parallel()
+		a, release, _ := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		answers := later(t.Context(), a, id, "50")
+		until(t, func() bool { return waiting(a) == 1 })
+		release()
+		got := arrived(t, answers)
+		require.JSONEq(t, `{"order_id": "`+id+`", "status": "Completed"}`, got.body)
+		require.Equal(t, "wait=50", got.header.Get("Preference-Applied"))
+		require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+		require.Zero(t, watchers(a))
+	})
+	t.Run("ends with its time", func(t *testing.T) {
+		t.Parallel()
+		a, _, _ := heldApp(t, nil, func(a *app) { a.server.http.ReadTimeout = 50 * time.Millisecond }) // shorter than the wait
+		id := place(t, a, "u", "held")
+		until(t, func() bool { return a.store.totals.Load().processing == 1 })
+		for _, wait := range []int{0, 1} {
+			began := time.Now()
+			got := call(t, a, http.MethodGet, "/orders/"+id, prefer(fmt.Sprintf("wait=%d", wait)), "")
+			require.GreaterOrEqual(t, time.Since(began), time.Duration(wait)*time.Second)
+			require.Equal(t, "Processing", decoded[map[string]string](t, got.body)["status"])
+			require.Equal(t, fmt.Sprintf("wait=%d", wait), got.header.Get("Preference-Applied"))
+			require.Zero(t, watchers(a))
+		}
+	})
+	t.Run("ends with the service", func(t *testing.T) {
+		t.Parallel()
+		a, release, stop := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		until(t, func() bool { return a.store.totals.Load().processing == 1 })
+		answers := later(t.Context(), a, id, "60")
+		until(t, func() bool { return waiting(a) == 1 })
+		go stop()
+		require.Equal(t, "Processing", decoded[map[string]string](t, arrived(t, answers).body)["status"])
+		release()
+		stop()
+		require.EqualValues(t, 1, a.store.totals.Load().completed, "what ran was let to its end")
+	})
+	t.Run("ends with its client", func(t *testing.T) {
+		t.Parallel()
+		a, _, _ := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		answers := later(ctx, a, id, "60")
+		until(t, func() bool { return waiting(a) == 1 })
+		cancel()
+		require.ErrorIs(t, (<-answers).err, context.Canceled)
+		until(t, func() bool { return watchers(a) == 0 })
+	})
+	t.Run("is shared by a thousand clients", func(t *testing.T) {
+		t.Parallel()
+		a, release, _ := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		answers := make([]<-chan answer, 1000)
+		for i := range answers {
+			answers[i] = later(t.Context(), a, id, "60")
+		}
+		until(t, func() bool { return waiting(a) == len(answers) })
+		require.Equal(t, 1, watchers(a))
+		release()
+		for _, ch := range answers {
+			require.Equal(t, "Completed", decoded[map[string]string](t, arrived(t, ch).body)["status"])
+		}
+		require.Zero(t, watchers(a))
+	})
+}
+
+func TestPreferHeader(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	require.Equal(t, "Completed", decoded[map[string]string](t, arrived(t, later(t.Context(), a, id, "60")).body)["status"])
+	for _, test := range []struct {
+		name    string
+		values  []string
+		applied string
+	}{
+		{name: "seconds are applied", values: []string{"wait=5"}, applied: "wait=5"},
+		{name: "0 is applied", values: []string{"wait=0"}, applied: "wait=0"},
+		{name: "60 is the most", values: []string{"wait=60"}, applied: "wait=60"},
+		{name: "61 is too much", values: []string{"wait=61"}, applied: "wait=60"},
+		{name: "any number is too much", values: []string{"wait=99999999999999999999999"}, applied: "wait=60"},
+		{name: "capitals are the same", values: []string{"WAIT=5"}, applied: "wait=5"},
+		{name: "quotes are the same", values: []string{`wait="5"`}, applied: "wait=5"},
+		{name: "spaces are the same", values: []string{" wait = 5 "}, applied: "wait=5"},
+		{name: "parameters are passed over", values: []string{"wait=5; foo=bar"}, applied: "wait=5"},
+		{name: "other preferences are passed over", values: []string{"respond-async, wait=5,handling=lenient"}, applied: "wait=5"},
+		{name: "other headers are passed over", values: []string{"respond-async", "wait=5"}, applied: "wait=5"},
+		{name: "the first counts", values: []string{"wait=3, wait=9", "wait=10"}, applied: "wait=3"},
+		{name: "no preference", values: nil},
+		{name: "another preference", values: []string{"respond-async"}},
+		{name: "a longer name", values: []string{"waits=5"}},
+		{name: "no value", values: []string{"wait"}},
+		{name: "an empty value", values: []string{"wait="}},
+		{name: "a negative value", values: []string{"wait=-1"}},
+		{name: "a fraction", values: []string{"wait=1.5"}},
+		{name: "a word", values: []string{"wait=soon"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := call(t, a, http.MethodGet, "/orders/"+id, prefer(test.values...), "")
+			require.Equal(t, http.StatusOK, got.status)
+			require.Equal(t, test.applied, got.header.Get("Preference-Applied"))
+		})
+	}
+}
+
+type shownPage struct {
+	Orders []listedOrder
+	Next   *string
+}
+
+func list(t *testing.T, a *app, query string) shownPage {
+	t.Helper()
+	got := get(t, a, "/orders"+query)
+	require.Equal(t, http.StatusOK, got.status, got.body)
+	require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+	return decoded[shownPage](t, got.body)
+}
+
+// mixedOrders leaves orders of two users in every status, in no even mixture,
+// and returns their IDs, newest first.
+func mixedOrders(t *testing.T, a *app) (ids []string) {
+	t.Helper()
+	for i, itemIDs := range strings.Fields("c c c held c c c c c held c c held c c held c c c") {
+		ids = append(ids, place(t, a, []string{"ann", "bob", "ann"}[i%3], itemIDs))
+	}
+	until(t, func() bool { t := a.store.totals.Load(); return t.processing == 3 && t.completed == 10 }, "3 workers are held")
+	slices.Reverse(ids)
+	return ids
+}
+
+func TestListOrders(t *testing.T) {
+	t.Parallel()
+	a, _, _ := heldApp(t, func(c *config) { c.workers = 3 }, nil)
+	require.Equal(t, "{\"orders\":[],\"next\":null}\n", get(t, a, "/orders").body)
+	ids := mixedOrders(t, a)
+	all := list(t, a, "?limit=1000")
+	require.Nil(t, all.Next)
+	require.Len(t, all.Orders, len(ids))
+	var earlier string
+	for i, o := range all.Orders {
+		require.Equal(t, ids[i], o.OrderID)
+		require.Equal(t, statusOf(t, a, o.OrderID), o.Status)
+		want := map[string]bool{"Pending": false, "Processing": true, "Completed": true}
+		require.Equal(t, want[o.Status], o.StartedAt != nil, o)
+		require.Equal(t, o.Status == "Completed", o.CompletedAt != nil, o)
+		times := *o.CreatedAt
+		for _, at := range []*string{o.StartedAt, o.CompletedAt} {
+			if at != nil {
+				require.GreaterOrEqual(t, *at, times[len(times)-24:])
+				times += *at
+			}
+		}
+		require.Regexp(t, `^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z){1,3}$`, times)
+		_, err := time.Parse(time.RFC3339, *o.CreatedAt)
+		require.NoError(t, err)
+		require.Equal(t, ulid.Time(ulid.MustParse(o.OrderID).Time()).UTC().Format("2006-01-02T15:04:05.000Z"), *o.CreatedAt)
+		require.True(t, earlier == "" || *o.CreatedAt <= earlier, "newest first")
+		earlier = *o.CreatedAt
+	}
+	t.Run("a cursor behind every order hides none", func(t *testing.T) {
+		require.Equal(t, all, list(t, a, "?limit=1000&before=7ZZZZZZZZZZZZZZZZZZZZZZZZZ"))
+	})
+	t.Run("every order has exactly its fields", func(t *testing.T) {
+		body := decoded[struct{ Orders []map[string]any }](t, get(t, a, "/orders?limit=1").body)
+		var names []string
+		for name := range body.Orders[0] {
+			names = append(names, name)
+		}
+		require.ElementsMatch(t, []string{"order_id", "user_id", "item_ids", "total_amount", "status", "created_at", "started_at", "completed_at"}, names)
+	})
+	for _, test := range []struct {
+		name, query string
+	}{
+		{name: "no orders", query: "limit=0"},
+		{name: "more than 1000 orders", query: "limit=1001"},
+		{name: "fewer than no orders", query: "limit=-1"},
+		{name: "half an order", query: "limit=1.5"},
+		{name: "a word for a limit", query: "limit=all"},
+		{name: "an empty limit", query: "limit="},
+		{name: "two limits", query: "limit=1&limit=1"},
+		{name: "a status in lower case", query: "status=pending"},
+		{name: "a status by number", query: "status=1"},
+		{name: "an empty status", query: "status="},
+		{name: "an empty user", query: "user_id="},
+		{name: "a user of 129 bytes", query: "user_id=" + strings.Repeat("u", 129)},
+		{name: "a cursor that is no ID", query: "before=1"},
+		{name: "an empty cursor", query: "before="},
+		{name: "an unknown parameter", query: "offset=1"},
+		{name: "a parameter in capitals", query: "Limit=1"},
+		{name: "a parameter without a name", query: "=1"},
+		{name: "a semicolon", query: "limit=1;status=Pending"},
+		{name: "a broken escape", query: "user_id=%zz"},
+	} {
+		t.Run(test.name+" is refused", func(t *testing.T) {
+			require.Equal(t, http.StatusBadRequest, get(t, a, "/orders?"+test.query).status)
+		})
+	}
+}
+
+func TestListPages(t *testing.T) {
+	t.Parallel()
+	instant := time.Now()
+	a, release, _ := heldApp(t, func(c *config) {
+		c.workers = 3
+		c.hooks.now = func() time.Time { return instant } // the IDs follow one another closely
+	}, nil)
+	mixedOrders(t, a)
+	for _, status := range []string{"", "Pending", "Processing", "Completed"} {
+		for _, userID := range []string{"", "ann", "bob", "nobody"} {
+			for _, limit := range []int{1, 2, 5} {
+				t.Run(fmt.Sprintf("of %d %s orders of %s", limit, cmp.Or(status, "all"), cmp.Or(userID, "everyone")), func(t *testing.T) {
+					var want, got []listedOrder
+					for _, o := range list(t, a, "?limit=1000").Orders {
+						if (status == "" || o.Status == status) && (userID == "" || o.UserID == userID) {
+							want = append(want, o)
+						}
+					}
+					query := url.Values{"limit": {strconv.Itoa(limit)}}
+					if status != "" {
+						query.Set("status", status)
+					}
+					if userID != "" {
+						query.Set("user_id", userID)
+					}
+					pages := 1
+					page := list(t, a, "?"+query.Encode())
+					place(t, a, "ann", "c") // between two pages; all workers are held
+					for ; page.Next != nil; pages++ {
+						require.Len(t, page.Orders, limit)
+						got = append(got, page.Orders...)
+						page = list(t, a, strings.TrimPrefix(*page.Next, "/orders"))
+					}
+					got = append(got, page.Orders...)
+					require.Equal(t, want, got)
+					require.Equal(t, max(1, (len(want)+limit-1)/limit), pages)
+				})
+			}
+		}
+	}
+	t.Run("of all orders once they are Completed", func(t *testing.T) {
+		release()
+		until(t, func() bool { t := a.store.totals.Load(); return t.completed == t.accepted })
+		all := list(t, a, "?limit=1000")
+		require.EqualValues(t, a.store.totals.Load().accepted, len(all.Orders))
+		require.Equal(t, all, list(t, a, "?limit=1000&status=Completed"))
+		require.Empty(t, list(t, a, "?status=Pending").Orders)
+		require.Empty(t, list(t, a, "?status=Processing").Orders)
+	})
+}
+
+func TestListPlans(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	p, r, c := pending, processing, completed
+	const table = "INTEGER PRIMARY KEY (rowid<?)"
+	for _, test := range []struct {
+		name   string
+		filter filter
+		by     string // how the orders are found
+	}{
+		{name: "all", by: table},
+		{name: "Pending", filter: filter{status: &p}, by: "INDEX orders_unfinished (status=? AND rowid<?)"},
+		{name: "Processing", filter: filter{status: &r}, by: "INDEX orders_unfinished (status=? AND rowid<?)"},
+		{name: "Completed", filter: filter{status: &c}, by: table},
+		{name: "of a user", filter: filter{userID: "u"}, by: "INDEX orders_by_user (user_id=? AND rowid<?)"},
+		{name: "Pending of a user", filter: filter{userID: "u", status: &p}, by: "INDEX orders_by_user (user_id=? AND rowid>? AND rowid<?)"},
+		{name: "Processing of a user", filter: filter{userID: "u", status: &r}, by: "INDEX orders_by_user (user_id=? AND rowid>? AND rowid<?)"},
+		{name: "Completed of a user", filter: filter{userID: "u", status: &c}, by: "INDEX orders_by_user (user_id=? AND rowid<?)"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.filter.before, test.filter.limit = math.MaxInt64, 51
+			query, args := test.filter.query(1)
+			rows, err := a.store.reads.Query("EXPLAIN QUERY PLAN "+query, args...)
+			require.NoError(t, err)
+			defer rows.Close()
+			var plan []string
+			for rows.Next() {
+				var id, parent, unused int
+				var detail string
+				require.NoError(t, rows.Scan(&id, &parent, &unused, &detail))
+				require.NotRegexp(t, "^SCAN orders|TEMP B-TREE", detail)
+				plan = append(plan, detail)
+			}
+			require.NoError(t, rows.Err())
+			require.Equal(t, "SEARCH orders USING "+test.by, plan[0])
+		})
+	}
+}
+
+func TestMetricsJSON(t *testing.T) {
+	t.Parallel()
+	a, release, _ := heldApp(t, func(c *config) { c.workers = 1 }, nil)
+	require.Equal(t, `{"total_orders_processed":0,"average_processing_time":0,"orders_pending":0,"orders_processing":0,"orders_completed":0}`+"\n",
+		get(t, a, "/metrics").body)
+	for _, itemIDs := range []string{"c", "held", "c", "c"} {
+		place(t, a, "u", itemIDs)
+	}
+	read := func() map[string]float64 {
+		return decoded[map[string]float64](t, get(t, a, "/metrics").body)
+	}
+	until(t, func() bool {
+		t := a.store.totals.Load()
+		return t.processing == 1 && a.metrics.counted.Load().completed == 1
+	})
+	average := func() float64 {
+		var took int64
+		require.NoError(t, a.store.reads.QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
+		return float64(took) / float64(a.store.totals.Load().completed) / 1e6
+	}
+	require.Equal(t, map[string]float64{"total_orders_processed": 1, "orders_pending": 2, "orders_processing": 1, "orders_completed": 1,
+		"average_processing_time": average()}, read())
+	release()
+	until(t, func() bool { return a.metrics.counted.Load().completed == 4 })
+	require.Positive(t, average(), "one was held")
+	require.Equal(t, map[string]float64{"total_orders_processed": 4, "orders_pending": 0, "orders_processing": 0, "orders_completed": 4,
+		"average_processing_time": average()}, read())
+}
+
+func TestMetricsNegotiation(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	const text, asJSON = "text/plain; version=0.0.4; charset=utf-8", "application/json"
+	for _, test := range []struct {
+		name   string
+		accept []string
+		want   string
+	}{
+		{name: "nothing asked", want: asJSON},
+		{name: "anything", accept: []string{"*/*"}, want: asJSON},
+		{name: "JSON", accept: []string{"application/json"}, want: asJSON},
+		{name: "any application format", accept: []string{"application/*"}, want: asJSON},
+		{name: "plain text", accept: []string{"text/plain"}, want: text},
+		{name: "plain text in capitals", accept: []string{"TEXT/Plain"}, want: text},
+		{name: "any text", accept: []string{"text/*"}, want: text},
+		{name: "Prometheus", want: text, accept: []string{
+			"application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"}},
+		{name: "a browser", accept: []string{"text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}, want: asJSON},
+		{name: "both alike", accept: []string{"text/plain, application/json"}, want: asJSON},
+		{name: "text before JSON", accept: []string{"application/json;q=0.5, text/plain;q=0.6"}, want: text},
+		{name: "JSON before text", accept: []string{"text/plain;q=0.5, application/json;q=0.6"}, want: asJSON},
+		{name: "text before JSON in two headers", accept: []string{"application/json;q=0.5", "text/plain"}, want: text},
+		{name: "no text", accept: []string{"text/plain;q=0, */*;q=0.1"}, want: asJSON},
+		{name: "no JSON", accept: []string{"application/json;q=0, */*;q=0.1"}, want: text},
+		{name: "the specific range counts", accept: []string{"text/*;q=0.9, text/plain;q=0.1, application/json;q=0.5"}, want: asJSON},
+		{name: "another version of the text", accept: []string{"text/plain;version=1.0.0, */*;q=0.1"}, want: asJSON},
+		{name: "neither", accept: []string{"image/png"}, want: asJSON},
+		{name: "nonsense", accept: []string{";;,=,text"}, want: asJSON},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": test.accept}, "")
+			require.Equal(t, http.StatusOK, got.status)
+			require.Equal(t, test.want, got.header.Get("Content-Type"))
+			require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+			require.Contains(t, got.header.Values("Vary"), "Accept")
+		})
+	}
+}
+
+func TestMetricsText(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	for range 3 {
+		place(t, a, "u", "i")
+	}
+	post(t, a, `{}`)
+	until(t, func() bool { return a.metrics.counted.Load().completed == 3 })
+	get(t, a, "/nowhere")
+	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
+	require.True(t, strings.HasSuffix(text, "\n"))
+
+	kinds, samples := map[string]string{}, map[string]float64{}
+	helped, family := "", ""
+	comment := regexp.MustCompile(`^# (HELP|TYPE) (orderd_[a-z_]+) (.+)$`)
+	sample := regexp.MustCompile(`^(orderd_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if m := comment.FindStringSubmatch(line); m != nil && m[1] == "HELP" {
+			helped = m[2]
+			continue
+		} else if m != nil {
+			require.Equal(t, helped, m[2], "HELP comes before TYPE")
+			require.NotContains(t, kinds, m[2], "a metric is described once")
+			family = m[2]
+			kinds[family] = m[3]
+			continue
+		}
+		m := sample.FindStringSubmatch(line)
+		require.NotNil(t, m, line)
+		name := m[1]
+		if kinds[family] == "histogram" {
+			name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		}
+		require.Equal(t, family, name, "a sample follows its TYPE")
+		value, err := strconv.ParseFloat(m[3], 64)
+		require.NoError(t, err, line)
+		require.NotContains(t, samples, m[1]+m[2], "a sample is given once")
+		samples[m[1]+m[2]] = value
+	}
+	require.Equal(t, map[string]string{
+		"orderd_orders_processed_total": "counter", "orderd_average_processing_seconds": "gauge", "orderd_orders_accepted_total": "counter",
+		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
+		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge",
+		"orderd_cache_entries": "gauge", "orderd_cache_hits_total": "counter", "orderd_cache_misses_total": "counter",
+		"orderd_create_seconds": "histogram", "orderd_read_seconds": "histogram", "orderd_http_requests_total": "counter",
+		"orderd_commit_operations": "histogram", "orderd_commit_seconds": "histogram", "orderd_wal_bytes": "gauge",
+		"orderd_log_lines_dropped_total": "counter", "orderd_build_info": "gauge",
+	}, kinds)
+	for name, want := range map[string]float64{
+		"orderd_orders_processed_total":                                          3,
+		"orderd_orders_accepted_total":                                           3,
+		`orderd_orders{status="Pending"}`:                                        0,
+		`orderd_orders{status="Completed"}`:                                      3,
+		"orderd_processing_seconds_count":                                        3,
+		"orderd_create_seconds_count":                                            4,
+		"orderd_queue_capacity":                                                  1024,
+		"orderd_cache_entries":                                                   3,
+		`orderd_http_requests_total{method="POST",route="/orders",status="201"}`: 3,
+		`orderd_http_requests_total{method="POST",route="/orders",status="422"}`: 1,
+		`orderd_http_requests_total{method="other",route="other",status="404"}`:  1,
+	} {
+		require.Contains(t, samples, name)
+		require.Equal(t, want, samples[name], name)
+	}
+	bucket := regexp.MustCompile(`(?m)^(orderd_[a-z_]+)_bucket\{le="([^"]+)"\} (\d+)$`)
+	var name string
+	var bound, count float64
+	for _, m := range append(bucket.FindAllStringSubmatch(text, -1), []string{"", "", "", ""}) {
+		if m[1] != name {
+			require.True(t, name == "" || math.IsInf(bound, 1), "%s ends with +Inf", name)
+			require.Equal(t, samples[name+"_count"], count, name)
+			name, bound, count = m[1], math.Inf(-1), 0
+			if name == "" {
+				break
+			}
+		}
+		le, err := strconv.ParseFloat(m[2], 64)
+		require.NoError(t, err)
+		n, err := strconv.ParseFloat(m[3], 64)
+		require.NoError(t, err)
+		require.Greater(t, le, bound, name)
+		require.GreaterOrEqual(t, n, count, "%s is cumulative", name)
+		bound, count = le, n
+	}
+}
+
+// everyRoute answers with success; ID stands for that of an order.
+var everyRoute = []struct {
+	method, path, body string
+	status             int
+	contentType        string
+	open               bool // without a token
+}{
+	{method: "GET", path: "/", status: 200, contentType: "text/html; charset=UTF-8", open: true},
+	{method: "GET", path: "/openapi.json", status: 200, contentType: "application/json"},
+	{method: "POST", path: "/orders", body: exampleOrder, status: 201, contentType: "application/json"},
+	{method: "GET", path: "/orders", status: 200, contentType: "application/json"},
+	{method: "GET", path: "/orders/ID", status: 200, contentType: "application/json"},
+	{method: "GET", path: "/metrics", status: 200, contentType: "application/json"},
+	{method: "GET", path: "/livez", status: 200, contentType: "text/plain; charset=UTF-8", open: true},
+	{method: "GET", path: "/healthz", status: 200, contentType: "text/plain; charset=UTF-8", open: true},
+	{method: "GET", path: "/readyz", status: 200, contentType: "text/plain; charset=UTF-8", open: true},
+}
+
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	allowed := map[string]string{"/orders": "GET, HEAD, OPTIONS, POST"}
+	for _, r := range everyRoute {
+		path := strings.Replace(r.path, "ID", id, 1)
+		t.Run(r.method+" "+r.path+" succeeds", func(t *testing.T) {
+			got := call(t, a, r.method, path, asJSON, r.body)
+			require.Equal(t, r.status, got.status)
+			require.Equal(t, r.contentType, got.header.Get("Content-Type"))
+			require.NotEmpty(t, got.body)
+		})
+		t.Run("HEAD "+r.path+" answers GET's header", func(t *testing.T) {
+			until(t, func() bool { return a.metrics.counted.Load().completed == a.store.totals.Load().accepted }, "nothing changes in between")
+			want, got := get(t, a, path), call(t, a, http.MethodHead, path, nil, "")
+			require.Equal(t, want.status, got.status)
+			require.Empty(t, got.body)
+			for _, name := range []string{"Content-Type", "Content-Length", "Cache-Control"} {
+				require.Equal(t, want.header.Get(name), got.header.Get(name), name)
+			}
+		})
+		for _, method := range []string{"PUT", "PATCH", "DELETE", "OPTIONS", "BREW"} {
+			t.Run(method+" "+r.path+" is told what is allowed", func(t *testing.T) {
+				got := call(t, a, method, path, http.Header{"Origin": {"https://example.com"}, "Access-Control-Request-Method": {"POST"}}, "")
+				require.Equal(t, map[bool]int{true: http.StatusNoContent, false: http.StatusMethodNotAllowed}[method == "OPTIONS"], got.status)
+				methods := strings.Split(got.header.Get("Allow"), ", ")
+				slices.Sort(methods)
+				require.Equal(t, cmp.Or(allowed[r.path], "GET, HEAD, OPTIONS"), strings.Join(methods, ", "))
+				for name := range got.header {
+					require.False(t, strings.HasPrefix(name, "Access-Control-"), "no other origin may: %s", name)
+				}
+			})
+		}
+	}
+	for _, path := range []string{"/nowhere", "/orders/", "/orders/" + id + "/items", "/Orders", "/metrics/", "/livez/x", "/.."} {
+		t.Run(path+" is not found", func(t *testing.T) {
+			require.Equal(t, http.StatusNotFound, get(t, a, path).status)
+		})
+	}
+}
+
+func TestHost(t *testing.T) {
+	t.Parallel()
+	loopback := newTestApp(t, nil)
+	anywhere := newTestApp(t, func(c *config) { c.addr = "0.0.0.0:0" })
+	for _, test := range []struct {
+		host   string
+		status int // on loopback
+	}{
+		{host: "localhost", status: 200},
+		{host: "localhost:8080", status: 200},
+		{host: "LOCALHOST", status: 200},
+		{host: "127.0.0.1:1", status: 200},
+		{host: "[::1]", status: 200},
+		{host: "[::1]:8080", status: 200},
+		{host: "example.com", status: 421},
+		{host: "example.com:8080", status: 421},
+		{host: "localhost.example.com", status: 421},
+		{host: "127.0.0.1.example.com", status: 421},
+		{host: "192.0.2.1", status: 421},
+	} {
+		t.Run(test.host, func(t *testing.T) {
+			for _, r := range everyRoute {
+				header := http.Header{"Host": {test.host}, "Content-Type": {"application/json"}}
+				if r.path != "/orders/ID" {
+					require.Equal(t, cmp.Or(map[int]int{421: 421}[test.status], r.status), call(t, loopback, r.method, r.path, header, r.body).status, r.path)
+				}
+			}
+			require.Equal(t, 200, call(t, anywhere, http.MethodGet, "/orders", http.Header{"Host": {test.host}}, "").status)
+		})
+	}
+}
+
+func TestToken(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, func(c *config) { c.token = "s3cret" })
+	header := func(authorization ...string) http.Header {
+		return http.Header{"Content-Type": {"application/json"}, "Authorization": authorization}
+	}
+	created := call(t, a, http.MethodPost, "/orders", header("Bearer s3cret"), exampleOrder)
+	require.Equal(t, http.StatusCreated, created.status)
+	for _, r := range everyRoute {
+		path := strings.Replace(r.path, "/orders/ID", created.header.Get("Location"), 1)
+		t.Run(r.method+" "+r.path, func(t *testing.T) {
+			require.Equal(t, r.status, call(t, a, r.method, path, header("Bearer s3cret"), r.body).status)
+			for _, wrong := range [][]string{nil, {""}, {"Bearer"}, {"Bearer "}, {"Bearer s3cre"}, {"Bearer s3crets"}, {"Bearer S3CRET"},
+				{"s3cret"}, {"Basic s3cret"}, {"Bearer  s3cret"}} {
+				got := call(t, a, r.method, path, header(wrong...), r.body)
+				if r.open {
+					require.Equal(t, r.status, got.status)
+					continue
+				}
+				require.Equal(t, http.StatusUnauthorized, got.status, wrong)
+				require.Regexp(t, `^Bearer\b`, got.header.Get("WWW-Authenticate"))
+				require.NotContains(t, got.body, "s3cret")
+			}
+		})
+	}
+	t.Run("what is not there is not told apart", func(t *testing.T) {
+		require.Equal(t, http.StatusUnauthorized, get(t, a, "/nowhere").status)
+		require.Equal(t, http.StatusUnauthorized, get(t, a, "/orders/1").status)
+		require.Equal(t, http.StatusNotFound, call(t, a, http.MethodGet, "/nowhere", header("Bearer s3cret"), "").status)
+	})
+}
+
+func TestRequestLog(t *testing.T) {
+	t.Parallel()
+	a, stop := startApp(t, t.TempDir(), func(c *config) { c.token, c.logLevel = "s3cret", "debug" },
+		func(a *app) { a.server.cache = nil }) // GET /orders/:order_id panics
+	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"}}
+	type request struct{ method, path string }
+	want := map[string]map[string]any{}
+	for _, test := range []struct {
+		name   string
+		header http.Header
+		request
+		body   string
+		status int
+	}{
+		{name: "created", header: header, request: request{"POST", "/orders"}, body: orderBody(`"private-user"`, `"private-item"`, "1234.56"), status: 201},
+		{name: "refused", header: header, request: request{"POST", "/orders"}, body: `{"private-field": "private-value"}`, status: 422},
+		{name: "malformed", header: header, request: request{"POST", "/orders"}, body: "private-text", status: 400},
+		{name: "not admitted", header: http.Header{"Authorization": {"Bearer s3cret0"}}, request: request{"GET", "/orders"}, status: 401},
+		{name: "not found", header: header, request: request{"GET", "/orders/1"}, status: 404},
+		{name: "not allowed", header: header, request: request{"DELETE", "/metrics"}, status: 405},
+		{name: "head", header: header, request: request{"HEAD", "/metrics"}, status: 200},
+		{name: "panic", header: header, request: request{"GET", "/orders/01ARZ3NDEKTSV4RRFFQ69G5FAV"}, status: 500},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := call(t, a, test.method, test.path, test.header, test.body)
+			require.Equal(t, test.status, got.status)
+			id := got.header.Get("X-Request-Id")
+			require.NotContains(t, want, id)
+			want[id] = map[string]any{"method": test.method, "path": test.path, "status": float64(test.status)}
+			if test.status == http.StatusInternalServerError {
+				require.JSONEq(t, `{"type": "about:blank", "title": "Internal Server Error", "status": 500,
+					"detail": "The server failed to answer; the cause is in its log under this X-Request-Id."}`, got.body)
+			}
+		})
+	}
+	require.Equal(t, http.StatusOK, get(t, a, "/livez").status, "a panic ends one request only")
+	stop()
+	text, err := os.ReadFile(a.cfg.log)
+	require.NoError(t, err)
+	for _, private := range []string{"s3cret", "my-k3y", "private-", "1234.56"} {
+		require.NotContains(t, string(text), private)
+	}
+	logged, causes := map[string]map[string]any{}, 0
+	for line := range strings.Lines(string(text)) {
+		entry := decoded[map[string]any](t, line)
+		id, _ := entry["id"].(string)
+		switch {
+		case want[id] == nil:
+		case entry["msg"] == "request":
+			require.NotContains(t, logged, id, "one line a request")
+			require.GreaterOrEqual(t, entry["us"], 0.0)
+			logged[id] = map[string]any{"method": entry["method"], "path": entry["path"], "status": entry["status"]}
+		default:
+			require.Equal(t, 500.0, want[id]["status"])
+			require.Regexp(t, `(?s)^panic: .*nil pointer.*cache\.go:`, entry["error"], "the cause and the stack")
+			causes++
+		}
+	}
+	require.Equal(t, want, logged)
+	require.Equal(t, 1, causes)
+}
+
+// ---- store.go ----
+
+func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	var voids []string
+	for _, inRow := range []status{pending, processing, completed} {
+		for _, st := range []step{
+			{from: pending, to: processing, started: 2000},
+			{from: pending, to: completed, started: 2000, took: 7},
+			{from: processing, to: completed, started: 2000, took: 7},
+		} {
+			t.Run(fmt.Sprintf("%s to %s on one that is %s", st.from, st.to, inRow), func(t *testing.T) {
+				st.id = commitTogether(t, a.store, sampleOrders(1))[0]
+				moveTo(t, a.store, st.id, inRow, 5)
+				before, err := a.store.find(st.id)
+				require.NoError(t, err)
+				totalsBefore := *a.store.totals.Load()
+
+				taken := move(a.store, st)
+				after, err := a.store.find(st.id)
+				require.NoError(t, err)
+				require.Equal(t, st.from != inRow, taken.void)
+				if taken.void {
+					voids = append(voids, st.id.String())
+					require.Equal(t, before, after)
+					require.Equal(t, totalsBefore, *a.store.totals.Load())
+				} else {
+					require.Equal(t, []int64{int64(st.to), st.started, st.took}, []int64{int64(after.status), after.started, after.took})
+				}
+				checkInvariants(t, a)
+			})
+		}
+	}
+	t.Run("any on one that is not there", func(t *testing.T) {
+		stranger := ulid.Make()
+		require.True(t, move(a.store, step{id: stranger, from: pending, to: processing, started: 2000}).void)
+		voids = append(voids, stranger.String())
+		_, ok := a.cache.get(stranger)
+		require.False(t, ok)
+		checkInvariants(t, a)
+	})
+	stop()
+	var inLog []string
+	for _, line := range logged(t, dir, "a step did not find its order") {
+		require.Equal(t, "ERROR", line["level"])
+		inLog = append(inLog, line["order_id"].(string))
+	}
+	require.Equal(t, voids, inLog)
+}
+
+func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
+	t.Parallel()
+	var armed atomic.Bool
+	held, release := make(chan struct{}), make(chan struct{})
+	a, _ := openIdle(t, t.TempDir(), func(c *config) {
+		c.hooks.beforeCommit = func(*store, *batch) {
+			if armed.CompareAndSwap(true, false) {
+				held <- struct{}{}
+				<-release
+			}
+		}
+	})
+	s := a.store
+	ids := commitTogether(t, s, sampleOrders(3))
+	armed.Store(true)
+	earlier := s.step(step{id: ids[2], from: pending, to: processing, started: 1000}, ticket{})
+	<-held // that step's batch is with the writer; what follows shares the next one
+
+	first := s.step(step{id: ids[0], from: pending, to: processing, started: 2000}, ticket{})
+	second := s.step(step{id: ids[1], from: pending, to: processing, started: 3000}, ticket{})
+	late := s.step(step{id: ids[2], from: processing, to: completed, started: 1000, took: 30}, earlier)
+	for took := range int64(100) {
+		require.Equal(t, first, s.step(step{id: ids[0], from: processing, to: completed, started: 2000, took: took}, first))
+	}
+	require.NotEqual(t, earlier.b, late.b, "a step whose batch is on its way takes a new place")
+	close(release)
+	<-second.b.done
+	require.Equal(t, []step{
+		{id: ids[0], from: pending, to: completed, started: 2000, took: 99},
+		{id: ids[1], from: pending, to: processing, started: 3000},
+		{id: ids[2], from: processing, to: completed, started: 1000, took: 30},
+	}, second.b.steps)
+	require.Equal(t, totals{sums: sums{accepted: 3, completed: 2, took: 129}, processing: 1, newestStarted: high(ids[2])}, *s.totals.Load())
+	checkInvariants(t, a)
+}
+
+func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
+	t.Parallel()
+	var armed atomic.Bool
+	held, release := make(chan struct{}), make(chan struct{})
+	a, _ := openIdle(t, t.TempDir(), func(c *config) {
+		c.hooks.now = func() time.Time {
+			if armed.CompareAndSwap(true, false) {
+				held <- struct{}{}
+				<-release
+			}
+			return time.Now()
+		}
+	})
+	armed.Store(true)
+	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
+	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
+	<-held
+	_, err := a.store.db.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
+	require.NoError(t, err)
+	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
+	until(t, func() bool {
+		a.store.mu.Lock()
+		defer a.store.mu.Unlock()
+		return len(a.store.open.creates) == 1
+	}, "the second create waits for the next batch")
+
+	close(release)
+	for i, answer := range answers {
+		select {
+		case err := <-answer:
+			require.ErrorIs(t, err, errUnwritable)
+		case <-time.After(5 * time.Second):
+			require.Fail(t, "a create hangs while the disk takes nothing", "create %d", i)
+		}
+	}
+	_, err = a.store.db.Exec("PRAGMA query_only = 0")
+	require.NoError(t, err)
+	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
+	require.Equal(t, int64(1), a.store.totals.Load().accepted)
+	checkInvariants(t, a)
+}
+
+func TestReopeningForgetsNothing(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	creates := sampleOrders(9)
+	creates[3].key, creates[8].key = "third", "eighth"
+	ids := commitTogether(t, a.store, creates)
+	for i, to := range []status{completed, processing, completed, pending, processing} {
+		moveTo(t, a.store, ids[i], to, int64(i))
+	}
+	before, totalsBefore := allOrders(t, a.store), *a.store.totals.Load()
+	require.Len(t, before, 9)
+	checkInvariants(t, a)
+	stop()
+
+	for range 2 {
+		a, stop = openIdle(t, dir, nil)
+		require.Equal(t, before, allOrders(t, a.store))
+		require.Equal(t, totalsBefore, *a.store.totals.Load())
+		require.Equal(t, int64(7), a.unfinished)
+		again := sampleOrder(3, "third")
+		require.NoError(t, a.store.create(again))
+		require.True(t, again.replayed)
+		require.Equal(t, ids[3], again.id)
+		require.ErrorIs(t, a.store.create(sampleOrder(4, "eighth")), errKeyReused)
+		require.Equal(t, totalsBefore, *a.store.totals.Load(), "a replay and a refusal are no new orders")
+		checkInvariants(t, a)
+		stop()
+	}
+}
+
+func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	ids := commitTogether(t, a.store, sampleOrders(7))
+	was := []status{completed, pending, processing, completed, processing, pending, pending}
+	for i, to := range was {
+		moveTo(t, a.store, ids[i], to, 5)
+	}
+	checkInvariants(t, a)
+	stop()
+
+	var worked diary
+	var steps stepDiary
+	release := make(chan struct{})
+	work := hold(release)
+	a, _ = startApp(t, dir, func(c *config) {
+		c.workers = 1
+		c.hooks.beforeCommit = steps.note
+		c.hooks.work = func(ctx context.Context, o order) error {
+			worked.note(o.id)
+			return work(ctx, o)
+		}
+	}, nil)
+
+	require.Equal(t, int64(5), a.unfinished)
+	awaitRest(t, a, 3, 2) // the first Pending order has joined those that were Processing
+	for _, i := range []int{2, 4} {
+		st, err := a.server.status(ids[i])
+		require.NoError(t, err)
+		require.Equal(t, processing, st, "before it was resumed")
+	}
+	checkInvariants(t, a)
+	close(release)
+	awaitRest(t, a, 0, 7)
+	require.Equal(t, []ulid.ULID{ids[1], ids[2], ids[4], ids[5], ids[6]}, worked.read())
+	taken := steps.read()
+	for i, st := range was {
+		switch st {
+		case pending:
+			require.Equal(t, pending, taken[ids[i]][0].from)
+		case processing:
+			require.Len(t, taken[ids[i]], 1)
+			require.Equal(t, []status{processing, completed}, []status{taken[ids[i]][0].from, taken[ids[i]][0].to})
+		case completed:
+			require.Empty(t, taken[ids[i]])
+		}
+	}
+	checkInvariants(t, a)
+}
+
+// stepDiary notes the steps of every batch, as a beforeCommit hook.
+type stepDiary struct {
+	mu    sync.Mutex
+	steps map[ulid.ULID][]step
+}
+
+func (d *stepDiary) note(_ *store, b *batch) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.steps == nil {
+		d.steps = map[ulid.ULID][]step{}
+	}
+	for _, st := range b.steps {
+		d.steps[st.id] = append(d.steps[st.id], st)
+	}
+}
+
+func (d *stepDiary) read() map[ulid.ULID][]step {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.steps)
+}
+
+func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
+	t.Parallel()
+	const noon, hour = 1_800_000_000_000, 3_600_000
+	dir := t.TempDir()
+	var clock atomic.Int64
+	var commits diary
+	change := func(c *config) {
+		c.hooks.now = func() time.Time { return time.UnixMilli(clock.Load()) }
+		c.hooks.beforeCommit = func(_ *store, b *batch) {
+			for _, c := range b.creates {
+				commits.note(c.id)
+			}
+		}
+	}
+	whole := t // the app outlives the subtest that opens it
+	a, stop := openIdle(t, dir, change)
+	for _, tc := range []struct {
+		name        string
+		clock, want uint64
+		restart     func()
+	}{
+		{name: "the clock goes", clock: noon, want: noon},
+		{name: "it stands", clock: noon, want: noon},
+		{name: "it steps back by an hour", clock: noon - hour, want: noon},
+		{name: "it steps back to 1970", clock: 0, want: noon},
+		{name: "it has gone on", clock: noon + 5, want: noon + 5},
+		{name: "a restart with an earlier clock", clock: noon - 24*hour, want: noon + 5, restart: func() {}},
+		{name: "the sequence of a millisecond is used up", clock: noon + 5, want: noon + 6, restart: func() {
+			execOn(t, filepath.Join(dir, "data", "orders.db"), "UPDATE orders SET id_high = id_high | 65535 WHERE id_high = (SELECT max(id_high) FROM orders)")
+		}},
+		{name: "a restart with a later clock", clock: noon + hour, want: noon + hour, restart: func() {}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if tc.restart != nil {
+				checkInvariants(t, a)
+				stop()
+				tc.restart()
+				a, stop = openIdle(whole, dir, change)
+			}
+			newest := allOrders(t, a.store)
+			clock.Store(int64(tc.clock))
+			for _, id := range commitTogether(t, a.store, sampleOrders(3)) {
+				require.Equal(t, tc.want, id.Time())
+				require.True(t, len(newest) == 0 || newest[0].id.Compare(id) < 0)
+			}
+		})
+	}
+	t.Run("it jumps about while many create", func(t *testing.T) {
+		var wg sync.WaitGroup
+		var failures atomic.Int64
+		for range 16 {
+			wg.Go(func() {
+				for i := range 10 {
+					clock.Store(noon + rand.Int64N(4*hour) - 2*hour)
+					if a.store.create(sampleOrder(i, "")) != nil {
+						failures.Add(1)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		require.Zero(t, failures.Load())
+	})
+	ids := commits.read()
+	require.Len(t, ids, 8*3+160)
+	require.True(t, slices.IsSortedFunc(ids, func(a, b ulid.ULID) int { return cmp.Or(a.Compare(b), 1) }), "strictly increasing in commit order")
+	checkInvariants(t, a)
+}
+
+func TestBatchesOfEverySizeKeepEveryOrder(t *testing.T) {
+	t.Parallel()
+	a, _ := openIdle(t, t.TempDir(), nil)
+	for _, size := range []int{1, insertRows - 1, insertRows, insertRows + 1, 3 * insertRows, 5*insertRows + 7} {
+		for _, keyed := range []struct {
+			name string
+			is   func(i int) bool
+		}{
+			{"without keys", func(int) bool { return false }},
+			{"every third with a key", func(i int) bool { return i%3 == 1 }},
+			{"the first and the last with a key", func(i int) bool { return i == 0 || i == size-1 }},
+			{"all with keys", func(int) bool { return true }},
+		} {
+			t.Run(fmt.Sprintf("%d, %s", size, keyed.name), func(t *testing.T) {
+				creates := sampleOrders(size)
+				for i, c := range creates {
+					if keyed.is(i) {
+						c.key = fmt.Sprintf("%s %d", t.Name(), i)
+					}
+				}
+				accepted := a.store.totals.Load().accepted
+				ids := commitTogether(t, a.store, creates)
+				require.Equal(t, accepted+int64(size), a.store.totals.Load().accepted)
+				for i, id := range ids {
+					require.True(t, i == 0 || ids[i-1].Compare(id) < 0)
+					o, err := a.store.find(id)
+					require.NoError(t, err)
+					want := sampleOrder(i, "").order
+					want.id = id
+					require.Equal(t, want, o)
+					again := sampleOrder(i, creates[i].key)
+					if again.key != "" {
+						require.NoError(t, a.store.create(again))
+						require.True(t, again.replayed)
+						require.Equal(t, id, again.id)
+					}
+				}
+			})
+		}
+	}
+	t.Run("a key twice in one batch", func(t *testing.T) {
+		creates := []*create{sampleOrder(1, ""), sampleOrder(2, "twin"), sampleOrder(2, "twin"), sampleOrder(3, "twin"), sampleOrder(4, "")}
+		accepted := a.store.totals.Load().accepted
+		ids := commitTogether(t, a.store, creates)
+		require.Equal(t, accepted+3, a.store.totals.Load().accepted)
+		require.True(t, creates[2].replayed)
+		require.Equal(t, ids[1], ids[2])
+		require.Equal(t, errKeyReused, creates[3].err)
+		require.Zero(t, creates[3].id)
+	})
+	checkInvariants(t, a)
+}
+
+func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	path := a.store.db.path
+	stop()
+	extremes := []int64{0, 1, -1, math.MaxInt64, math.MinInt64, -1 << 60, 1 << 60, 1<<60 - 1, -1 << 31, 0x5555_5555_5555_5555, -0x5555_5555_5555_5556}
+	highs := []int64{1, 2, math.MaxInt64, math.MaxInt64 - 1, 1 << 62, 0xffff, 1_800_000_000_123 << 16, 1_800_000_000_999<<16 | 0xffff}
+	var ids []ulid.ULID
+	for i, h := range highs {
+		ids = append(ids, joinID(h, extremes[i]))
+	}
+	for i, l := range extremes {
+		ids = append(ids, joinID(1_800_000_000_000<<16+int64(i), l))
+	}
+	for range 300 {
+		ids = append(ids, joinID(rand.Int64(), int64(rand.Uint64())))
+	}
+	db, err := openSQLite(path)
+	require.NoError(t, err)
+	defer db.Close()
+	for i, id := range ids {
+		o := order{id: id, userID: fmt.Sprint("user", i), itemIDs: "a,b", cents: rand.Int64N(maxCents+1) >> (i % 50), status: status(i % 3)}
+		if o.status >= processing {
+			o.started = rand.Int64N(4_000_000_000_000)
+		}
+		if o.status == completed {
+			o.took = rand.Int64N(1e12)
+		}
+		_, err := db.Exec("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, iif(?3 > 0, ?, NULL), iif(?3 = 2, ?, NULL))",
+			high(id), low(id), o.status, o.userID, o.itemIDs, o.cents, o.started, o.took)
+		require.NoError(t, err)
+		var shown listedOrder
+		require.NoError(t, db.QueryRow("SELECT order_id, user_id, item_ids, total_amount, status, created_at, started_at, completed_at FROM orders_readable WHERE user_id = ?", o.userID).
+			Scan(&shown.OrderID, &shown.UserID, &shown.ItemIDs, &shown.TotalAmount, &shown.Status, &shown.CreatedAt, &shown.StartedAt, &shown.CompletedAt))
+		require.Equal(t, newListedOrder(o), shown)
+	}
+}
+
+func TestDatabasesAreDurableAndOurs(t *testing.T) {
+	t.Parallel()
+	a, _ := openIdle(t, t.TempDir(), nil)
+	for _, tc := range []struct {
+		db     *sql.DB
+		pragma string
+		want   string
+	}{
+		{a.store.db.DB, "journal_mode", "wal"},
+		{a.store.db.DB, "synchronous", "2"},
+		{a.store.db.DB, "fullfsync", "1"},
+		{a.store.db.DB, "checkpoint_fullfsync", "1"},
+		{a.store.db.DB, "application_id", "1869767794"},
+		{a.store.db.DB, "user_version", "1"},
+		{a.metrics.db.DB, "journal_mode", "wal"},
+		{a.metrics.db.DB, "synchronous", "2"},
+		{a.metrics.db.DB, "application_id", "1869767789"},
+		{a.metrics.db.DB, "user_version", "1"},
+		{a.store.reads, "query_only", "1"},
+		{a.store.reads, "busy_timeout", "5000"},
+	} {
+		var got string
+		require.NoError(t, tc.db.QueryRow("PRAGMA "+tc.pragma).Scan(&got))
+		require.Equal(t, tc.want, got, tc.pragma)
+	}
+	_, err := a.store.reads.Exec("DELETE FROM orders")
+	require.ErrorContains(t, err, "readonly")
+	for _, name := range []string{"orders.db", "orders.db-wal", "metrics.db"} {
+		info, err := os.Stat(filepath.Join(a.cfg.data, name))
+		require.NoError(t, err)
+		if runtime.GOOS != "windows" {
+			require.Equal(t, os.FileMode(0o600), info.Mode().Perm(), name)
+		}
+	}
+	checkInvariants(t, a)
+}
+
+func TestFindWantsTheWholeID(t *testing.T) {
+	t.Parallel()
+	a, _ := openIdle(t, t.TempDir(), nil)
+	id := commitTogether(t, a.store, sampleOrders(3))[1]
+	for _, tc := range []struct {
+		name  string
+		id    ulid.ULID
+		found bool
+	}{
+		{"both halves right", id, true},
+		{"lower half one less", joinID(high(id), low(id)-1), false},
+		{"lower half with its highest bit turned", joinID(high(id), low(id)^math.MinInt64), false},
+		{"upper half of no order", joinID(high(id)+1000, low(id)), false},
+		{"upper half of the next order", joinID(high(id)+1, low(id)), false},
+		{"zero", ulid.ULID{}, false},
+		{"highest", joinID(-1, -1), false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			o, err := a.store.find(tc.id)
+			if !tc.found {
+				require.ErrorIs(t, err, errNotFound)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, "user1", o.userID)
+		})
+	}
+	checkInvariants(t, a)
+}
+
+func TestCloseLosesNoConfirmedOrderAndLeavesNoWAL(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	var confirmed diary
+	var wg sync.WaitGroup
+	refusals := make(chan error, 16)
+	for range cap(refusals) {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				c := sampleOrder(i, "")
+				if err := a.store.create(c); err != nil {
+					refusals <- err
+					return
+				}
+				confirmed.note(c.id)
+			}
+		})
+	}
+	until(t, func() bool { return a.store.totals.Load().accepted > 100 }, "some orders are in")
+	stop()
+	wg.Wait()
+	for range cap(refusals) {
+		require.Equal(t, errClosed, <-refusals)
+	}
+	left, err := filepath.Glob(filepath.Join(dir, "data", "*"))
+	require.NoError(t, err)
+	for i := range left {
+		left[i] = filepath.Base(left[i])
+	}
+	require.Equal(t, []string{"metrics.db", "orderd.lock", "orders.db"}, left)
+
+	a, _ = openIdle(t, dir, nil)
+	var stored []ulid.ULID
+	for _, o := range allOrders(t, a.store) {
+		stored = append(stored, o.id)
+	}
+	require.ElementsMatch(t, confirmed.read(), stored)
+	checkInvariants(t, a)
+}
+
+// ---- cache.go ----
+
+// numbered is a ULID of a test's own.
+func numbered(n int) ulid.ULID { return joinID(int64(n), int64(n)) }
+
+func TestCacheBound(t *testing.T) {
+	t.Parallel()
+	const most = 100
+	c := newCache(most)
+	for i := range 3*most + 7 {
+		c.apply(&batch{creates: []*create{{order: order{id: numbered(i)}}}})
+		c.apply(&batch{steps: []step{{id: numbered(i), to: processing}, {id: numbered(i), to: completed}}})
+		require.LessOrEqual(t, c.len(), most)
+		_, newest := c.get(numbered(i))
+		require.True(t, newest)
+		_, gone := c.get(numbered(i - most))
+		require.False(t, gone, "the oldest goes first")
+		if i >= most {
+			_, oldest := c.get(numbered(i - most + 1))
+			require.True(t, oldest, "and only the oldest")
+		}
+	}
+	require.Len(t, c.ring, most)
+	require.EqualValues(t, 3*most+7, c.misses.Load())
+}
+
+func TestCacheStatus(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		then  func(*cache, ulid.ULID)
+		from  int // status, or -1 for none
+		want  status
+		found bool
+	}{
+		{name: "an applied step moves it forward", from: 0, then: func(c *cache, id ulid.ULID) { c.apply(&batch{steps: []step{{id: id, to: processing}}}) }, want: processing, found: true},
+		{name: "an applied step never moves it back", from: 2, then: func(c *cache, id ulid.ULID) { c.apply(&batch{steps: []step{{id: id, to: processing}}}) }, want: completed, found: true},
+		{name: "a create never moves it back", from: 1, then: func(c *cache, id ulid.ULID) { c.apply(&batch{creates: []*create{{order: order{id: id}}}}) }, want: processing, found: true},
+		{name: "an unknown order's step is kept", from: -1, then: func(c *cache, id ulid.ULID) { c.apply(&batch{steps: []step{{id: id, to: processing}}}) }, want: processing, found: true},
+		{name: "a void step is not", from: 0, then: func(c *cache, id ulid.ULID) {
+			c.apply(&batch{steps: []step{{id: id, to: completed, void: true}}})
+		}, want: pending, found: true},
+		{name: "a replayed create is not", from: -1, then: func(c *cache, id ulid.ULID) {
+			c.apply(&batch{creates: []*create{{order: order{id: id}, replayed: true}}})
+		}},
+		{name: "a refused create is not", from: -1, then: func(c *cache, id ulid.ULID) {
+			c.apply(&batch{creates: []*create{{order: order{id: id}, err: errKeyReused}}})
+		}},
+		{name: "a reader moves it forward", from: 0, then: func(c *cache, id ulid.ULID) { c.learn(id, processing) }, want: processing, found: true},
+		{name: "a slow reader never moves it back", from: 2, then: func(c *cache, id ulid.ULID) { c.learn(id, pending) }, want: completed, found: true},
+		{name: "a reader adds what is Completed", from: -1, then: func(c *cache, id ulid.ULID) { c.learn(id, completed) }, want: completed, found: true},
+		{name: "a reader does not add what is Processing", from: -1, then: func(c *cache, id ulid.ULID) { c.learn(id, processing) }},
+		{name: "a reader does not add what is Pending", from: -1, then: func(c *cache, id ulid.ULID) { c.learn(id, pending) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c, id := newCache(2), numbered(1)
+			if test.from >= 0 {
+				c.apply(&batch{steps: []step{{id: id, to: status(test.from)}}})
+			}
+			test.then(c, id)
+			got, found := c.get(id)
+			require.Equal(t, test.found, found)
+			require.Equal(t, test.want, got)
+		})
+	}
+}
+
+func TestCacheWatch(t *testing.T) {
+	t.Parallel()
+	c, id := newCache(1), numbered(1)
+	done := func(ch <-chan struct{}) bool {
+		select {
+		case <-ch:
+			return true
+		default:
+			return false
+		}
+	}
+	complete := &batch{steps: []step{{id: id, from: processing, to: completed}}}
+	first, stopFirst := c.watch(id)
+	second, stopSecond := c.watch(id)
+	other, stopOther := c.watch(numbered(2))
+	c.apply(&batch{creates: []*create{{order: order{id: id}}}, steps: []step{{id: id, to: processing}}})
+	c.apply(&batch{steps: []step{{id: id, to: completed, void: true}}})
+	require.False(t, done(first), "not Completed yet")
+	stopFirst()
+	c.apply(complete)
+	require.True(t, done(second), "a watcher that left does not take the others along")
+	require.False(t, done(other))
+	require.Len(t, c.watchers, 1)
+
+	next, stopNext := c.watch(id)
+	stopSecond()
+	require.Len(t, c.watchers, 2, "a watch that is over does not end a newer one")
+	c.apply(complete)
+	require.True(t, done(next))
+	stopNext()
+	stopOther()
+	require.Empty(t, c.watchers)
+}
+
+// ---- worker.go ----
+
+func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name           string
+		queue, batches int
+		size           int
+	}{
+		{"in one batch", 1024, 1, 60},
+		{"in many batches", 1024, 30, 2},
+		{"a backlog of ten times the channel", 16, 1, 160},
+		{"a backlog longer than the feeder reads at a time", 16, 1, feedRows + 40},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			var worked diary
+			release := make(chan struct{})
+			a := newTestApp(t, func(c *config) {
+				c.workers, c.queue = 1, tc.queue
+				work := hold(release)
+				c.hooks.work = func(ctx context.Context, o order) error {
+					worked.note(o.id)
+					return work(ctx, o)
+				}
+			})
+			var ids []ulid.ULID
+			for range tc.batches {
+				ids = append(ids, commitTogether(t, a.store, sampleOrders(tc.size))...)
+			}
+			awaitRest(t, a, 1, 0)
+			until(t, func() bool { return len(a.pool.queue) == min(tc.queue, len(ids)-1) }, "the channel is as full as it gets")
+			require.Equal(t, tc.queue, cap(a.pool.queue))
+			require.Equal(t, ids[:1], worked.read())
+			checkInvariants(t, a)
+			close(release)
+			awaitRest(t, a, 0, int64(len(ids)))
+			require.Equal(t, ids, worked.read())
+			checkInvariants(t, a)
+		})
+	}
+}
+
+func TestBacklogFoundAtStartIsTakenInOrder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	ids := commitTogether(t, a.store, sampleOrders(2*feedRows+3))
+	stop()
+	var worked diary
+	a, _ = startApp(t, dir, func(c *config) {
+		c.workers, c.queue = 1, 16
+		c.hooks.work = func(_ context.Context, o order) error {
+			worked.note(o.id)
+			return nil
+		}
+	}, nil)
+
+	more := commitTogether(t, a.store, sampleOrders(40))
+	awaitRest(t, a, 0, int64(len(ids)+len(more)))
+	require.Equal(t, append(ids, more...), worked.read())
+	checkInvariants(t, a)
+}
+
+func TestFeederThatFellBehindCatchesUpWithoutANewOrder(t *testing.T) {
+	t.Parallel()
+	var worked diary
+	release := make(chan struct{})
+	a := newTestApp(t, func(c *config) {
+		c.workers, c.queue = 1, 1
+		work := hold(release)
+		c.hooks.work = func(ctx context.Context, o order) error {
+			worked.note(o.id)
+			return work(ctx, o)
+		}
+	})
+	var ids []ulid.ULID
+	for i := range 3 * cap(a.store.fed) { // a batch each: far more than wait for the feeder
+		ids = append(ids, commitTogether(t, a.store, []*create{sampleOrder(i, "")})...)
+	}
+	require.Len(t, a.store.fed, cap(a.store.fed))
+	awaitRest(t, a, 1, 0)
+	checkInvariants(t, a)
+	close(release)
+	awaitRest(t, a, 0, int64(len(ids)))
+	require.Equal(t, ids, worked.read())
+	checkInvariants(t, a)
+
+	for i := range 20 { // and fed straight from the batches again
+		ids = append(ids, commitTogether(t, a.store, sampleOrders(1+i%3))...)
+	}
+	awaitRest(t, a, 0, int64(len(ids)))
+	require.Equal(t, ids, worked.read())
+	checkInvariants(t, a)
+}
+
+func TestAPanicCostsOneAttempt(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name string
+		fail func() error
+		text string
+	}{
+		{"a panic", func() error { panic("boom") }, "panic: boom"},
+		{"a nil map", func() error { map[int]int(nil)[1] = 1; return nil }, "panic: assignment to entry in nil map"},
+		{"an error", func() error { return errors.New("no stock") }, "no stock"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var worked diary
+			queued := make(chan struct{})
+			a, stop := startApp(t, dir, func(c *config) {
+				c.workers = 1
+				c.hooks.work = func(_ context.Context, o order) error {
+					worked.note(o.id)
+					if len(worked.read()) == 1 {
+						<-queued
+						return tc.fail()
+					}
+					return nil
+				}
+			}, nil)
+
+			ids := commitTogether(t, a.store, sampleOrders(3))
+			until(t, func() bool { return len(a.pool.queue) == 2 }, "the others wait for the one worker")
+			close(queued)
+			awaitRest(t, a, 0, 3)
+			require.Equal(t, append(ids, ids[0]), worked.read(), "the others go first, then it is tried again")
+			o, err := a.store.find(ids[0])
+			require.NoError(t, err)
+			require.GreaterOrEqual(t, o.took, firstRetry.Microseconds(), "the pause counts as processing")
+			checkInvariants(t, a)
+			stop()
+			lines := logged(t, dir, "an attempt at an order failed")
+			require.Len(t, lines, 1)
+			require.Equal(t, "WARN", lines[0]["level"])
+			require.Equal(t, ids[0].String(), lines[0]["order_id"])
+			require.Equal(t, tc.text, lines[0]["error"])
+		})
+	}
+}
+
+func TestWorkThatAlwaysFailsFillsNoMemoryAndStarvesNobody(t *testing.T) {
+	t.Parallel()
+	const workers, queue, orders = 2, 3, 20
+	var mu sync.Mutex
+	attempts := map[ulid.ULID]int{}
+	tried := func() map[ulid.ULID]int {
+		mu.Lock()
+		defer mu.Unlock()
+		return maps.Clone(attempts)
+	}
+	var works atomic.Bool
+	a := newTestApp(t, func(c *config) {
+		c.workers, c.queue = workers, queue
+		c.hooks.work = func(_ context.Context, o order) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if attempts[o.id]++; works.Load() {
+				return nil
+			}
+			return errors.New("no")
+		}
+	})
+	ids := commitTogether(t, a.store, sampleOrders(orders))
+	until(t, func() bool {
+		seen := tried()
+		for _, n := range seen {
+			if n < 2 {
+				return false
+			}
+		}
+		return len(seen) >= queue
+	}, "every order in hand is tried again")
+
+	seen := tried()
+	require.LessOrEqual(t, len(seen), workers+queue, "in hand are as many as the queue has places, and one with each worker")
+	for _, id := range ids[:len(seen)] {
+		require.Contains(t, seen, id, "they are the oldest")
+	}
+	require.LessOrEqual(t, a.pool.parked.Load(), int64(workers+queue))
+	works.Store(true)
+	awaitRest(t, a, 0, orders)
+	checkInvariants(t, a)
+}
+
+// forwardOnly asks for the statuses of orders over and over.
+type forwardOnly struct {
+	newest map[ulid.ULID]status
+	back   []string
+}
+
+// watch begins to ask an app; the function it returns ends that.
+func (f *forwardOnly) watch(s *server, ids []ulid.ULID) (end func()) {
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for {
+			for _, id := range ids {
+				st, err := s.status(id)
+				if err != nil {
+					continue // the store is closed
+				}
+				if st < f.newest[id] {
+					f.back = append(f.back, fmt.Sprintf("%s went from %s to %s", id, f.newest[id], st))
+				}
+				f.newest[id] = st
+			}
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	return func() { close(quit); <-ended }
+}
+
+func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	seen := forwardOnly{newest: map[ulid.ULID]status{}}
+	var failing atomic.Pointer[ulid.ULID]
+	a, stop := startApp(t, dir, func(c *config) {
+		c.workers, c.queue, c.cache, c.drain = 2, 4, 3, 0
+		c.hooks.work = func(ctx context.Context, o order) error {
+			if failing.CompareAndSwap(nil, &o.id) {
+				return errors.New("no")
+			}
+			return hold(nil)(ctx, o)
+		}
+	}, nil)
+
+	ids := commitTogether(t, a.store, sampleOrders(12))
+	end := seen.watch(a.server, ids)
+	awaitRest(t, a, 3, 0)
+	checkInvariants(t, a)
+	stop()
+	end()
+
+	a, stop = openIdle(t, dir, nil)
+	for i, id := range ids {
+		o, err := a.store.find(id)
+		require.NoError(t, err)
+		require.Equal(t, i < 3, o.status == processing, "order %d is %s", i, o.status)
+	}
+	checkInvariants(t, a)
+	stop()
+
+	var worked diary
+	var steps stepDiary
+	release := make(chan struct{})
+	a, stop = startApp(t, dir, func(c *config) {
+		c.workers, c.queue, c.cache = 1, 4, 3
+		c.hooks.beforeCommit = steps.note
+		work := hold(release)
+		c.hooks.work = func(ctx context.Context, o order) error {
+			worked.note(o.id)
+			return work(ctx, o)
+		}
+	}, nil)
+
+	require.Equal(t, int64(12), a.unfinished)
+	end = seen.watch(a.server, ids)
+	until(t, func() bool { return len(worked.read()) == 1 }, "the first is in work")
+	close(release)
+	awaitRest(t, a, 0, 12)
+	checkInvariants(t, a)
+	end()
+	require.Equal(t, ids, worked.read())
+	for i, id := range ids {
+		require.Equal(t, i < 3, steps.read()[id][0].from == processing, "order %d", i)
+	}
+	stop()
+	require.Empty(t, seen.back)
+	require.Empty(t, logged(t, dir, "a step did not find its order"))
+}
+
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name  string
+		drain time.Duration
+		delay time.Duration
+		lasts bool // the work does not end by itself
+		want  status
+	}{
+		{name: "waits for running work", drain: time.Minute, want: completed},
+		{name: "ends running work at the deadline", drain: 20 * time.Millisecond, lasts: true, want: processing},
+		{name: "ends running work at once without a drain time", drain: 0, lasts: true, want: processing},
+		{name: "ends the simulated delay at the deadline", drain: 20 * time.Millisecond, delay: 24 * time.Hour, lasts: true, want: processing},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			release := make(chan struct{})
+			a, stop := startApp(t, dir, func(c *config) {
+				c.workers, c.drain, c.delay = 1, tc.drain, tc.delay
+				if tc.delay == 0 {
+					c.hooks.work = hold(release)
+				}
+			}, nil)
+
+			id := commitTogether(t, a.store, sampleOrders(2))[0]
+			awaitRest(t, a, 1, 0)
+			checkInvariants(t, a)
+			if !tc.lasts {
+				quit := a.pool.quit // the variable a is soon another app
+				go func() {
+					<-quit
+					time.AfterFunc(100*time.Millisecond, func() { close(release) }) // long enough for a drain that does not wait to show
+				}()
+			}
+			stop()
+
+			a, stop = openIdle(t, dir, nil)
+			o, err := a.store.find(id)
+			require.NoError(t, err)
+			require.Equal(t, tc.want, o.status)
+			checkInvariants(t, a)
+			stop()
+			a, _ = startApp(t, dir, nil, nil)
+			awaitRest(t, a, 0, 2)
+			checkInvariants(t, a)
+		})
+	}
+}
+
+// ---- metrics.go ----
+
+func TestCountsAgreeOnceIdle(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := startApp(t, dir, func(c *config) { c.cache = 50 }, nil)
+	var wg sync.WaitGroup
+	var failures atomic.Int64
+	for w := range 8 {
+		wg.Go(func() {
+			for i := range 40 {
+				if a.store.create(sampleOrder(i, strings.Repeat(fmt.Sprint("key", w), i%2))) != nil && i%2 == 0 {
+					failures.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	require.Zero(t, failures.Load())
+	const stored = 8*20 + 8 // of those with a key, one for each writer
+	awaitRest(t, a, 0, stored)
+	require.Equal(t, int64(stored), a.store.totals.Load().accepted)
+	var observed uint64
+	for i := range a.pool.took.counts {
+		observed += a.pool.took.counts[i].Load()
+	}
+	require.Equal(t, uint64(stored), observed)
+	require.Equal(t, 50, a.cache.len())
+	checkInvariants(t, a)
+	before := a.metrics.summary()
+	stop()
+	a, _ = startApp(t, dir, nil, nil)
+	require.Equal(t, before, a.metrics.summary())
+	checkInvariants(t, a)
+}
+
+func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
+	t.Parallel()
+	var armed atomic.Bool
+	held, release := make(chan struct{}), make(chan struct{})
+	a, _ := openIdle(t, t.TempDir(), func(c *config) {
+		c.hooks.beforeProject = func() {
+			if armed.CompareAndSwap(true, false) {
+				held <- struct{}{}
+				<-release
+			}
+		}
+	})
+	ids := commitTogether(t, a.store, sampleOrders(5))
+	moveTo(t, a.store, ids[0], completed, 100)
+	checkInvariants(t, a)
+	armed.Store(true)
+	moveTo(t, a.store, ids[1], completed, 200)
+	moveTo(t, a.store, ids[2], processing, 0)
+	<-held // orders.db has it, metrics.db does not: what a crash would leave now
+	crashed := t.TempDir()
+	require.NoError(t, os.Mkdir(filepath.Join(crashed, "data"), 0o700))
+	for _, name := range []string{"orders.db", "metrics.db"} {
+		execOn(t, filepath.Join(a.cfg.data, name), "VACUUM INTO ?", filepath.Join(crashed, "data", name))
+	}
+	require.Equal(t, int64(1), a.metrics.summary().TotalOrdersProcessed)
+	require.Equal(t, int64(2), a.metrics.summary().OrdersCompleted)
+
+	for range 2 { // the second start finds nothing left to take over
+		b, stop := openIdle(t, crashed, nil)
+		require.Equal(t, summary{TotalOrdersProcessed: 2, AverageProcessingTime: 150e-6, OrdersPending: 2, OrdersProcessing: 1, OrdersCompleted: 2}, b.metrics.summary())
+		checkInvariants(t, b)
+		stop()
+	}
+	close(release)
+	checkInvariants(t, a)
+}
+
+func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name   string
+		damage func(t *testing.T, path string)
+	}{
+		{"from a metrics.db that was deleted", func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) }},
+		{"from one that is empty", func(t *testing.T, path string) { require.NoError(t, os.Truncate(path, 0)) }},
+		{"from the sums of a backup", func(t *testing.T, path string) {
+			execOn(t, path, "UPDATE totals SET accepted = 2, completed = 1, took = 5")
+		}},
+		{"from sums of nothing", func(t *testing.T, path string) {
+			execOn(t, path, "UPDATE totals SET accepted = 0, completed = 0, took = 0")
+		}},
+		{"from a wrong time", func(t *testing.T, path string) { execOn(t, path, "UPDATE totals SET took = 1000000") }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			a, stop := openIdle(t, dir, nil)
+			for i, id := range commitTogether(t, a.store, sampleOrders(4)) {
+				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
+			}
+			checkInvariants(t, a)
+			before := a.metrics.summary()
+			stop()
+			tc.damage(t, a.metrics.db.path)
+			a, stop = openIdle(t, dir, nil)
+			require.Equal(t, before, a.metrics.summary())
+			checkInvariants(t, a)
+			stop()
+		})
+	}
+}
+
+func TestLostOrdersAreNoticedAtStart(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name                string
+		accepted, completed int64 // in metrics.db
+		without             bool  // orders.db
+		want                string
+	}{
+		{"one order more was accepted", 5, 2, false, "it holds 4, 2 of them completed, but %s has counted 5 and 2"},
+		{"one order more was completed", 4, 3, false, "it holds 4, 2 of them completed, but %s has counted 4 and 3"},
+		{"far more of both", 4000, 3000, false, "it holds 4, 2 of them completed, but %s has counted 4000 and 3000"},
+		{"orders.db is gone", 4, 2, true, "it holds 0, 0 of them completed, but %s has counted 4 and 2"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			a, stop := openIdle(t, dir, nil)
+			ids := commitTogether(t, a.store, sampleOrders(4))
+			moveTo(t, a.store, ids[0], completed, 1)
+			moveTo(t, a.store, ids[1], completed, 2)
+			checkInvariants(t, a)
+			stop()
+			orders, counts := a.store.db.path, a.metrics.db.path
+			execOn(t, counts, "UPDATE totals SET accepted = ?, completed = ?", tc.accepted, tc.completed)
+			if tc.without {
+				require.NoError(t, os.Remove(orders))
+			}
+			before := []string{bytesOf(t, orders), bytesOf(t, counts)}
+			for range 2 {
+				_, err := openApp(testConfig(dir), io.Discard)
+				require.ErrorContains(t, err, orders+" has lost orders")
+				require.ErrorContains(t, err, fmt.Sprintf(tc.want, counts))
+				require.ErrorContains(t, err, "delete "+counts)
+				require.Equal(t, before, []string{bytesOf(t, orders), bytesOf(t, counts)}, "the files are left as they were")
+			}
+			require.NoError(t, os.Remove(counts)) // as the message says
+			a, _ = startApp(t, dir, nil, nil)
+			left := int64(4)
+			if tc.without {
+				left = 0
+			}
+			awaitRest(t, a, 0, left)
+			checkInvariants(t, a)
+		})
+	}
+}
+
+// bytesOf is what a file holds, if there is one.
+func bytesOf(tb testing.TB, path string) string {
+	tb.Helper()
+	text, err := os.ReadFile(path)
+	if !errors.Is(err, os.ErrNotExist) {
+		require.NoError(tb, err)
+	}
+	return string(text)
+}
+
+func TestAverageIsOverCompletedOrders(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil)
+	require.Equal(t, summary{}, a.metrics.summary())
+	ids := commitTogether(t, a.store, sampleOrders(5))
+	moveTo(t, a.store, ids[4], processing, 0)
+	for i, tc := range []struct {
+		took int64 // µs
+		want float64
+	}{{1_000_000, 1}, {2_000_000, 1.5}, {0, 1}, {6_000_000, 2.25}} {
+		moveTo(t, a.store, ids[i], completed, tc.took)
+		awaitRest(t, a, 1, int64(i)+1)
+		require.Equal(t, tc.want, a.metrics.summary().AverageProcessingTime)
+		checkInvariants(t, a)
+	}
+	stop()
+	a, _ = openIdle(t, dir, nil)
+	require.Equal(t, 2.25, a.metrics.summary().AverageProcessingTime)
+	checkInvariants(t, a)
+}
+
+func TestHistogramCountsByUpperBound(t *testing.T) {
+	t.Parallel()
+	h := newHistogram([]float64{0.5, 1, 2})
+	for _, v := range []float64{0, 0.5, 0.75, 1, 1.5, 2, 2.5, 1e6} {
+		h.observe(v)
+	}
+	var e exposition
+	e.histogram("x_seconds", "What it is.", &h)
+	require.Equal(t, `# HELP x_seconds What it is.
+# TYPE x_seconds histogram
+x_seconds_bucket{le="0.5"} 2
+x_seconds_bucket{le="1"} 4
+x_seconds_bucket{le="2"} 6
+x_seconds_bucket{le="+Inf"} 8
+x_seconds_sum 1.00000825e+06
+x_seconds_count 8
+`, string(e.text))
+
+	t.Run("from many goroutines", func(t *testing.T) {
+		h := newHistogram(batchSizeBounds)
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for range 1000 {
+					h.observe(3)
+				}
+			})
+		}
+		wg.Wait()
+		require.Equal(t, uint64(8000), h.counts[2].Load())
+		require.Equal(t, 24000.0, math.Float64frombits(h.sum.Load()))
+	})
+	t.Run("bounds ascend", func(t *testing.T) {
+		for _, bounds := range [][]float64{latencyBounds, durationBounds, batchSizeBounds} {
+			require.True(t, slices.IsSortedFunc(bounds, func(a, b float64) int { return cmp.Or(cmp.Compare(a, b), 1) }))
+		}
+	})
+}
+
+func TestPrometheusTextIsValid(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	ids := commitTogether(t, a.store, sampleOrders(5))
+	awaitRest(t, a, 0, 5)
+	base := "http://" + a.listener.Addr().String()
+	get := func(path string) (kind, text string) {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, base+path, nil)
+		require.NoError(t, err)
+		request.Header.Set("Accept", "text/plain;version=0.0.4")
+		response, err := http.DefaultClient.Do(request)
+		require.NoError(t, err)
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		require.NoError(t, err)
+		return response.Header.Get("Content-Type"), string(body)
+	}
+	for _, path := range []string{"/orders/" + ids[0].String(), "/orders/no-such-order", `/no%20"such"\path`, "/orders", "/metrics"} {
+		get(path)
+	}
+	kind, text := get("/metrics")
+	require.Equal(t, "text/plain; version=0.0.4; charset=utf-8", kind)
+	samples, err := parsePrometheus(text)
+	require.NoError(t, err)
+	for name, want := range map[string]float64{
+		"orderd_orders_processed_total":      5,
+		"orderd_orders_accepted_total":       5,
+		`orderd_orders{status="Pending"}`:    0,
+		`orderd_orders{status="Processing"}`: 0,
+		`orderd_orders{status="Completed"}`:  5,
+		"orderd_processing_seconds_count":    5,
+		"orderd_oldest_pending_seconds":      0,
+		"orderd_queue_length":                0,
+		"orderd_queue_capacity":              1024,
+		"orderd_cache_entries":               5,
+		"orderd_cache_hits_total":            1,
+		"orderd_read_seconds_count":          2,
+		"orderd_create_seconds_count":        0,
+		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="200"}`: 1,
+		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="404"}`: 1,
+		`orderd_http_requests_total{method="GET",route="/metrics",status="200"}`:          1,
+		`orderd_http_requests_total{method="other",route="other",status="404"}`:           1,
+	} {
+		require.Contains(t, samples, name)
+		require.Equal(t, want, samples[name], name)
+	}
+	require.Positive(t, samples["orderd_wal_bytes"])
+	checkInvariants(t, a)
+
+	const head = "# HELP a_total Text.\n# TYPE a_total counter\n"
+	const histogramHead = "# HELP h Text.\n# TYPE h histogram\n"
+	for _, tc := range []struct{ name, text, want string }{
+		{"no end of line", head + "a_total 1", "end of line"},
+		{"an empty line", head + "\n", "no sample"},
+		{"a sample without a family", "a_total 1\n", "does not belong"},
+		{"a sample of another family", head + "b_total 1\n", "does not belong"},
+		{"a family twice", head + "a_total 1\n" + head, "again"},
+		{"a type of another name", "# HELP a Text.\n# TYPE b gauge\n", "no TYPE"},
+		{"a type without help", "# TYPE a gauge\na 1\n", "no sample"},
+		{"a type that is none", "# HELP a Text.\n# TYPE a meter\n", "no TYPE"},
+		{"a name that is none", "# HELP a-b Text.\n# TYPE a-b gauge\n", "no sample"},
+		{"a label that is none", head + `a_total{b-c="d"} 1` + "\n", "no sample"},
+		{"a quote in a label", head + `a_total{b="c"d"} 1` + "\n", "no sample"},
+		{"a label twice", head + `a_total{b="c",b="d"} 1` + "\n", "label"},
+		{"a sample twice", head + "a_total 1\na_total 2\n", "twice"},
+		{"a value that is none", head + "a_total 0x1\n", "no sample"},
+		{"a negative counter", head + "a_total -1\n", "counter"},
+		{"buckets that fall", histogramHead + "h_bucket{le=\"1\"} 3\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "cumulative"},
+		{"bounds that fall", histogramHead + "h_bucket{le=\"2\"} 1\nh_bucket{le=\"1\"} 2\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "ascend"},
+		{"no bucket without a bound", histogramHead + "h_bucket{le=\"1\"} 1\nh_sum 1\nh_count 1\n", "count"},
+		{"a count of its own", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 2\n", "count"},
+		{"no sum", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_count 1\n", "sum"},
+	} {
+		t.Run("the parser refuses "+tc.name, func(t *testing.T) {
+			_, err := parsePrometheus(tc.text)
+			require.ErrorContains(t, err, tc.want)
+		})
+	}
+}
+
+const promName = `[a-zA-Z_:][a-zA-Z0-9_:]*`
+
+var (
+	promHelp   = regexp.MustCompile(`^# HELP (` + promName + `) (.+)$`)
+	promType   = regexp.MustCompile(`^# TYPE (` + promName + `) (counter|gauge|histogram|summary|untyped)$`)
+	promLabel  = regexp.MustCompile(`([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\[\\"n])*)"`)
+	promSample = regexp.MustCompile(`^(` + promName + `)(\{` + promLabel.String() + `(?:,` + promLabel.String() + `)*\})? ([+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf)|NaN)$`)
+)
+
+// parsePrometheus reads the text format 0.0.4 as strictly as orderd writes it:
+// each family has HELP, TYPE and its samples, in one piece. The samples are
+// returned by name and labels as they stand.
+func parsePrometheus(text string) (map[string]float64, error) {
+	if !strings.HasSuffix(text, "\n") || !utf8.ValidString(text) {
+		return nil, errors.New("the last line has no end of line, or the text is not UTF-8")
+	}
+	samples, families := map[string]float64{}, map[string]bool{}
+	var name, kind string
+	var bounds, counts []float64 // of the histogram's buckets
+	finish := func() error {
+		switch total, ok := samples[name+"_count"]; {
+		case kind != "histogram":
+			return nil
+		case len(bounds) == 0 || !math.IsInf(bounds[len(bounds)-1], 1) || !ok || counts[len(counts)-1] != total:
+			return fmt.Errorf("%s: the last bucket is not the count", name)
+		}
+		if _, ok := samples[name+"_sum"]; !ok {
+			return fmt.Errorf("%s has no sum", name)
+		}
+		return nil
+	}
+	lines := bufio.NewScanner(strings.NewReader(text))
+	for lines.Scan() {
+		line := lines.Text()
+		if help := promHelp.FindStringSubmatch(line); help != nil {
+			if err := finish(); err != nil {
+				return nil, err
+			}
+			lines.Scan()
+			typed := promType.FindStringSubmatch(lines.Text())
+			if typed == nil || typed[1] != help[1] {
+				return nil, fmt.Errorf("no TYPE after %q", line)
+			}
+			if name, kind = typed[1], typed[2]; families[name] {
+				return nil, fmt.Errorf("family %s again", name)
+			}
+			families[name], bounds, counts = true, nil, nil
+			continue
+		}
+		parts := promSample.FindStringSubmatch(line)
+		if parts == nil {
+			return nil, fmt.Errorf("no sample: %q", line)
+		}
+		value, err := strconv.ParseFloat(parts[len(parts)-1], 64)
+		if err != nil {
+			return nil, err
+		}
+		labels := map[string]string{}
+		for _, l := range promLabel.FindAllStringSubmatch(parts[2], -1) {
+			if _, ok := labels[l[1]]; ok {
+				return nil, fmt.Errorf("label twice: %q", line)
+			}
+			labels[l[1]] = l[2]
+		}
+		suffix, ours := strings.CutPrefix(parts[1], name)
+		if kind == "histogram" {
+			ours = ours && slices.Contains([]string{"_bucket", "_sum", "_count"}, suffix)
+		} else {
+			ours = ours && suffix == ""
+		}
+		if !ours || kind == "" {
+			return nil, fmt.Errorf("sample does not belong to %s: %q", name, line)
+		}
+		if _, ok := samples[parts[1]+parts[2]]; ok {
+			return nil, fmt.Errorf("sample twice: %q", line)
+		}
+		samples[parts[1]+parts[2]] = value
+		if kind == "counter" && (!strings.HasSuffix(name, "_total") || !(value >= 0)) {
+			return nil, fmt.Errorf("no counter: %q", line)
+		}
+		if suffix != "_bucket" {
+			continue
+		}
+		bound, err := strconv.ParseFloat(labels["le"], 64)
+		if err != nil || len(bounds) > 0 && bound <= bounds[len(bounds)-1] {
+			return nil, fmt.Errorf("bounds do not ascend: %q", line)
+		}
+		if len(counts) > 0 && value < counts[len(counts)-1] {
+			return nil, fmt.Errorf("buckets are not cumulative: %q", line)
+		}
+		bounds, counts = append(bounds, bound), append(counts, value)
+	}
+	return samples, cmp.Or(lines.Err(), finish())
+}
+
+// ---- log.go ----
+
+// openTestLog opens a log in a new directory, or to out if there is one.
+func openTestLog(t *testing.T, out io.Writer, stderr io.Writer) (*logger, string) {
+	t.Helper()
+	cfg := testConfig(t.TempDir())
+	cfg.logSize, cfg.logBackups = 1, 2
+	if out != nil {
+		cfg.log = "-"
+	}
+	l, err := openLog(cfg, stderr)
+	require.NoError(t, err)
+	if out != nil {
+		l.out = out // the flusher reads it only behind the first line
+	}
+	return l, cfg.log
+}
+
+// flushed reports whether no line waits.
+func (l *logger) flushed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.buffer) == 0
+}
+
+func TestLogRotation(t *testing.T) {
+	t.Parallel()
+	l, path := openTestLog(t, nil, io.Discard)
+	text := strings.Repeat("x", 1000)
+	const lines = 6000
+	for i := range lines {
+		l.Info(text, "n", i)
+		if i%200 == 199 {
+			l.nudge()
+			until(t, l.flushed)
+		}
+	}
+	require.NoError(t, l.close())
+	require.Zero(t, l.dropped.Load())
+	var sizes int64
+	until(t, func() bool {
+		entries, _ := os.ReadDir(filepath.Dir(path))
+		plain, packed := 0, 0
+		sizes = 0
+		for _, e := range entries {
+			if info, err := e.Info(); err == nil {
+				sizes += info.Size()
+			}
+			if strings.HasSuffix(e.Name(), ".log.gz") {
+				packed++
+			} else {
+				plain++
+			}
+		}
+		return plain == 1 && packed == 2
+	}, "the file and two compressed old ones are left")
+	require.Less(t, sizes, int64(3<<20))
+	newest, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.LessOrEqual(t, len(newest), 1<<20)
+	var n float64
+	for line := range strings.Lines(string(newest)) {
+		n = decoded[map[string]any](t, line)["n"].(float64)
+	}
+	require.EqualValues(t, lines-1, n, "the newest file ends with the newest line")
+	if runtime.GOOS != "windows" {
+		require.NoError(t, filepath.WalkDir(filepath.Dir(path), func(path string, entry fs.DirEntry, err error) error {
+			info, err := entry.Info()
+			assert.Zero(t, info.Mode().Perm()&0o077, "%s is %s", path, info.Mode())
+			return err
+		}))
+	}
+}
+
+func TestLogFileIsMadeAnew(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("an open file cannot be deleted there")
+	}
+	l, path := openTestLog(t, nil, io.Discard)
+	written := func(text string) func() bool {
+		return func() bool {
+			content, err := os.ReadFile(path)
+			return err == nil && strings.Contains(string(content), text)
+		}
+	}
+	l.Warn("before")
+	until(t, written("before"))
+	require.NoError(t, os.Remove(path))
+	l.Warn("after")
+	until(t, written("after"))
+	require.NoError(t, l.close())
+	require.Zero(t, l.dropped.Load())
+}
+
+// brokenWriter refuses or holds what it is given.
+type brokenWriter struct {
+	transcript
+	broken  func() error
+	entered chan struct{} // if not nil, closed by the first write
+	once    sync.Once
+	resume  chan struct{} // then what a write waits for
+}
+
+func (w *brokenWriter) Write(p []byte) (int, error) {
+	if w.entered != nil {
+		w.once.Do(func() { close(w.entered) })
+		<-w.resume
+	}
+	if w.broken != nil {
+		if err := w.broken(); err != nil {
+			return 0, err
+		}
+	}
+	return w.transcript.Write(p)
+}
+
+func TestLogOnAFailingDisk(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	disk := errors.New("no space left on device")
+	set := func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		disk = err
+	}
+	var stderr transcript
+	out := &brokenWriter{broken: func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		return disk
+	}}
+	l, _ := openTestLog(t, out, &stderr)
+	for i := range int64(3) {
+		l.Warn("lost")
+		until(t, func() bool { return l.dropped.Load() == i+1 }, "every lost line is counted")
+	}
+	require.Regexp(t, `^orderd: [^\n]*no space left on device[^\n]*\n$`, stderr.String(), "stderr is told once")
+	set(nil)
+	l.Warn("kept")
+	until(t, func() bool { return strings.Contains(out.String(), "kept") }, "it recovers")
+	set(errors.New("input/output error"))
+	l.Warn("lost")
+	until(t, func() bool { return l.dropped.Load() == 4 })
+	until(t, func() bool { return strings.Count(stderr.String(), "\n") == 2 }, "another failure is told again")
+	set(nil)
+	l.Info("last")
+	require.NoError(t, l.close())
+	require.Regexp(t, `^[^\n]*kept[^\n]*\n[^\n]*last[^\n]*\n$`, out.String(), "closing writes what waits")
+}
+
+func TestLogBufferFull(t *testing.T) {
+	t.Parallel()
+	out := &brokenWriter{entered: make(chan struct{}), resume: make(chan struct{})}
+	l, _ := openTestLog(t, out, io.Discard)
+	l.Warn("first")
+	<-out.entered // the disk hangs
+	text := strings.Repeat("x", 1000)
+	const lines = 1000
+	for range lines {
+		l.Info(text) // must not wait for it
+	}
+	dropped := l.dropped.Load()
+	require.Positive(t, dropped)
+	require.Less(t, dropped, int64(lines))
+	require.LessOrEqual(t, len(l.buffer), logBuffer)
+	close(out.resume)
+	require.NoError(t, l.close())
+	require.EqualValues(t, 1+lines-dropped, strings.Count(out.String(), "\n"))
+	require.Equal(t, dropped, l.dropped.Load())
+}
+
+func TestLogOnStderr(t *testing.T) {
+	t.Parallel()
+	cfg := testConfig(t.TempDir())
+	cfg.log, cfg.logLevel = "-", "warn"
+	var stderr transcript
+	l, err := openLog(cfg, &stderr)
+	require.NoError(t, err)
+	l.Info("unimportant")
+	l.Warn("important")
+	require.NoError(t, l.close())
+	require.Equal(t, "important", decoded[map[string]any](t, stderr.String())["msg"])
+	require.NoDirExists(t, filepath.Dir(testConfig(filepath.Dir(cfg.data)).log))
+}
+
+// ---- the oracle: what clients know, against what the service says ----
+
+// outcome is what a client knows of its order.
+type outcome int
+
+const (
+	refused outcome = iota // it was told that the order was not taken
+	unknown                // it was told nothing certain
+	accepted
+)
+
+func (o outcome) String() string { return [...]string{"refused", "unknown", "accepted"}[o] }
+
+// intent is one order that a client wants. Its user_id is unique, so the order
+// can be found.
+type intent struct {
+	userID, itemIDs string
+	cents           int64
+	body            string
+	key             string // Idempotency-Key, or empty: then it is sent only once
+	outcome         outcome
+	id              string // once accepted
+}
+
+// journal is kept outside the service and outlives it.
+type journal struct {
+	name string // begins every user_id
+	rand *rand.Rand
+
+	mu         sync.Mutex // guards all below, and the intents
+	intents    []*intent
+	accepted   []*intent
+	seen       map[string]status // the highest status shown, by ID
+	reads      int
+	violations []string
+
+	minimum time.Duration // of an order's processing
+	average float64       // as the service said last
+}
+
+func newJournal(name string, minimum time.Duration) *journal {
+	return &journal{name: name, rand: rand.New(rand.NewPCG(1, 2)), seen: map[string]status{}, minimum: minimum}
+}
+
+func (j *journal) violate(format string, args ...any) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.violations) < 20 {
+		j.violations = append(j.violations, fmt.Sprintf(format, args...))
+	}
+}
+
+// next makes up an order: most are small, some large, some invalid.
+func (j *journal) next() *intent {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := len(j.intents)
+	in := &intent{userID: fmt.Sprintf("%s-%d", j.name, n), itemIDs: fmt.Sprintf("item%d,item%d", n, n+1), cents: j.rand.Int64N(1e7)}
+	if j.rand.IntN(20) == 0 {
+		in.itemIDs += strings.Repeat(",another item", j.rand.IntN(900))
+	}
+	if j.rand.IntN(4) == 0 {
+		in.key = fmt.Sprintf("key-%s-%d", j.name, n)
+	}
+	amount := fmt.Sprintf("%d.%02d", in.cents/100, in.cents%100)
+	switch j.rand.IntN(20) {
+	case 0:
+		amount = fmt.Sprintf("%de-2", in.cents)
+	case 1:
+		amount = "-1" // refused
+	}
+	in.body = fmt.Sprintf(`{"user_id": %q, "item_ids": %q, "total_amount": %s}`, in.userID, in.itemIDs, amount)
+	j.intents = append(j.intents, in)
+	return in
+}
+
+// send posts an order and notes what the client knows then. An error is one of
+// the connection.
+func (j *journal) send(client *http.Client, base string, in *intent) (o outcome, err error) {
+	var id string
+	defer func() {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if o == accepted && in.outcome != accepted {
+			in.id = id
+			j.accepted = append(j.accepted, in)
+		}
+		in.outcome = max(in.outcome, o)
+	}()
+	request, err := http.NewRequest(http.MethodPost, base+"/orders", strings.NewReader(in.body))
+	if err != nil {
+		return refused, err
+	}
+	request.Header.Set("Content-Type", "application/json")
+	if in.key != "" {
+		request.Header.Set("Idempotency-Key", in.key)
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		var dial *net.OpError
+		if errors.As(err, &dial) && dial.Op == "dial" && in.key == "" {
+			return refused, err // nothing was sent; with a key, net/http may be at its second try
+		}
+		return unknown, err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		return unknown, err
+	}
+	var answer struct {
+		OrderID string `json:"order_id"`
+		Type    string `json:"type"`
+		Detail  string `json:"detail"`
+	}
+	if err := json.Unmarshal(text, &answer); err != nil {
+		j.violate("answer %d is no JSON: %q", response.StatusCode, text)
+		return unknown, nil
+	}
+	switch code := response.StatusCode; {
+	case code == http.StatusCreated:
+		id = answer.OrderID
+		if in.id != "" && in.id != id {
+			j.violate("the key %s created %s and %s", in.key, in.id, id)
+		}
+		return accepted, nil
+	case code >= 400 && code < 500:
+		return refused, nil
+	case code == http.StatusServiceUnavailable:
+		if response.Header.Get("Retry-After") == "" || response.Header.Get("Content-Type") != "application/problem+json" {
+			j.violate("a 503 without Retry-After, or no problem document: %q", text)
+		}
+		if answer.Type == "urn:orderd:problem:outcome-unknown" {
+			return unknown, nil
+		}
+		if !strings.Contains(answer.Detail, "not taken") {
+			j.violate("a 503 does not say whether the order was taken: %q", text)
+		}
+		return refused, nil
+	}
+	j.violate("unexpected answer %d: %q", response.StatusCode, text)
+	return unknown, nil
+}
+
+func newClient() *http.Client {
+	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1}}
+}
+
+// place sends so many orders one after the other and demands that each is accepted.
+func (j *journal) place(tb testing.TB, base string, n int) {
+	tb.Helper()
+	client := newClient()
+	defer client.CloseIdleConnections()
+	for target := j.count(accepted) + n; j.count(accepted) < target; {
+		_, err := j.send(client, base, j.next())
+		require.NoError(tb, err)
+		require.Zero(tb, j.count(unknown))
+	}
+}
+
+// load sends orders on n connections, at most most in all, until it is stopped
+// or the service has gone. Every client checks that its own IDs increase.
+func (j *journal) load(base string, n, most int) (stop func()) {
+	quit := make(chan struct{})
+	var wg sync.WaitGroup
+	var sent atomic.Int64
+	for range n {
+		wg.Go(func() {
+			client := newClient()
+			defer client.CloseIdleConnections()
+			for last := ""; sent.Add(1) <= int64(most); {
+				select {
+				case <-quit:
+					return
+				default:
+				}
+				in := j.next()
+				o, err := j.send(client, base, in)
+				if err != nil {
+					return
+				}
+				if o == accepted {
+					if in.id <= last {
+						j.violate("ID %s came after %s", in.id, last)
+					}
+					last = in.id
+				}
+			}
+		})
+	}
+	var once sync.Once
+	return func() {
+		once.Do(func() { close(quit) })
+		wg.Wait()
+	}
+}
+
+// count returns how many intents ended so.
+func (j *journal) count(o outcome) (n int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, in := range j.intents {
+		if in.outcome == o {
+			n++
+		}
+	}
+	return n
+}
+
+// observe reads accepted orders, one by one and as lists, and demands that no
+// status goes backward and no order vanishes, across restarts too.
+func (j *journal) observe(base string) (stop func()) {
+	quit := make(chan struct{})
+	var wg sync.WaitGroup
+	watch := func(look func(*http.Client, *rand.Rand) error) {
+		wg.Go(func() {
+			client, r := newClient(), rand.New(rand.NewPCG(3, 4))
+			defer client.CloseIdleConnections()
+			for {
+				select {
+				case <-quit:
+					return
+				default:
+				}
+				if err := look(client, r); err != nil {
+					return // the service has gone
+				}
+			}
+		})
+	}
+	for range 2 {
+		watch(func(client *http.Client, r *rand.Rand) error { return j.look(client, base, r) })
+	}
+	watch(func(client *http.Client, _ *rand.Rand) error {
+		j.mu.Lock()
+		floor := maps.Clone(j.seen) // shown before the request
+		j.mu.Unlock()
+		page, err := fetchPage(client, base+"/orders?limit=200")
+		if errors.Is(err, errNotListed) {
+			j.violate("%v", err)
+		}
+		if err != nil {
+			return err
+		}
+		for i, o := range page.Orders {
+			if i > 0 && o.OrderID >= page.Orders[i-1].OrderID {
+				j.violate("the list is out of order at %s", o.OrderID)
+			}
+			if s := status(slices.Index(statusNames[:], o.Status)); s < floor[o.OrderID] {
+				j.violate("the list shows %s of %s after %s", s, o.OrderID, floor[o.OrderID])
+			}
+		}
+		return nil
+	})
+	var once sync.Once
+	return func() {
+		once.Do(func() { close(quit) })
+		wg.Wait()
+	}
+}
+
+// look reads the status of one accepted order, more often a new one.
+func (j *journal) look(client *http.Client, base string, r *rand.Rand) error {
+	j.mu.Lock()
+	id, floor := ulid.ULID{}.String(), pending
+	known := len(j.accepted) > 0
+	if known {
+		i := r.IntN(len(j.accepted))
+		if r.IntN(2) == 0 {
+			i = len(j.accepted) - 1 - r.IntN(min(len(j.accepted), 20))
+		}
+		id = j.accepted[i].id
+		floor = j.seen[id]
+	}
+	j.mu.Unlock()
+	response, err := client.Get(base + "/orders/" + id)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	var answer struct {
+		OrderID string `json:"order_id"`
+		Status  string `json:"status"`
+	}
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		return err
+	}
+	if !known && response.StatusCode == http.StatusNotFound {
+		return nil
+	}
+	err = json.Unmarshal(text, &answer)
+	s := slices.Index(statusNames[:], answer.Status)
+	switch {
+	case response.StatusCode != http.StatusOK || err != nil || answer.OrderID != id || s < 0:
+		j.violate("GET of the accepted order %q answers %d: %q", id, response.StatusCode, text)
+		return nil
+	case status(s) < floor:
+		j.violate("%s is %s after it was %s", id, answer.Status, floor)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.seen[id] = max(j.seen[id], status(s))
+	j.reads++
+	return nil
+}
+
+type ordersPage struct {
+	Orders []listedOrder
+	Next   *string
+}
+
+var errNotListed = errors.New("no list")
+
+func fetchPage(client *http.Client, address string) (page ordersPage, err error) {
+	response, err := client.Get(address)
+	if err != nil {
+		return page, err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return page, fmt.Errorf("%w: GET %s answers %d", errNotListed, address, response.StatusCode)
+	}
+	return page, json.NewDecoder(response.Body).Decode(&page)
+}
+
+// listAll reads every order of the service.
+func listAll(tb testing.TB, base string) (orders []listedOrder) {
+	tb.Helper()
+	client, next := newClient(), "/orders?limit=1000"
+	defer client.CloseIdleConnections()
+	for {
+		page, err := fetchPage(client, base+next)
+		require.NoError(tb, err)
+		orders = append(orders, page.Orders...)
+		if page.Next == nil {
+			return orders
+		}
+		next = *page.Next
+	}
+}
+
+func getSummary(base string) (sum summary, err error) {
+	response, err := http.Get(base + "/metrics")
+	if err != nil {
+		return sum, err
+	}
+	defer response.Body.Close()
+	return sum, json.NewDecoder(response.Body).Decode(&sum)
+}
+
+// gauge reads one metric without labels from the Prometheus text.
+func gauge(tb testing.TB, base, name string) float64 {
+	tb.Helper()
+	request, err := http.NewRequest(http.MethodGet, base+"/metrics", nil)
+	require.NoError(tb, err)
+	request.Header.Set("Accept", "text/plain")
+	response, err := http.DefaultClient.Do(request)
+	require.NoError(tb, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	require.NoError(tb, err)
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			v, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+			require.NoError(tb, err)
+			return v
+		}
+	}
+	require.Fail(tb, "no metric "+name)
+	return 0
+}
+
+// drained waits until all orders are Completed and counted.
+func drained(tb testing.TB, base string) (sum summary) {
+	tb.Helper()
+	require.Eventually(tb, func() bool {
+		var err error
+		sum, err = getSummary(base)
+		return err == nil && sum.OrdersPending == 0 && sum.OrdersProcessing == 0 && sum.TotalOrdersProcessed == sum.OrdersCompleted
+	}, time.Minute, 5*time.Millisecond)
+	return sum
+}
+
+// check asks a running service whether it kept its promises to the clients of
+// the journal. No load may run beside it.
+func (j *journal) check(tb testing.TB, base string) {
+	tb.Helper()
+	stop := j.observe(base)
+	defer stop()
+	client := newClient()
+	defer client.CloseIdleConnections()
+	for _, in := range j.intents {
+		if in.key != "" && in.outcome == unknown {
+			o, err := j.send(client, base, in) // that is what the key is for
+			require.NoError(tb, err)
+			require.NotEqual(tb, unknown, o)
+			in.outcome = o // refused: it was invalid
+		}
+	}
+	sum := drained(tb, base)
+	orders := listAll(tb, base)
+	stop()
+	require.NoError(tb, j.verify(orders, sum))
+}
+
+// verify compares the journal with all orders of a drained service.
+func (j *journal) verify(orders []listedOrder, sum summary) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var wrong []string
+	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	found := map[string][]listedOrder{}
+	for _, o := range orders {
+		found[o.UserID] = append(found[o.UserID], o)
+		if o.Status != completed.String() {
+			bad("%s is %s after the drain", o.OrderID, o.Status)
+		}
+	}
+	for _, in := range j.intents {
+		rows := found[in.userID]
+		delete(found, in.userID)
+		switch {
+		case len(rows) > 1:
+			bad("the %s order of %s is there %d times", in.outcome, in.userID, len(rows))
+			continue
+		case in.outcome == accepted && len(rows) == 0:
+			bad("the accepted order %s of %s is lost", in.id, in.userID)
+		case in.outcome == refused && len(rows) > 0:
+			bad("the refused order of %s is there as %s", in.userID, rows[0].OrderID)
+		}
+		if len(rows) == 0 {
+			continue
+		}
+		o := rows[0]
+		if in.outcome == accepted && o.OrderID != in.id {
+			bad("the order of %s was %s and is %s", in.userID, in.id, o.OrderID)
+		}
+		if amount := fmt.Sprintf("%d.%02d", in.cents/100, in.cents%100); o.ItemIDs != in.itemIDs || string(o.TotalAmount) != amount {
+			bad("the order %s has other content than was sent", o.OrderID)
+		}
+	}
+	for user := range found {
+		bad("nobody sent the order of %q", user)
+	}
+	if n := int64(len(orders)); sum.TotalOrdersProcessed != n || sum.OrdersCompleted != n {
+		bad("%d orders, but %d processed and %d completed", n, sum.TotalOrdersProcessed, sum.OrdersCompleted)
+	}
+	if low, high := j.minimum.Seconds(), time.Minute.Seconds(); len(orders) > 0 && (sum.AverageProcessingTime < low || sum.AverageProcessingTime > high) {
+		bad("the average processing time is %v, not from %v to %v", sum.AverageProcessingTime, low, high)
+	}
+	j.average = sum.AverageProcessingTime
+	return toldOf(append(wrong, j.violations...))
+}
+
+func toldOf(wrong []string) error {
+	if len(wrong) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d promises broken, such as: %s", len(wrong), strings.Join(wrong[:min(len(wrong), 10)], "; "))
+}
+
+// checkFiles looks into both databases after a clean stop.
+func (j *journal) checkFiles(dir string) error {
+	var wrong []string
+	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	look := func(name, query string, into ...any) {
+		path := filepath.Join(dir, "data", name)
+		if _, err := os.Stat(path + "-wal"); err == nil {
+			bad("%s-wal is left", name)
+		}
+		db, err := openSQLite(path, "mode=ro")
+		if err == nil {
+			defer db.Close()
+			var verdict string
+			if err = db.QueryRow("PRAGMA integrity_check").Scan(&verdict); err == nil && verdict != "ok" {
+				bad("%s: %s", name, verdict)
+			}
+			if err == nil {
+				err = db.QueryRow(query).Scan(into...)
+			}
+		}
+		if err != nil {
+			bad("%s: %v", name, err)
+		}
+	}
+	var rows, done, spent int64
+	var t, counted totals
+	look("orders.db", `SELECT o.*, accepted, processing, completed, took FROM totals,
+		(SELECT count(*), coalesce(sum(status = 2), 0), coalesce(sum(took), 0) FROM orders) o`,
+		&rows, &done, &spent, &t.accepted, &t.processing, &t.completed, &t.took)
+	look("metrics.db", "SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took)
+	if rows != done || t.accepted != rows || t.completed != rows || t.processing != 0 || t.took != spent || counted.sums != t.sums {
+		bad("%d rows, %d completed, %d µs; totals %+v; metrics.db %+v", rows, done, spent, t, counted.sums)
+	}
+	if rows > 0 && math.Abs(j.average-float64(spent)/float64(rows)/1e6) > 1e-9 {
+		bad("the average was %v and is %v", j.average, float64(spent)/float64(rows)/1e6)
+	}
+	return toldOf(wrong)
+}
+
+// stopAndCheck ends a process whose orders are all Completed.
+func (j *journal) stopAndCheck(tb testing.TB, p *process) {
+	tb.Helper()
+	p.stop(tb)
+	if runtime.GOOS != "windows" {
+		require.NoError(tb, j.checkFiles(p.dir))
+	}
+}
+
+// recover starts the service again, whole, and checks everything.
+func (j *journal) recover(tb testing.TB, dir string, args ...string) {
+	tb.Helper()
+	p := startProcess(tb, dir, nil, append([]string{"-delay", j.minimum.String(), "-workers", "64"}, args...)...)
+	j.check(tb, p.url())
+	j.stopAndCheck(tb, p)
+}
+
+// ---- faults: the process dies ----
+
+func TestKillNine(t *testing.T) {
+	t.Parallel()
+	seed := *killSeed
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
+	t.Logf("repeat with -seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, seed))
+	dir := t.TempDir()
+	j := newJournal("kill", 5*time.Millisecond)
+	j.rand = rand.New(rand.NewPCG(seed, 0))
+	args := []string{"-delay", "5ms", "-workers", "64", "-cache", "500"}
+	pause := func(most time.Duration) { <-time.After(time.Duration(r.Int64N(int64(most)))) }
+	for range *killRounds {
+		if r.IntN(2) == 0 { // somewhere in the start
+			p := launch(t, nil, dir, nil, args...)
+			pause(80 * time.Millisecond)
+			p.kill()
+		}
+		p := startProcess(t, dir, nil, args...)
+		j.check(t, p.url())
+		stopLoad, stopObservers := j.load(p.url(), 8, 2000), j.observe(p.url())
+		pause(400 * time.Millisecond)
+		p.kill()
+		stopLoad()
+		stopObservers()
+	}
+	j.recover(t, dir, "-cache", "500")
+	t.Logf("%d accepted, %d refused, %d unknown, %d reads", j.count(accepted), j.count(refused), j.count(unknown), j.reads)
+	require.NotZero(t, j.count(accepted))
+}
+
+func TestKilledBetweenTheTwoCommits(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	j := newJournal("between", time.Millisecond)
+	behind := 0
+	for _, at := range []string{"1", "2", "4"} {
+		p := launch(t, nil, dir, []string{childMode + "=exit-between-commits", "ORDERD_TEST_AT=" + at}, "-delay", "1ms")
+		select {
+		case <-p.exited: // in the start, where metrics.db lagged
+		case <-opened(p):
+			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, "orderd is open at ", p.exited), "orderd is open at http://")
+			stop := j.load(base, 4, 100_000)
+			p.wait(t, time.Minute)
+			stop()
+		}
+		require.Equal(t, exitedBetweenCommits, p.code, p.stderr.String())
+		behind += j.count(accepted)
+	}
+	require.NotZero(t, behind)
+	j.recover(t, dir)
+}
+
+// opened is closed once the process has announced its address.
+func opened(p *process) <-chan struct{} {
+	open := make(chan struct{})
+	go func() {
+		for {
+			text, more := p.stderr.read()
+			if strings.Contains(text, "orderd is open at ") {
+				close(open)
+				return
+			}
+			select {
+			case <-more:
+			case <-p.exited:
+				return
+			}
+		}
+	}()
+	return open
+}
+
+func TestSigtermUnderLoad(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	dir := t.TempDir()
+	j := newJournal("term", 5*time.Millisecond)
+	for range 2 {
+		p := startProcess(t, dir, nil, "-delay", "5ms", "-workers", "4", "-drain", "5s")
+		stopLoad, stopObservers := j.load(p.url(), 8, 100_000), j.observe(p.url())
+		before := j.count(accepted)
+		require.Eventually(t, func() bool { return j.count(accepted) > before+300 }, time.Minute, time.Millisecond)
+		began := time.Now()
+		require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+		require.Less(t, time.Since(began), 6*time.Second)
+		stopLoad()
+		stopObservers()
+		for _, name := range []string{"orders.db-wal", "metrics.db-wal", "orders.db-shm"} {
+			require.NoFileExists(t, filepath.Join(dir, "data", name))
+		}
+	}
+	j.recover(t, dir)
+}
+
+func TestSigtermAnswersWhatIsInFlight(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	dir := t.TempDir()
+	j := newJournal("flight", time.Millisecond)
+	p := startProcess(t, dir, []string{childMode + "=hold-commit"}, "-delay", "24h", "-drain", "3s")
+	outcomes := make(chan outcome, heldCreates)
+	for range heldCreates {
+		in := j.next()
+		in.key, in.body = "", strings.Replace(in.body, ": -1}", ": 1}", 1)
+		if strings.HasSuffix(in.body, ": 1}") {
+			in.cents = 100
+		}
+		go func() {
+			o, _ := j.send(newClient(), p.url(), in)
+			outcomes <- o
+		}()
+	}
+	p.stderr.waitFor(t, "all creates are in flight", p.exited)
+	began := time.Now()
+	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Less(t, time.Since(began), 4*time.Second) // -drain and a second
+	for range heldCreates {
+		require.Equal(t, accepted, <-outcomes)
+	}
+	j.recover(t, dir)
+}
+
+func TestSigtermReleasesWhoWaits(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	dir := t.TempDir()
+	p := startProcess(t, dir, nil, "-delay", "24h", "-drain", "1s")
+	n := &intent{userID: "u", body: exampleOrder}
+	j := newJournal("wait", 0)
+	_, err := j.send(newClient(), p.url(), n)
+	require.NoError(t, err)
+	request, err := http.NewRequest(http.MethodGet, p.url()+"/orders/"+n.id, nil)
+	require.NoError(t, err)
+	request.Header.Set("Prefer", "wait=60")
+	sent, answered := make(chan struct{}), make(chan string, 1)
+	go func() {
+		close(sent)
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			answered <- err.Error()
+			return
+		}
+		response.Body.Close()
+		answered <- response.Status
+	}()
+	<-sent
+	require.Eventually(t, func() bool { // the order is being worked on, so the wait has something to wait for
+		sum, err := getSummary(p.url())
+		return err == nil && sum.OrdersProcessing == 1
+	}, time.Minute, time.Millisecond)
+	select {
+	case status := <-answered:
+		require.Fail(t, "answered before the order completed", status)
+	case <-time.After(300 * time.Millisecond):
+	}
+	began := time.Now()
+	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Less(t, time.Since(began), 2*time.Second)
+	require.Equal(t, "200 OK", <-answered)
+}
+
+// TestOracle shows that the oracle notices what it is there for.
+func TestOracle(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	dir := t.TempDir()
+	j := newJournal("oracle", time.Millisecond)
+	p := startProcess(t, dir, nil, "-delay", "1ms")
+	j.place(t, p.url(), 50)
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+
+	first, last := j.accepted[0], j.accepted[len(j.accepted)-1]
+	idHigh := func(in *intent) string { return strconv.FormatInt(high(ulid.MustParse(in.id)), 10) }
+	const recount = "UPDATE totals SET accepted = (SELECT count(*) FROM orders), completed = (SELECT count(*) FROM orders WHERE status = 2), took = (SELECT sum(took) FROM orders)"
+	for _, test := range []struct {
+		name    string
+		orders  string // SQL for orders.db
+		metrics string
+		says    string
+	}{
+		{"completions counted twice", "UPDATE totals SET accepted = accepted + 1, completed = completed + 1", "", "processed"},
+		{"an order lost", "DELETE FROM orders WHERE id_high = " + idHigh(last) + "; " + recount, "UPDATE totals SET accepted = 0, completed = 0", "is lost"},
+		{"an order twice", "INSERT INTO orders SELECT id_high + 1, id_low, status, user_id, item_ids, cents, started, took FROM orders WHERE id_high = " + idHigh(last) + "; " + recount, "", "2 times"},
+		{"other content", "UPDATE orders SET cents = cents + 1 WHERE id_high = " + idHigh(first), "", "other content"},
+		{"an order of nobody", "INSERT INTO orders VALUES (7, 7, 2, 'nobody', 'x', 1, 1, 1); " + recount, "", "nobody sent"},
+		{"a status that goes backward", "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = " + idHigh(first) + "; UPDATE totals SET completed = completed - 1", "UPDATE totals SET completed = 0", "after it was Completed"},
+		{"time that nobody spent", "UPDATE totals SET took = took + 3600000000", "UPDATE totals SET took = took + 3600000000", "average"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			broken := t.TempDir()
+			require.NoError(t, os.CopyFS(broken, os.DirFS(dir)))
+			for name, query := range map[string]string{"orders.db": test.orders, "metrics.db": test.metrics} {
+				db, err := openSQLite(filepath.Join(broken, "data", name))
+				require.NoError(t, err)
+				_, err = db.Exec(query)
+				require.NoError(t, err)
+				require.NoError(t, db.Close())
+			}
+			k := newJournal("oracle", j.minimum)
+			k.intents, k.accepted, k.seen = j.intents, j.accepted, map[string]status{first.id: completed}
+			if strings.Contains(test.name, "backward") {
+				k.accepted = k.accepted[:1] // so that the observers look at it in time
+			}
+			p := startProcess(t, broken, nil, "-delay", "300ms")
+			stop := k.observe(p.url())
+			sum := drained(t, p.url())
+			stop()
+			require.ErrorContains(t, k.verify(listAll(t, p.url()), sum), test.says)
+		})
+	}
+	t.Run("answered before the commit", func(t *testing.T) {
+		dir := t.TempDir()
+		j := newJournal("early", time.Millisecond)
+		p := startProcess(t, dir, []string{childMode + "=answer-before-commit"}, "-delay", "1ms")
+		client := newClient()
+		for j.count(accepted) < 4 { // the fourth is a lie
+			_, err := j.send(client, p.url(), j.next())
+			require.NoError(t, err)
+		}
+		p.kill()
+		p = startProcess(t, dir, nil, "-delay", "1ms")
+		sum := drained(t, p.url())
+		require.ErrorContains(t, j.verify(listAll(t, p.url()), sum), "is lost")
+	})
+}
+
+// ---- faults: the disk fails ----
+
+// straced is the command that starts the service under strace, as its own
+// process and only the named calls on path traced.
+func straced(tb testing.TB, log, path string, options ...string) []string {
+	tb.Helper()
+	needs(tb, "strace")
+	command := []string{"strace", "-D", "-f", "-qq", "--seccomp-bpf", "-o", log}
+	if path != "" {
+		command = append(command, "-P", path)
+	}
+	command = append(command, options...)
+	if text, err := exec.Command(command[0], append(command[1:], "true")...).CombinedOutput(); err != nil {
+		tb.Skipf("strace does not work here: %v %s", err, text)
+	}
+	return command
+}
+
+// walDir is a data directory that has been used and stopped, so that the first
+// calls on orders.db-wal are those of the first commit.
+func walDir(t *testing.T) (dir, wal string) {
+	t.Helper()
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	require.NoError(t, err)
+	startProcess(t, dir, nil).stop(t)
+	return dir, filepath.Join(dir, "data", "orders.db-wal")
+}
+
+func TestFsyncFails(t *testing.T) {
+	t.Parallel()
+	dir, wal := walDir(t)
+	j := newJournal("fsync", time.Millisecond)
+	// strace counts by thread, so a few commits succeed before.
+	p := startWrapped(t, straced(t, filepath.Join(dir, "strace"), wal,
+		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=4+"), dir, nil, "-delay", "1ms")
+	stopLoad, stopObservers := j.load(p.url(), 4, 10_000), j.observe(p.url())
+	require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
+	stopLoad()
+	stopObservers()
+	said := regexp.MustCompile(`(?m)^orderd: .*\n`).FindAllString(p.stderr.String(), -1)
+	require.Len(t, said, 1, p.stderr.String())
+	require.Contains(t, said[0], "a write to orders.db failed and its outcome is unknown: check the disk, then start orderd again")
+	require.NotZero(t, j.count(accepted))
+	j.recover(t, dir)
+}
+
+// TestFsyncFailsOnce is the trap: the next fsync would succeed, and mean nothing.
+func TestFsyncFailsOnce(t *testing.T) {
+	t.Parallel()
+	dir, wal := walDir(t)
+	j := newJournal("fsynconce", time.Millisecond)
+	// One worker that is busy with an order from before: so there are no steps,
+	// and the batch that fails is a client's.
+	args := []string{"-delay", "24h", "-workers", "1", "-drain", "1s"}
+	p := startProcess(t, dir, nil, args...)
+	j.place(t, p.url(), 1)
+	require.Eventually(t, func() bool {
+		sum, err := getSummary(p.url())
+		return err == nil && sum.OrdersProcessing == 1
+	}, time.Minute, time.Millisecond)
+	p.stop(t)
+	p = startWrapped(t, straced(t, filepath.Join(dir, "strace"), wal,
+		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=4"), dir, nil, args...)
+	client, sent := newClient(), 0
+	for j.count(unknown) == 0 {
+		in := j.next()
+		o, err := j.send(client, p.url(), in)
+		require.NoError(t, err)
+		require.Equal(t, strings.HasSuffix(in.body, ": -1}"), o == refused)
+		require.Less(t, sent, 1000)
+		sent++
+	}
+	require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
+	j.recover(t, dir)
+}
+
+func TestWriteFails(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, inject string }{
+		{"once", "error=EIO:when=6"},
+		{"for a while", "error=ENOSPC:when=6..8"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir, wal := walDir(t)
+			j := newJournal("write", time.Millisecond)
+			log := filepath.Join(dir, "strace")
+			p := startWrapped(t, straced(t, log, wal, "-e", "trace=pwrite64", "-e", "inject=pwrite64:"+test.inject), dir, nil, "-delay", "1ms")
+			stopObservers := j.observe(p.url())
+			client := newClient()
+			failed := 0
+			require.Eventually(t, func() bool { // each thread fails anew, so it fails more than once
+				in := j.next()
+				o, err := j.send(client, p.url(), in)
+				if err != nil {
+					j.violate("the service went away: %v", err)
+				}
+				if o == refused && !strings.HasSuffix(in.body, ": -1}") {
+					failed++
+				}
+				if o == unknown {
+					j.violate("an order is told to be unknown after a failed write")
+				}
+				return err != nil || failed > 0 && o == accepted
+			}, time.Minute, time.Millisecond)
+			stopObservers()
+			text, err := os.ReadFile(log)
+			require.NoError(t, err)
+			require.Contains(t, string(text), "INJECTED")
+			j.check(t, p.url())
+			j.stopAndCheck(t, p)
+		})
+	}
+}
+
+// TestAnsweredAfterFsync reads in a trace of the process that every 201 is
+// written after an fsync of the WAL, which follows the request.
+func TestAnsweredAfterFsync(t *testing.T) {
+	t.Parallel()
+	dir, wal := walDir(t)
+	j := newJournal("trace", 0)
+	log := filepath.Join(dir, "strace")
+	p := startWrapped(t, straced(t, log, "", "-y", "-s", "64", "-e", "trace=read,write,fsync,fdatasync"), dir, nil)
+	j.place(t, p.url(), 20)
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+
+	file, err := os.Open(log)
+	require.NoError(t, err)
+	defer file.Close()
+	const requested, synced = 1, 2
+	state, answers := 0, 0
+	syncing := map[string]bool{} // threads inside an fsync of the WAL
+	var trace []string
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		line := lines.Text()
+		thread, _, _ := strings.Cut(line, " ")
+		sync := strings.Contains(line, "sync(") && strings.Contains(line, "<"+wal+">")
+		if sync && strings.Contains(line, "<unfinished") {
+			syncing[thread] = state == requested // only one that began after the request counts
+			continue
+		}
+		if strings.Contains(line, "sync resumed>") && syncing[thread] {
+			sync, syncing[thread] = true, false
+		}
+		switch {
+		case strings.Contains(line, `OST /orders HTTP`): // net/http reads the first byte alone
+			state, trace = requested, nil
+		case sync && strings.Contains(line, "= 0") && state == requested:
+			state = synced
+		case strings.Contains(line, `"HTTP/1.1 201`):
+			require.Equal(t, synced, state, "%s\n%s", strings.Join(trace, "\n"), line)
+			answers++
+			state = 0
+		}
+		trace = append(trace, line)
+	}
+	require.Equal(t, j.count(accepted), answers)
+}
+
+// fullDisk runs the story of a full disk: orders are refused, everything else
+// goes on, and with room again orders are taken again.
+func (j *journal) fullDisk(t *testing.T, p *process) {
+	t.Helper()
+	client := newClient()
+	defer client.CloseIdleConnections()
+	stopObservers := j.observe(p.url())
+	full := false
+	for n := 0; !full; n++ {
+		require.Less(t, n, 20_000)
+		in := j.next()
+		o, err := j.send(client, p.url(), in)
+		require.NoError(t, err)
+		require.NotEqual(t, unknown, o, p.stderr.String())
+		full = o == refused && !strings.HasSuffix(in.body, ": -1}")
+	}
+	reads := func() int {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		return j.reads
+	}
+	before, logged := reads(), logLines(t, p.dir, "refused until")
+	response, err := client.Get(p.url() + "/readyz")
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusServiceUnavailable, response.StatusCode)
+	require.Equal(t, "1", response.Header.Get("Retry-After"))
+	response, err = client.Get(p.url() + "/livez")
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusOK, response.StatusCode)
+	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; { // more than one attempt of the writer
+		began := time.Now()
+		in := j.next()
+		in.key = ""
+		o, err := j.send(client, p.url(), in)
+		require.NoError(t, err)
+		require.Equal(t, refused, o)
+		require.Less(t, time.Since(began), time.Second)
+	}
+	stopObservers()
+	require.Empty(t, j.violations)
+	require.Greater(t, reads(), before+100)
+	require.LessOrEqual(t, logLines(t, p.dir, "refused until"), logged+3)
+}
+
+// logLines counts the lines of the log that contain text.
+func logLines(tb testing.TB, dir, text string) (n int) {
+	tb.Helper()
+	log, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
+	if !errors.Is(err, os.ErrNotExist) {
+		require.NoError(tb, err)
+	}
+	for line := range bytes.Lines(log) {
+		if bytes.Contains(line, []byte(text)) {
+			n++
+		}
+	}
+	return n
+}
+
+func TestFileSizeLimit(t *testing.T) {
+	t.Parallel()
+	needs(t, "sh")
+	dir := t.TempDir()
+	j := newJournal("ulimit", time.Millisecond)
+	p := startWrapped(t, []string{"sh", "-c", `ulimit -f 2000; exec "$0" "$@"`}, dir, nil, "-delay", "1ms", "-log-level", "warn")
+	j.fullDisk(t, p)
+	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	j.recover(t, dir)
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	needs(t, "mount")
+	dir := t.TempDir()
+	if text, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", dir).CombinedOutput(); err != nil {
+		t.Skipf("cannot mount a tmpfs: %v %s", err, text)
+	}
+	t.Cleanup(func() { exec.Command("umount", "-l", dir).Run() })
+	filler := filepath.Join(dir, "filler")
+	require.NoError(t, os.WriteFile(filler, make([]byte, 1<<20), 0o600))
+	j := newJournal("full", time.Millisecond)
+	p := startProcess(t, dir, nil, "-delay", "1ms")
+	j.fullDisk(t, p)
+	require.NoError(t, os.Remove(filler))
+	client := newClient()
+	require.Eventually(t, func() bool {
+		o, err := j.send(client, p.url(), j.next())
+		return err == nil && o == accepted
+	}, time.Minute, time.Millisecond)
+	response, err := client.Get(p.url() + "/readyz")
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusOK, response.StatusCode)
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+}
+
+// ---- faults: the start ----
+
+// contents maps every file under dir/data to its bytes, but for those that hold
+// no data: the lock, the shared memory and an empty WAL.
+func contents(tb testing.TB, dir string) map[string]string {
+	tb.Helper()
+	found := map[string]string{}
+	err := filepath.WalkDir(filepath.Join(dir, "data"), func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), "orderd.lock") || strings.HasSuffix(d.Name(), "-shm") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if len(text) > 0 || !strings.HasSuffix(path, "-wal") {
+			found[path] = string(text)
+		}
+		return err
+	})
+	require.NoError(tb, err)
+	return found
+}
+
+func TestStartIsRefused(t *testing.T) {
+	t.Parallel()
+	// Three directories: stopped, the same ten orders earlier, and killed.
+	stopped, earlier, killed := t.TempDir(), t.TempDir(), t.TempDir()
+	j := newJournal("start", 0)
+	p := startProcess(t, stopped, nil, "-delay", "0s")
+	j.place(t, p.url(), 10)
+	j.check(t, p.url())
+	p.stop(t)
+	require.NoError(t, os.CopyFS(earlier, os.DirFS(stopped)))
+	p = startProcess(t, stopped, nil, "-delay", "0s")
+	j.place(t, p.url(), 10)
+	j.check(t, p.url())
+	require.NoError(t, os.CopyFS(killed, os.DirFS(earlier)))
+	p.stop(t)
+	k := newJournal("killed", 0)
+	p = startProcess(t, killed, nil, "-delay", "0s")
+	k.place(t, p.url(), 10)
+	drained(t, p.url())
+	p.kill()
+
+	remove := func(names ...string) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			for _, name := range names {
+				require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
+			}
+			return nil
+		}
+	}
+	half := func(name string) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			path := filepath.Join(dir, "data", name)
+			info, err := os.Stat(path)
+			require.NoError(t, err)
+			require.NoError(t, os.Truncate(path, info.Size()/2))
+			return nil
+		}
+	}
+	junk := func(name string) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), bytes.Repeat([]byte("junk "), 5000), 0o600))
+			return nil
+		}
+	}
+	directory := func(name string) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
+			require.NoError(t, os.MkdirAll(filepath.Join(dir, "data", name), 0o700))
+			return nil
+		}
+	}
+	query := func(name, query string) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			db, err := openSQLite(filepath.Join(dir, "data", name))
+			require.NoError(t, err)
+			_, err = db.Exec(query)
+			require.NoError(t, err)
+			require.NoError(t, db.Close())
+			return nil
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		from  string
+		spoil func(*testing.T, string) []string // returns more arguments
+		says  string
+	}{
+		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), "has lost orders: it holds 10, 10 of them completed, but .* has counted 20 and 20"},
+		{"orders.db deleted", stopped, remove("orders.db"), "has lost orders: it holds 0, 0 of them completed, but .* has counted 20 and 20"},
+		{"an older orders.db", stopped, func(t *testing.T, dir string) []string {
+			text, err := os.ReadFile(filepath.Join(earlier, "data", "orders.db"))
+			require.NoError(t, err)
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", "orders.db"), text, 0o600))
+			return nil
+		}, "has lost orders: it holds 10, 10 of them completed, but .* has counted 20 and 20; put back the newest"},
+		{"half of orders.db", stopped, half("orders.db"), "orders.db is damaged or not a database: put a backup in its place"},
+		{"half of metrics.db", stopped, half("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"junk in orders.db", stopped, junk("orders.db"), "orders.db is damaged or not a database: "},
+		{"junk in metrics.db", stopped, junk("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"junk in metrics.db after kill -9", killed, junk("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"orders.db is a directory", stopped, directory("orders.db"), "orders.db is not a file: move it away"},
+		{"metrics.db is a directory", stopped, directory("metrics.db"), "metrics.db is not a file: move it away"},
+		{"a newer orders.db", stopped, query("orders.db", "PRAGMA user_version = 99"), "orders.db has schema version 99 and this orderd knows 1: "},
+		{"a newer metrics.db", stopped, query("metrics.db", "PRAGMA user_version = 99"), "metrics.db has schema version 99 and this orderd knows 1: "},
+		{"a newer metrics.db after kill -9", killed, query("metrics.db", "PRAGMA user_version = 99"), "metrics.db has schema version 99 and this orderd knows 1: "},
+		{"another program's orders.db", stopped, query("orders.db", "PRAGMA application_id = 1"), "orders.db is another program's database: "},
+		{"no table in orders.db", stopped, query("orders.db", "DROP TABLE totals"), "cannot use .*orders.db: "},
+		{"no write permission", stopped, func(t *testing.T, dir string) []string {
+			if os.Geteuid() <= 0 { // root may, and Windows has no such mode
+				t.Skip("needs an ordinary user")
+			}
+			require.NoError(t, os.Chmod(filepath.Join(dir, "data"), 0o500))
+			t.Cleanup(func() { os.Chmod(filepath.Join(dir, "data"), 0o700) })
+			return nil
+		}, "data directory|for writing"},
+		{"the data directory is a file", stopped, func(t *testing.T, dir string) []string {
+			return []string{"-data", filepath.Join(dir, "data", "orders.db")}
+		}, "data directory|not a directory"},
+		{"the log directory is a file", stopped, func(t *testing.T, dir string) []string {
+			return []string{"-log", filepath.Join(dir, "data", "orders.db", "log")}
+		}, "cannot write the log file: .*; choose another with -log"},
+		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
+			taken, err := net.Listen("tcp", "127.0.0.1:0")
+			require.NoError(t, err)
+			t.Cleanup(func() { taken.Close() })
+			return []string{"-addr", taken.Addr().String()}
+		}, "address .* is taken by another program: choose another with -addr"},
+		{"a second instance", stopped, func(t *testing.T, dir string) []string {
+			startProcess(t, dir, nil)
+			return nil
+		}, "another orderd uses the data directory .*: stop it first"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
+			args := test.spoil(t, dir)
+			before := contents(t, dir)
+			p := launch(t, nil, dir, nil, args...)
+			require.Equal(t, 1, p.wait(t, time.Minute))
+			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
+			after := contents(t, dir)
+			for path := range before {
+				require.True(t, before[path] == after[path], "%s has changed from %d to %d bytes", path, len(before[path]), len(after[path]))
+			}
+			require.ElementsMatch(t, slices.Collect(maps.Keys(before)), slices.Collect(maps.Keys(after)))
+		})
+	}
+	t.Run("metrics.db deleted is made anew", func(t *testing.T) {
+		t.Parallel()
+		for _, from := range []string{stopped, killed} {
+			dir := t.TempDir()
+			require.NoError(t, os.CopyFS(dir, os.DirFS(from)))
+			for _, name := range []string{"metrics.db", "metrics.db-wal", "metrics.db-shm"} {
+				if err := os.Remove(filepath.Join(dir, "data", name)); !errors.Is(err, os.ErrNotExist) {
+					require.NoError(t, err)
+				}
+			}
+			p := startProcess(t, dir, nil)
+			sum, err := getSummary(p.url())
+			require.NoError(t, err)
+			require.EqualValues(t, 20, sum.TotalOrdersProcessed)
+			require.EqualValues(t, 20, sum.OrdersCompleted)
+			if from == stopped {
+				require.InDelta(t, j.average, sum.AverageProcessingTime, 1e-12)
+			}
+		}
+	})
+}
+
+// ---- faults: time, log, readers ----
+
+func TestStoppedAndContinued(t *testing.T) {
+	t.Parallel()
+	needs(t, "kill")
+	if testing.Short() {
+		t.Skip("takes five seconds")
+	}
+	dir := t.TempDir()
+	j := newJournal("stopped", 5*time.Millisecond)
+	p := startProcess(t, dir, nil, "-delay", "5ms")
+	stopLoad, stopObservers := j.load(p.url(), 4, 2000), j.observe(p.url())
+	require.Eventually(t, func() bool { return j.count(accepted) > 50 }, time.Minute, time.Millisecond)
+	pid := strconv.Itoa(p.cmd.Process.Pid)
+	require.NoError(t, exec.Command("kill", "-STOP", pid).Run())
+	<-time.After(5 * time.Second)
+	during := j.count(accepted)
+	require.NoError(t, exec.Command("kill", "-CONT", pid).Run())
+	require.Eventually(t, func() bool { return j.count(accepted) > during+50 }, time.Minute, time.Millisecond)
+	stopLoad()
+	stopObservers()
+	require.Zero(t, j.count(unknown))
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+}
+
+func TestClockSteps(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	j := newJournal("clock", 20*time.Millisecond)
+	var calls atomic.Int64
+	step := func(cfg *config) {
+		cfg.delay = 20 * time.Millisecond
+		cfg.hooks.now = func() time.Time { return time.Now().Add(time.Duration(calls.Add(1)%3-1) * time.Hour) }
+	}
+	for range 2 { // the second time with the newest ID an hour ahead
+		a, err := openApp(func() config { cfg := testConfig(dir); step(&cfg); return cfg }(), io.Discard)
+		require.NoError(t, err)
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- a.serve(ctx) }()
+		base := "http://" + a.listener.Addr().String()
+		stopObservers := j.observe(base)
+		j.load(base, 4, 200)()
+		j.place(t, base, 50)
+		stopObservers()
+		j.check(t, base)
+		for _, o := range listAll(t, base) {
+			started, err := time.Parse(time.RFC3339, *o.StartedAt)
+			require.NoError(t, err)
+			ended, err := time.Parse(time.RFC3339, *o.CompletedAt)
+			require.NoError(t, err)
+			require.WithinRange(t, ended, started.Add(20*time.Millisecond), started.Add(time.Minute))
+		}
+		cancel()
+		require.NoError(t, <-ended)
+		require.NoError(t, j.checkFiles(dir))
+	}
+}
+
+func TestLogTakenAway(t *testing.T) {
+	t.Parallel()
+	needsUnix(t) // Windows keeps an open file
+	dir := t.TempDir()
+	logs := filepath.Join(dir, "logs")
+	j := newJournal("log", 0)
+	p := startProcess(t, dir, nil, "-delay", "0s")
+	logged := func() bool {
+		j.place(t, p.url(), 1)
+		info, err := os.Stat(filepath.Join(logs, "orderd.log"))
+		return err == nil && info.Size() > 0
+	}
+	for _, away := range []func() error{
+		func() error { return os.Remove(filepath.Join(logs, "orderd.log")) },
+		func() error { return os.RemoveAll(logs) },
+	} {
+		for !logged() {
+			runtime.Gosched()
+		}
+		require.NoError(t, away())
+		j.place(t, p.url(), 10)
+		for began := time.Now(); !logged(); runtime.Gosched() {
+			require.Less(t, time.Since(began), time.Minute, "the log does not come back")
+		}
+	}
+	require.NoError(t, os.RemoveAll(logs))
+	require.NoError(t, os.WriteFile(logs, nil, 0o600))
+	j.place(t, p.url(), 10)
+	line := p.stderr.waitFor(t, "orderd: cannot write the log", p.exited)
+	require.Contains(t, line, "orders go on")
+	j.place(t, p.url(), 10)
+	require.NotZero(t, gauge(t, p.url(), "orderd_log_lines_dropped_total"))
+	require.NoError(t, os.Remove(logs))
+	for began := time.Now(); !logged(); runtime.Gosched() {
+		require.Less(t, time.Since(began), time.Minute, "the log does not come back")
+	}
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
+}
+
+func TestReaderHoldsTheWAL(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	base := "http://" + a.listener.Addr().String()
+	wal := func() float64 { return gauge(t, base, "orderd_wal_bytes") }
+	items := strings.Repeat("x", maxItemIDs)
+	// fill writes large orders until done, and watches that each create is quick.
+	fill := func(done func() bool) {
+		for n := 0; !done(); n++ {
+			require.Less(t, n, 200)
+			var wg sync.WaitGroup
+			var failed atomic.Int64
+			for range 64 {
+				wg.Go(func() {
+					began := time.Now()
+					if err := a.store.create(&create{order: order{userID: "reader", itemIDs: items, cents: 1}}); err != nil || time.Since(began) > 10*time.Second {
+						failed.Add(1)
+					}
+				})
+			}
+			wg.Wait()
+			require.Zero(t, failed.Load())
+		}
+	}
+	fill(func() bool { return a.store.totals.Load().accepted >= 64 })
+	db, err := openSQLite(a.store.db.path, "mode=ro")
+	require.NoError(t, err)
+	defer db.Close()
+	snapshot, err := db.Begin()
+	require.NoError(t, err)
+	defer snapshot.Rollback()
+	count := func() (n int64) {
+		require.NoError(t, snapshot.QueryRow("SELECT count(*) FROM orders").Scan(&n))
+		return n
+	}
+	held := count()
+	fill(func() bool { return wal() > walKeptBytes*5/4 })
+	require.Equal(t, held, count())
+	require.Greater(t, a.store.totals.Load().accepted, held+1000)
+	require.NoError(t, snapshot.Rollback())
+	fill(func() bool { return wal() <= walKeptBytes })
+	drained(t, base)
+}
+
+// ---- faults: the work, overload ----
+
+func TestWorkThatPanics(t *testing.T) {
+	t.Parallel()
+	var broken atomic.Bool
+	broken.Store(true)
+	var mu sync.Mutex
+	var attempts []time.Time
+	a := newTestApp(t, func(cfg *config) {
+		cfg.workers = 1
+		cfg.hooks.work = func(_ context.Context, o order) error {
+			if o.userID != "bad" || !broken.Load() {
+				return nil
+			}
+			mu.Lock()
+			attempts = append(attempts, time.Now())
+			mu.Unlock()
+			panic("this order again")
+		}
+	})
+	tried := func() int {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(attempts)
+	}
+	bad := &create{order: order{userID: "bad", itemIDs: "x"}}
+	require.NoError(t, a.store.create(bad))
+	require.Eventually(t, func() bool { return tried() > 0 }, time.Minute, time.Millisecond)
+	for n := int64(1); n <= 20; n++ {
+		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
+		require.Eventually(t, func() bool { return a.store.totals.Load().completed == n }, time.Minute, time.Millisecond)
+	}
+	require.Eventually(t, func() bool { return tried() == 4 }, time.Minute, time.Millisecond)
+	o, err := a.store.find(bad.id)
+	require.NoError(t, err)
+	require.Equal(t, processing, o.status)
+	broken.Store(false)
+	require.Eventually(t, func() bool { return a.store.totals.Load().completed == 21 }, time.Minute, time.Millisecond)
+	for i := range attempts[1:] {
+		require.GreaterOrEqual(t, attempts[i+1].Sub(attempts[i]), firstRetry<<i)
+	}
+}
+
+func TestWorkThatAlwaysFails(t *testing.T) {
+	t.Parallel()
+	const queue, workers, orders = 4, 2, 40
+	var broken atomic.Bool
+	broken.Store(true)
+	var attempts atomic.Int64
+	a := newTestApp(t, func(cfg *config) {
+		cfg.workers, cfg.queue = workers, queue
+		cfg.hooks.work = func(context.Context, order) error {
+			if attempts.Add(1); broken.Load() {
+				return errors.New("the work always fails")
+			}
+			return nil
+		}
+	})
+	for range orders {
+		require.NoError(t, a.store.create(&create{order: order{userID: "u", itemIDs: "x"}}))
+	}
+	require.Eventually(t, func() bool {
+		parked := a.pool.parked.Load()
+		if parked > queue+workers { // a worker counts itself in for a moment
+			attempts.Store(math.MinInt64)
+		}
+		return attempts.Load() > 15 && parked >= queue
+	}, time.Minute, time.Millisecond)
+	require.LessOrEqual(t, a.store.totals.Load().processing, int64(queue+workers))
+	broken.Store(false)
+	require.Eventually(t, func() bool { return a.store.totals.Load().completed == orders }, time.Minute, time.Millisecond)
+	require.Eventually(t, func() bool { return a.pool.parked.Load() == 0 }, time.Minute, time.Millisecond)
+}
+
+// TestBacklogAfterTheLoadHasEnded fills every place between the writer and the
+// pool, and then nothing comes any more that could wake the feeder.
+func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
+	t.Parallel()
+	const orders = 100
+	release := make(chan struct{})
+	var mu sync.Mutex
+	var worked []ulid.ULID
+	a := newTestApp(t, func(cfg *config) {
+		cfg.workers, cfg.queue = 1, 1
+		cfg.hooks.work = func(_ context.Context, o order) error {
+			<-release
+			mu.Lock()
+			defer mu.Unlock()
+			worked = append(worked, o.id)
+			return nil
+		}
+	})
+	var ids []ulid.ULID
+	for range orders {
+		n := &create{order: order{userID: "u", itemIDs: "x"}}
+		require.NoError(t, a.store.create(n))
+		ids = append(ids, n.id)
+	}
+	close(release)
+	require.Eventually(t, func() bool { return a.store.totals.Load().completed == orders }, 20*time.Second, time.Millisecond)
+	require.Equal(t, ids, worked) // first in, first out
+}
+
+// TestOneFailingOrderStopsNoOther has every place for a pause taken, and the
+// worker with an order that never succeeds.
+func TestOneFailingOrderStopsNoOther(t *testing.T) {
+	t.Parallel()
+	var broken atomic.Bool
+	broken.Store(true)
+	var failedOnce atomic.Bool
+	a := newTestApp(t, func(cfg *config) {
+		cfg.workers, cfg.queue = 1, 1
+		cfg.hooks.work = func(_ context.Context, o order) error {
+			if o.userID == "never" && broken.Load() || o.userID == "second time" && failedOnce.CompareAndSwap(false, true) {
+				return errors.New("the work fails")
+			}
+			return nil
+		}
+	})
+	defer broken.Store(false)
+	require.NoError(t, a.store.create(&create{order: order{userID: "second time", itemIDs: "x"}}))
+	require.NoError(t, a.store.create(&create{order: order{userID: "never", itemIDs: "x"}}))
+	require.Eventually(t, func() bool { return a.store.totals.Load().completed == 1 }, 10*time.Second, time.Millisecond)
+}
+
+func TestOverload(t *testing.T) {
+	t.Parallel()
+	holding, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	a := newTestApp(t, func(cfg *config) {
+		cfg.hooks.beforeCommit = func(*store, *batch) {
+			once.Do(func() {
+				close(holding)
+				<-release
+			})
+		}
+	})
+	base := "http://" + a.listener.Addr().String()
+	var wg sync.WaitGroup
+	var failed atomic.Int64
+	place := func() {
+		wg.Go(func() {
+			if a.store.create(&create{order: order{userID: "u", itemIDs: "x"}}) != nil {
+				failed.Add(1)
+			}
+		})
+	}
+	place()
+	<-holding
+	for range maxCreates {
+		place()
+	}
+	require.Eventually(t, func() bool {
+		a.store.mu.Lock()
+		defer a.store.mu.Unlock()
+		return len(a.store.open.creates) == maxCreates
+	}, time.Minute, time.Millisecond)
+	j := newJournal("overload", 0)
+	began := time.Now()
+	for range 10 {
+		o, err := j.send(http.DefaultClient, base, j.next())
+		require.NoError(t, err)
+		require.Equal(t, refused, o)
+	}
+	require.Less(t, time.Since(began), 5*time.Second)
+	response, err := http.Get(base + "/orders?limit=1") // reads go on
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusOK, response.StatusCode)
+	close(release)
+	wg.Wait()
+	require.Zero(t, failed.Load())
+	j.place(t, base, 1)
+	require.EqualValues(t, maxCreates+2, drained(t, base).TotalOrdersProcessed)
+	require.Empty(t, j.violations)
+}
+
+// ---- abuse ----
+
+// dialed sends raw bytes to the service and returns what reads the answers.
+func dialed(t *testing.T, a *app, text string) (net.Conn, *bufio.Reader) {
+	t.Helper()
+	conn, err := net.Dial("tcp", a.listener.Addr().String())
+	require.NoError(t, err)
+	t.Cleanup(func() { conn.Close() })
+	require.NoError(t, conn.SetDeadline(time.Now().Add(15*time.Second)))
+	conn.Write([]byte(text)) // fails where the server has answered and closed already
+	return conn, bufio.NewReader(conn)
+}
+
+func TestAbuse(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	for _, test := range []struct {
+		name, request string
+		within        time.Duration
+		statuses      []int
+	}{
+		{"a header over 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader) + "\r\n\r\n", 5 * time.Second, []int{431}},
+		{"many headers", "GET /livez HTTP/1.1\r\nHost: localhost\r\n" + strings.Repeat("X: y\r\n", 20_000) + "\r\n", 5 * time.Second, []int{431}},
+		{"a body of 1 GB announced", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n", 5 * time.Second, []int{413}},
+		{"a body of 1 GB begun", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n" + strings.Repeat(" ", maxBody+1), 5 * time.Second, []int{413}},
+		{"chunks without end", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 17), 5 * time.Second, []int{413}},
+		{"pipelined requests", "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" + string(postRequest(exampleOrder)) + "GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" + string(getRequest("01M82P53T20003ZZE2RJ5B5TRM")) + "GET /orders HTTP/1.1\r\nHost: localhost\r\n\r\n", 5 * time.Second, []int{200, 201, 404, 404, 200}},
+		{"HTTP/1.0", "GET /livez HTTP/1.0\r\n\r\n", 5 * time.Second, []int{200}},
+		{"an order by HTTP/1.0", strings.Replace(string(postRequest(exampleOrder)), "HTTP/1.1", "HTTP/1.0", 1), 5 * time.Second, []int{201}},
+		{"no HTTP", "\x16\x03\x01\x00\x00 nonsense\r\n\r\n", 5 * time.Second, []int{400}},
+		{"two lengths", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", 5 * time.Second, []int{400}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			began := time.Now()
+			_, answers := dialed(t, a, test.request)
+			for _, want := range test.statuses {
+				response, err := http.ReadResponse(answers, nil)
+				require.NoError(t, err, "after %v", time.Since(began))
+				io.Copy(io.Discard, response.Body)
+				require.Equal(t, want, response.StatusCode)
+			}
+			require.Less(t, time.Since(began), test.within)
+		})
+	}
+	drained(t, "http://"+a.listener.Addr().String())
+}
+
+func TestSlowHeaders(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("takes ten seconds")
+	}
+	a := newTestApp(t, nil)
+	began := time.Now()
+	conn, answers := dialed(t, a, "GET /livez HTTP/1.1\r\nHost: localhost\r\n")
+	cut := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, answers)
+		cut <- err
+	}()
+	drip := time.NewTicker(time.Second)
+	defer drip.Stop()
+	for open := true; open; {
+		select {
+		case <-drip.C:
+			conn.Write([]byte("X: y\r\n"))
+		case err := <-cut:
+			require.NotErrorIs(t, err, os.ErrDeadlineExceeded) // which is ours
+			open = false
+		}
+	}
+	require.InDelta(t, 10, time.Since(began).Seconds(), 2)
+}
+
+func TestRandomIDs(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	base := "http://" + a.listener.Addr().String()
+	j := newJournal("ids", 0)
+	j.place(t, base, 3)
+	j.check(t, base)
+	entries := a.cache.len()
+	var wg sync.WaitGroup
+	var found atomic.Int64
+	for range 4 {
+		wg.Go(func() {
+			client := newClient()
+			defer client.CloseIdleConnections()
+			for range 2500 {
+				var id ulid.ULID
+				id.SetTime(rand.Uint64N(ulid.MaxTime()))
+				id.SetEntropy(fmt.Appendf(nil, "%010d", rand.IntN(1e10)))
+				response, err := client.Get(base + "/orders/" + id.String())
+				if err != nil || response.StatusCode != http.StatusNotFound {
+					found.Add(1)
+					return
+				}
+				io.Copy(io.Discard, response.Body)
+				response.Body.Close()
+			}
+		})
+	}
+	wg.Wait()
+	require.Zero(t, found.Load())
+	require.Equal(t, entries, a.cache.len())
+	// Of the ID of an order, the half that is no key counts too.
+	id := ulid.MustParse(j.accepted[0].id)
+	id[15]++
+	response, err := http.Get(base + "/orders/" + id.String())
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusNotFound, response.StatusCode)
+}
+
+func TestLogInjection(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	forged := `{"time":"2026-01-01T00:00:00Z","level":"ERROR","msg":"forged"}`
+	for _, request := range []string{
+		"GET /" + url.PathEscape("x\n"+forged+"\n") + " HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"GET /orders/" + url.PathEscape("x\r\n"+forged) + " HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"GET /%00%1b[31m%E2%80%A8%ff HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: x\r\n\r\n",
+	} {
+		_, answers := dialed(t, a, request)
+		response, err := http.ReadResponse(answers, nil)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusNotFound, response.StatusCode)
+	}
+	var text []byte
+	require.Eventually(t, func() bool {
+		text, _ = os.ReadFile(a.cfg.log)
+		return bytes.Count(text, []byte(`"status":404`)) == 3
+	}, time.Minute, 10*time.Millisecond)
+	for line := range bytes.Lines(text) {
+		var entry struct{ Msg string }
+		require.NoError(t, json.Unmarshal(line, &entry), "%q", line)
+		require.NotEqual(t, "forged", entry.Msg)
+	}
+}
+
+// ---- fuzz ----
+
+func FuzzCreateBody(f *testing.F) {
+	for _, body := range []string{
+		exampleOrder,
+		` { "total_amount" : 1.5e1 , "item_ids" : " a , b " , "user_id" : "\u00e9\ud83d\ude00" } `,
+		`{"user_id":"u","item_ids":"a","total_amount":-0.0}`,
+		`{"user_id":"u","item_ids":"a","total_amount":9999999999999.99}`,
+		`{"user_id":"u","item_ids":"a","total_amount":10000000000000}`,
+		`{"user_id":"u","item_ids":"a","total_amount":1,"total_amount":2}`,
+		`{"user_id":"u","item_ids":"a","total_amount":1,"User_ID":"v"}`,
+		`{"user_id":"u","item_ids":"a,,b","total_amount":1}`,
+		`{"user_id":"u","item_ids":"a","total_amount":{"x":[1,"}"]}}`,
+		`{"user_id":"\ud800","item_ids":"a","total_amount":1}`,
+		`{"user_id":"\ud800\ufffd","item_ids":"a","total_amount":1}`,
+		`{"user_id":"\\ufffd\ud800","item_ids":"a","total_amount":1}`,
+		`{"user_id":"\\\"}","item_ids":"a]","total_amount":1}`,
+		`{"user_i\u0064":"u","item_ids":"a","total_amount":1}`,
+		`{"user_id":"a\u0000b","item_ids":"a","total_amount":1}`,
+		"{\"user_id\":\"a\x7f\",\"item_ids\":\"a\",\"total_amount\":1}",
+		"{\"user_id\":\"\xff\",\"item_ids\":\"a\",\"total_amount\":1}",
+		`{}`, `{"":{}}`, `[]`, `null`, `{"user_id":null,"item_ids":[],"total_amount":"1"}`, `{}{}`, ``, "\ufeff{}",
+	} {
+		f.Add([]byte(body))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		n, err := decodeCreate(body)
+		if err != nil {
+			require.ErrorAs(t, err, new(*fault))
+			return
+		}
+		require.True(t, json.Valid(body))
+		decoder := json.NewDecoder(bytes.NewReader(body))
+		decoder.UseNumber()
+		var fields map[string]any
+		require.NoError(t, decoder.Decode(&fields))
+		require.ElementsMatch(t, []string{"user_id", "item_ids", "total_amount"}, slices.Collect(maps.Keys(fields)))
+		userID, items := fields["user_id"].(string), fields["item_ids"].(string)
+		number := fields["total_amount"].(json.Number)
+
+		require.Equal(t, strings.TrimSpace(userID), n.userID)
+		require.NotEmpty(t, n.userID)
+		require.LessOrEqual(t, len(n.userID), maxUserID)
+		want := strings.Split(items, ",")
+		for i := range want {
+			want[i] = strings.TrimSpace(want[i])
+			require.NotEmpty(t, want[i])
+		}
+		require.Equal(t, strings.Join(want, ","), n.itemIDs)
+		require.LessOrEqual(t, len(want), maxItems)
+		require.LessOrEqual(t, len(n.itemIDs), maxItemIDs)
+		require.False(t, strings.ContainsFunc(userID+items, unicode.IsControl))
+		require.True(t, utf8.ValidString(n.userID+n.itemIDs))
+
+		cents, ok := exactCents(string(number))
+		require.True(t, ok, "%s", number)
+		require.Equal(t, cents, n.cents)
+	})
+}
+
+// exactCents is a second opinion on an amount. Exponents that math/big would
+// take forever over are decided by their sign.
+func exactCents(number string) (cents int64, ok bool) {
+	mantissa, exponent, found := strings.Cut(strings.ToLower(number), "e")
+	if found {
+		digits := strings.TrimLeft(strings.TrimLeft(exponent, "+-"), "0")
+		n, err := strconv.Atoi(cmp.Or(digits, "0"))
+		if err != nil || n > len(number)+20 {
+			if strings.Trim(mantissa, "-0.") == "" {
+				return 0, true
+			}
+			return 0, false // the digits cannot make up for that
+		}
+	}
+	amount, valid := new(big.Rat).SetString(number)
+	if !valid || amount.Sign() < 0 {
+		return 0, false
+	}
+	amount.Mul(amount, big.NewRat(100, 1))
+	if !amount.IsInt() || amount.Cmp(new(big.Rat).SetInt64(maxCents)) > 0 {
+		return 0, false
+	}
+	return amount.Num().Int64(), true
+}
+
+func FuzzAmount(f *testing.F) {
+	for _, number := range []string{
+		"0", "-0", "-0.00", "-0e9", "0.01", "-0.01", "0.001", "0.010", "99.99", "1e2", "1E+2", "12.5e-1", "1250e-2", "125e-3", "1e-2", "1e-3",
+		"9999999999999.99", "9999999999999.990", "10000000000000", "99999999999999e-1", "999999999999999e-2", "1e15", "1e400", "1e-400", "0e99999999999999999999",
+		"1e99999999999999999999", "1e-99999999999999999999", "0.0000000000000000001e19", "100000000000000000000000e-23", "00", "1.", ".5", "+1", "1e", "NaN", "0x10",
+	} {
+		f.Add(number)
+	}
+	f.Fuzz(func(t *testing.T, number string) {
+		if len(number) > 2000 || number == "" || !json.Valid([]byte(number)) || kindOf([]byte(number)) != "a number" || strings.Trim(number, "+-.0123456789eE") != "" {
+			return // decodeCreate asks parseCents only about JSON numbers
+		}
+		cents, err := parseCents(number)
+		want, ok := exactCents(number)
+		require.Equal(t, ok, err == nil, "%s: %v", number, err)
+		if ok {
+			require.Equal(t, want, cents, "%s", number)
+		}
+	})
 }
 
 // ---- benchmarks ----
@@ -112,9 +5533,10 @@ type load struct {
 
 func (l load) p99() time.Duration { return l.latencies[len(l.latencies)*99/100] }
 
-// hammer sends one request over and over on each of n connections, each
-// waiting for its answer, and demands the same status of all.
-func hammer(tb testing.TB, addr string, request []byte, n, status int, lasting time.Duration) load {
+// hammer sends the requests in turn on each of n connections, each waiting for
+// its answer, and demands the same status of all.
+func hammer(tb testing.TB, addr string, n, status int, requests ...[]byte) load {
+	tb.Helper()
 	want := fmt.Appendf(nil, "HTTP/1.1 %d ", status)
 	var wg sync.WaitGroup
 	var failure atomic.Pointer[error]
@@ -126,12 +5548,12 @@ func hammer(tb testing.TB, addr string, request []byte, n, status int, lasting t
 		wg.Go(func() {
 			defer conn.Close()
 			r := bufio.NewReaderSize(conn, 1024)
-			for {
+			for turn := i; ; turn += n {
 				sent := time.Now()
-				if sent.Sub(start) > lasting {
+				if sent.Sub(start) > lasting() {
 					return
 				}
-				if _, err := conn.Write(request); err != nil {
+				if _, err := conn.Write(requests[turn%len(requests)]); err != nil {
 					failure.Store(&err)
 					return
 				}
@@ -179,49 +5601,209 @@ func readAnswer(r *bufio.Reader, want []byte) error {
 	return err
 }
 
-// rounds is how often each side is measured, in turn; the median counts.
+// rounds is how often each side of a comparison is measured, in turn; the
+// median counts.
 const rounds = 3
 
-func roundTime() time.Duration {
+// lasting is one side's time in a round.
+func lasting() time.Duration {
 	if testing.Short() {
 		return 300 * time.Millisecond
 	}
 	return 3 * time.Second
 }
 
-func median[T interface{ ~int64 | ~float64 }](values []T) T {
+// compare measures two sides in turn and reports ours as a share of the floor:
+// answers a second (more is better) and the 99th percentile (less is better).
+func compare(b *testing.B, floor, ours func() load) {
+	var rates, tails []float64
+	for range rounds {
+		f, o := floor(), ours()
+		rates = append(rates, o.rate/f.rate)
+		tails = append(tails, float64(o.p99())/float64(f.p99()))
+		b.Logf("floor %.0f/s, p99 %v; ours %.0f/s, p99 %v", f.rate, f.p99(), o.rate, o.p99())
+	}
+	b.ReportMetric(median(rates), "of-floor")
+	b.ReportMetric(median(tails), "p99-of-floor")
+	b.ReportMetric(0, "ns/op")
+}
+
+func median(values []float64) float64 {
 	slices.Sort(values)
 	return values[len(values)/2]
 }
 
-// BenchmarkCreate is POST /orders beside Echo's floor, every order driven on
-// to Completed.
+// completes waits until n orders are Completed and counted.
+func completes(tb testing.TB, a *app, n int64) {
+	tb.Helper()
+	require.Eventually(tb, func() bool {
+		return a.store.totals.Load().completed == n && a.metrics.counted.Load().completed == n
+	}, time.Minute, time.Millisecond)
+}
+
+func (a *app) address() string { return a.listener.Addr().String() }
+
+// seed fills a fresh data directory with orders that were not posted:
+// Completed ones, and Pending ones behind them.
+func seed(tb testing.TB, dir string, completed, pending int) {
+	tb.Helper()
+	cfg := testConfig(dir)
+	a, err := openApp(cfg, io.Discard)
+	require.NoError(tb, err)
+	require.NoError(tb, a.close())
+	db, err := sql.Open("sqlite", filepath.Join(cfg.data, "orders.db"))
+	require.NoError(tb, err)
+	defer db.Close()
+	_, err = db.Exec(`
+		PRAGMA synchronous = OFF;
+		WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1 + ?2 - 1)
+		INSERT INTO orders SELECT ((1700000000000 + i / 50) << 16) + i % 50, random(), iif(i < ?1, 2, 0), 'user123', 'item1,item2', 9999,
+			iif(i < ?1, 1700000000000 + i / 50, NULL), iif(i < ?1, 2000000, NULL) FROM n;
+		UPDATE totals SET accepted = ?1 + ?2, completed = ?1, took = ?1 * 2000000,
+			newest_started = (SELECT coalesce(max(id_high), 0) FROM orders WHERE status = 2);`, completed, pending)
+	require.NoError(tb, err)
+}
+
+// BenchmarkCreate is POST /orders with every order driven on to Completed.
+// behind is the share of them that was not yet Completed when the load ended.
 func BenchmarkCreate(b *testing.B) {
 	for _, conns := range []int{256, 64, 1} {
 		b.Run(fmt.Sprintf("conns=%d", conns), func(b *testing.B) {
-			base := floor(b)
-			a := newTestApp(b, nil)
-			request := postRequest(exampleOrder)
+			base, a, request := floor(b), newTestApp(b, nil), postRequest(exampleOrder)
 			var accepted int64
-			var floors, ours, ratios, tails, behind []float64
-			for range rounds {
-				f := hammer(b, base, request, conns, http.StatusCreated, roundTime())
-				o := hammer(b, a.listener.Addr().String(), request, conns, http.StatusCreated, roundTime())
-				left := a.store.totals.Load()
-				behind = append(behind, float64(left.accepted-left.completed)/float64(o.count))
-				accepted += o.count
-				floors, ours = append(floors, f.rate), append(ours, o.rate)
-				ratios = append(ratios, o.rate/f.rate)
-				tails = append(tails, float64(o.p99())/float64(f.p99()))
-				require.Eventually(b, func() bool { return a.metrics.counted.Load().completed == accepted }, 10*time.Second, time.Millisecond)
-			}
+			var behind []float64
+			compare(b,
+				func() load { return hammer(b, base, conns, http.StatusCreated, request) },
+				func() load {
+					l := hammer(b, a.address(), conns, http.StatusCreated, request)
+					left := a.store.totals.Load()
+					behind = append(behind, float64(left.accepted-left.completed)/float64(l.count))
+					accepted += l.count
+					completes(b, a, accepted)
+					return l
+				})
 			require.Equal(b, accepted, a.store.totals.Load().accepted)
-			b.ReportMetric(median(floors), "floor/s")
-			b.ReportMetric(median(ours), "orders/s")
-			b.ReportMetric(median(ratios), "of-floor")
-			b.ReportMetric(median(tails), "p99-of-floor")
 			b.ReportMetric(median(behind), "behind")
-			b.ReportMetric(0, "ns/op")
 		})
 	}
+}
+
+// BenchmarkCreateByManyUsers is what the index for user_id costs where orders
+// come from 100,000 users, against all from one.
+func BenchmarkCreateByManyUsers(b *testing.B) {
+	one, many := newTestApp(b, nil), newTestApp(b, nil)
+	requests := make([][]byte, 100_000)
+	for i := range requests {
+		requests[i] = postRequest(fmt.Sprintf(`{"user_id": "user%06d", "item_ids": "item1,item2", "total_amount": 99.99}`, i))
+	}
+	compare(b,
+		func() load { return hammer(b, one.address(), 256, http.StatusCreated, requests[0]) },
+		func() load { return hammer(b, many.address(), 256, http.StatusCreated, requests...) })
+}
+
+// BenchmarkRead is GET /orders/:order_id of a cached order.
+func BenchmarkRead(b *testing.B) {
+	base, a := floor(b), newTestApp(b, nil)
+	request := getRequest(completedOrder(b, a))
+	compare(b,
+		func() load { return hammer(b, base, 64, http.StatusOK, request) },
+		func() load { return hammer(b, a.address(), 64, http.StatusOK, request) })
+}
+
+// BenchmarkReadBesideCreates is the same while 64 connections POST.
+func BenchmarkReadBesideCreates(b *testing.B) {
+	base, a := floor(b), newTestApp(b, nil)
+	get, post := getRequest(completedOrder(b, a)), postRequest(exampleOrder)
+	both := func(addr string) load {
+		var reads load
+		var wg sync.WaitGroup
+		wg.Go(func() { hammer(b, addr, 64, http.StatusCreated, post) })
+		reads = hammer(b, addr, 64, http.StatusOK, get)
+		wg.Wait()
+		return reads
+	}
+	compare(b, func() load { return both(base) }, func() load { return both(a.address()) })
+}
+
+// completedOrder posts one and waits for it.
+func completedOrder(b *testing.B, a *app) string {
+	n := &create{order: order{userID: "user123", itemIDs: "item1,item2", cents: 9999}}
+	require.NoError(b, a.store.create(n))
+	completes(b, a, 1)
+	return n.id.String()
+}
+
+// BenchmarkBacklog drains Pending orders without HTTP load; the share is of
+// the floor's POSTs.
+func BenchmarkBacklog(b *testing.B) {
+	orders := 500_000
+	if testing.Short() {
+		orders = 20_000
+	}
+	base, request := floor(b), postRequest(exampleOrder)
+	var ratios []float64
+	for range rounds {
+		f := hammer(b, base, 256, http.StatusCreated, request)
+		dir := b.TempDir()
+		seed(b, dir, 0, orders)
+		began := time.Now()
+		a := openTestApp(b, dir, nil)
+		completes(b, a, int64(orders))
+		rate := float64(orders) / time.Since(began).Seconds()
+		b.Logf("floor %.0f/s, drained %.0f/s", f.rate, rate)
+		ratios = append(ratios, rate/f.rate)
+	}
+	b.ReportMetric(median(ratios), "of-floor")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkLargeTable is POST /orders with 5,000,000 Completed orders in the
+// file against an empty file, and how long a start takes there.
+func BenchmarkLargeTable(b *testing.B) {
+	if testing.Short() {
+		b.Skip("writes 5,000,000 orders")
+	}
+	dir := b.TempDir()
+	seed(b, dir, 5_000_000, 1000)
+	began := time.Now()
+	large := openTestApp(b, dir, nil)
+	started := time.Since(began)
+	completes(b, large, 5_001_000)
+	empty, request := newTestApp(b, nil), postRequest(exampleOrder)
+	compare(b,
+		func() load { return hammer(b, empty.address(), 256, http.StatusCreated, request) },
+		func() load { return hammer(b, large.address(), 256, http.StatusCreated, request) })
+	b.ReportMetric(started.Seconds(), "start-s")
+}
+
+// BenchmarkFootprint is the resident memory of a process with 1,000,000
+// statuses in its cache and as many orders in its backlog, and the bytes on
+// disk of an order after it was stopped.
+func BenchmarkFootprint(b *testing.B) {
+	orders := int64(1_000_000)
+	if testing.Short() {
+		orders = 20_000
+	}
+	dir := b.TempDir()
+	p := startProcess(b, dir, nil, "-delay", "24h", "-drain", "0s")
+	request := postRequest(exampleOrder)
+	var accepted int64
+	for accepted < orders {
+		accepted += hammer(b, p.addr, 256, http.StatusCreated, request).count
+	}
+	b.ReportMetric(p.residentMB(b), "resident-MB")
+	p.stop(b)
+
+	a, err := openApp(testConfig(dir), io.Discard)
+	require.NoError(b, err)
+	completes(b, a, accepted)
+	require.NoError(b, a.close())
+	var bytes int64
+	for _, name := range []string{"orders.db", "metrics.db"} {
+		info, err := os.Stat(filepath.Join(a.cfg.data, name))
+		require.NoError(b, err)
+		bytes += info.Size()
+	}
+	b.ReportMetric(float64(bytes)/float64(accepted), "bytes/order")
+	b.ReportMetric(0, "ns/op")
 }

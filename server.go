@@ -219,7 +219,12 @@ func (s *server) createOrder(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), request.Body, maxBody))
+	if request.ContentLength > maxBody {
+		c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
+		return unreadable(&http.MaxBytesError{Limit: maxBody})
+	}
+	// MaxBytesReader closes the connection only through net/http's own writer.
+	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, request.Body, maxBody))
 	if err != nil {
 		return unreadable(err)
 	}

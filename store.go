@@ -293,7 +293,7 @@ func lockDirectory(dir string) (*sql.DB, error) {
 	if err := makeFile(path); err != nil {
 		return nil, err
 	}
-	db, err := openSQLite(path)
+	db, err := openSQLite(path, "mode=rw")
 	if err != nil {
 		return nil, err
 	}
@@ -861,7 +861,7 @@ func (s *store) close() error {
 
 // database is one SQLite file of ours.
 type database struct {
-	*sql.DB // one connection; nil until the file exists and inspect has seen it
+	*sql.DB // one connection; nil until prepare
 	path    string
 	appID   int64 // PRAGMA application_id
 	version int64 // PRAGMA user_version
@@ -879,9 +879,6 @@ func openSQLite(path string, params ...string) (*sql.DB, error) {
 	name := filepath.ToSlash(abs)
 	if !strings.HasPrefix(name, "/") {
 		name = "/" + name // a Windows drive
-	}
-	if len(params) == 0 {
-		params = []string{"mode=rw"}
 	}
 	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
 	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
@@ -906,11 +903,13 @@ func (d *database) inspect(query string, into ...any) error {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
 	}
-	if d.DB, err = openSQLite(d.path); err != nil {
+	db, err := openSQLite(d.path, "mode=ro") // closing it moves no WAL into a file that is refused
+	if err != nil {
 		return err
 	}
+	defer db.Close()
 	var appID, version, objects int64
-	row := d.QueryRow("SELECT a.application_id, v.user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v")
+	row := db.QueryRow("SELECT a.application_id, v.user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v")
 	if err := row.Scan(&appID, &version, &objects); err != nil {
 		return explain(d.path, err)
 	}
@@ -923,7 +922,7 @@ func (d *database) inspect(query string, into ...any) error {
 	case version != d.version:
 		return fmt.Errorf("%s has schema version %d and this orderd knows %d: use the orderd that wrote it", d.path, version, d.version)
 	}
-	if err := d.QueryRow(query).Scan(into...); err != nil {
+	if err := db.QueryRow(query).Scan(into...); err != nil {
 		return explain(d.path, err)
 	}
 	return nil
@@ -932,13 +931,11 @@ func (d *database) inspect(query string, into ...any) error {
 // prepare makes the file if need be, sets durability and reads it back, and
 // creates the schema in an empty database.
 func (d *database) prepare() (err error) {
-	if d.DB == nil {
-		if err := makeFile(d.path); err != nil {
-			return err
-		}
-		if d.DB, err = openSQLite(d.path); err != nil {
-			return err
-		}
+	if err := makeFile(d.path); err != nil {
+		return err
+	}
+	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
+		return err
 	}
 	var journal string
 	var synchronous int
