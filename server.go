@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"mime"
@@ -289,62 +290,66 @@ func idempotencyKey(values []string) (string, error) {
 }
 
 // decodeCreate reads a body into an order. A body that is no single JSON object
-// is a 400; all that is wrong with its fields is one 422. It goes token by token
-// because decoding into a struct or a map hides repeated names and letter case.
+// is a 400; all that is wrong with its fields is one 422.
 func decodeCreate(body []byte) (*create, error) {
-	malformed := &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
-		`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(body) {
-		return nil, malformed
+	var members map[string]json.RawMessage // exact names, unlike a struct's
+	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
+		return nil, &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
+			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
 	}
 	n := &create{}
-	fields := [...]struct {
+	known := [...]struct {
 		name  string
 		parse func(json.RawMessage, report)
-		seen  bool
-	}{{"user_id", n.parseUserID, false}, {"item_ids", n.parseItemIDs, false}, {"total_amount", n.parseAmount, false}}
+	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
 	var bad []fieldError
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
-			return nil, malformed
+	present := 0
+	for _, field := range known {
+		to := func(format string, args ...any) {
+			bad = append(bad, fieldError{field.name, fmt.Sprintf(format, args...)})
 		}
-		var value json.RawMessage
-		if err := dec.Decode(&value); err != nil {
-			return nil, malformed
-		}
-		name := token.(string)
-		to := func(format string, args ...any) { bad = append(bad, fieldError{name, fmt.Sprintf(format, args...)}) }
-		i := 0
-		for i < len(fields) && fields[i].name != name {
-			i++
-		}
-		switch {
-		case i == len(fields):
-			to("is not a field of an order: the fields are user_id, item_ids and total_amount")
-		case fields[i].seen:
-			to("is given more than once")
-		default:
-			fields[i].seen = true
-			fields[i].parse(value, to)
+		if value, ok := members[field.name]; ok {
+			present++
+			field.parse(value, to)
+		} else {
+			to("is missing")
 		}
 	}
-	if _, err := dec.Token(); err != nil { // the closing brace
-		return nil, malformed
+	if present < len(members) {
+		for _, name := range slices.Sorted(maps.Keys(members)) {
+			if name != "user_id" && name != "item_ids" && name != "total_amount" {
+				bad = append(bad, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
+			}
+		}
 	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, malformed
-	}
-	for _, f := range fields {
-		if !f.seen {
-			bad = append(bad, fieldError{f.name, "is missing"})
+	// Every member has a colon, so only with more colons can a name be there twice.
+	if bytes.Count(body, []byte(":")) > len(members) {
+		for _, name := range repeated(body) {
+			bad = append(bad, fieldError{name, "is given more than once"})
 		}
 	}
 	if len(bad) > 0 {
 		return nil, &fault{status: http.StatusUnprocessableEntity, detail: "The order was not taken: see errors for what is wrong with its fields.", fields: bad}
 	}
 	return n, nil
+}
+
+// repeated lists the names that a valid JSON object has more than once.
+func repeated(object []byte) (names []string) {
+	dec := json.NewDecoder(bytes.NewReader(object))
+	dec.Token() // the opening brace
+	seen := map[string]int{}
+	for dec.More() {
+		name, _ := dec.Token()
+		var value json.RawMessage
+		if dec.Decode(&value) != nil {
+			break
+		}
+		if seen[name.(string)]++; seen[name.(string)] == 2 {
+			names = append(names, name.(string))
+		}
+	}
+	return names
 }
 
 // unquote reads a JSON string. ok is false for an escape such as \ud800 that

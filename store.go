@@ -132,6 +132,7 @@ const (
 )
 
 const (
+	walCheckEvery   = 512                  // operations, of a few pages each, between looks at the WAL's length
 	checkpointPages = 4000                 // WAL pages (16 MB) after which the writer checkpoints
 	walKeptBytes    = 32 << 20             // a larger WAL is cut back to this at its next restart
 	retryPause      = time.Second          // between attempts to write after a refused batch
@@ -212,6 +213,7 @@ type store struct {
 	totals         atomic.Pointer[totals] // as of the last commit
 	newest         int64                  // the writer's: upper half of the newest ID
 	nextCheckpoint int64                  // the writer's: WAL pages
+	unchecked      int                    // the writer's: operations since it looked at the WAL's length
 	batchSizes     histogram
 	batchTimes     histogram
 }
@@ -527,7 +529,7 @@ func (s *store) settle(b *batch) error {
 	if s.refuse(nil) {
 		s.log.Warn("orders are accepted again")
 	}
-	return s.checkpoint()
+	return s.checkpoint(len(b.creates) + len(b.steps))
 }
 
 // feed hands a batch to the feeder, in the place of the oldest when too many
@@ -711,8 +713,12 @@ func (s *store) apply(st *step, t *totals) error {
 
 // checkpoint moves the WAL into the database once it is long enough, after the
 // batch was answered. While a reader holds the WAL back it tries again only
-// after as many pages more. See https://sqlite.org/wal.html#ckpt.
-func (s *store) checkpoint() error {
+// after as many pages more. written is how many operations came since the last call. See https://sqlite.org/wal.html#ckpt.
+func (s *store) checkpoint(written int) error {
+	if s.unchecked += written; s.unchecked < walCheckEvery {
+		return nil
+	}
+	s.unchecked = 0
 	var busy, pages, moved int64
 	if err := s.write.walPages.QueryRow().Scan(&busy, &pages, &moved); err != nil || pages < s.nextCheckpoint {
 		return err
