@@ -15,7 +15,6 @@ type cache struct {
 	statuses map[ulid.ULID]status
 	ring     []ulid.ULID // the keys in order of arrival, the oldest at next once full
 	next     int
-	max      int
 	watchers map[ulid.ULID]*watcher
 
 	hits, misses atomic.Int64
@@ -27,8 +26,9 @@ type watcher struct {
 	waiting   int           // guarded by cache.mu
 }
 
+// newCache reserves the whole ring; the system gives it memory as it fills.
 func newCache(max int) *cache {
-	return &cache{statuses: map[ulid.ULID]status{}, watchers: map[ulid.ULID]*watcher{}, max: max}
+	return &cache{statuses: map[ulid.ULID]status{}, ring: make([]ulid.ULID, 0, max), watchers: map[ulid.ULID]*watcher{}}
 }
 
 func (c *cache) get(id ulid.ULID) (status, bool) {
@@ -87,12 +87,12 @@ func (c *cache) set(id ulid.ULID, s status) {
 	switch {
 	case ok:
 		s = max(s, old)
-	case len(c.ring) < c.max:
+	case len(c.ring) < cap(c.ring):
 		c.ring = append(c.ring, id)
 	default:
 		delete(c.statuses, c.ring[c.next])
 		c.ring[c.next] = id
-		c.next = (c.next + 1) % c.max
+		c.next = (c.next + 1) % cap(c.ring)
 	}
 	c.statuses[id] = s
 }

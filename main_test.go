@@ -462,7 +462,7 @@ func cacheAgrees(c *cache, inTable map[ulid.ULID]status) bool {
 		}
 		keys[id] = true
 	}
-	return len(keys) == len(c.ring) && len(keys) == len(c.statuses) && len(keys) <= c.max && c.next < c.max
+	return len(keys) == len(c.ring) && len(keys) == len(c.statuses) && len(keys) <= cap(c.ring) && c.next < cap(c.ring)
 }
 
 // ---- the real process ----
