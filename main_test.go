@@ -4674,7 +4674,7 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 	require.NoError(t, err)
 	response.Body.Close()
 	require.Equal(t, http.StatusOK, response.StatusCode)
-	found := 0 // times that a smaller batch still found room
+	found := 0                                                            // times that a smaller batch still found room
 	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; { // more than one attempt of the writer
 		sent := time.Now()
 		in := j.next()
