@@ -129,6 +129,7 @@ await check('the page asks for a token and sends it', async page => {
   await page.goto(url);
   await hasText(page, '#link', /^Token needed$/);
   assert.equal(await page.evaluate(() => document.activeElement.id), 'token');
+  assert.ok(await page.isHidden('footer'), 'a link cannot send the token');
   await page.keyboard.type('wrong');
   await page.keyboard.press('Enter');
   await hasText(page, '#token-error', /did not accept/);
@@ -136,23 +137,31 @@ await check('the page asks for a token and sends it', async page => {
   await page.press('#token', 'Enter');
   await hasText(page, '#link', /^Live$/);
   assert.ok(await page.isHidden('#door'));
+  assert.ok(await page.isHidden('footer'));
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id');
 }, { expect: /status of 401/ });
 
-for (const colorScheme of ['light', 'dark']) {
-  await check(`nothing is cut off at 360 pixels, ${colorScheme}`, async page => {
+for (const [colorScheme, width] of [['light', 360], ['dark', 360], ['light', 320]]) {
+  await check(`nothing is cut off at ${width} pixels, ${colorScheme}`, async page => {
     await page.route('**/metrics', route => route.fulfill({ json: {
       total_orders_processed: 98765432, average_processing_time: 2.0012, orders_pending: 12345678, orders_processing: 100000, orders_completed: 98765432 } }));
     await open(page);
     await page.locator('#orders li').first().waitFor();
     const sizes = await page.evaluate(() => {
-      const wide = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth && !e.closest('#dots'));
+      const right = e => {
+        const text = document.createRange();
+        text.selectNodeContents(e);
+        return Math.max(e.getBoundingClientRect().right, text.getBoundingClientRect().right);
+      };
+      const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('#dots') &&
+        (right(e) > innerWidth || e.matches('#states li > *') && right(e) > e.parentElement.getBoundingClientRect().right));
       return { scroll: document.documentElement.scrollWidth, wide: wide.map(e => e.tagName + '#' + e.id), background: getComputedStyle(document.body).backgroundColor };
     });
-    assert.equal(sizes.scroll, 360);
+    assert.equal(sizes.scroll, width);
     assert.deepEqual(sizes.wide, []);
     assert.equal(/rgb\((\d+)/.exec(sizes.background)[1] < 128, colorScheme === 'dark');
-    if (screenshot && process.env.SCREENSHOTS) await page.screenshot({ path: screenshot.replace(/(\.\w+)$/, `-360-${colorScheme}$1`), fullPage: true });
-  }, { viewport: { width: 360, height: 740 }, colorScheme, isMobile: true });
+    if (screenshot && process.env.SCREENSHOTS) await page.screenshot({ path: screenshot.replace(/(\.\w+)$/, `-${width}-${colorScheme}$1`), fullPage: true });
+  }, { viewport: { width, height: 740 }, colorScheme, isMobile: true });
 }
 
 await check('a hundred orders are placed and flow', async page => {
