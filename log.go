@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,7 +17,7 @@ import (
 const (
 	logBuffer   = 512 << 10              // bytes that wait for the disk at most; also the largest single write
 	logFlushAt  = 64 << 10               // bytes that wake the flusher at once
-	logInterval = 200 * time.Millisecond // longest time that an ordinary line waits
+	logInterval = 200 * time.Millisecond // longest time that a line waits
 )
 
 // logger is slog's JSON handler over a buffer that one goroutine carries to
@@ -26,11 +27,10 @@ type logger struct {
 	*slog.Logger
 	dropped atomic.Int64 // lines lost to a full buffer or a failing disk
 
-	mu     sync.Mutex // guards buffer and lines
+	mu     sync.Mutex // guards buffer
 	buffer []byte
-	lines  int64 // in buffer
 
-	wake chan struct{} // capacity 1: there is something that should not wait
+	wake chan struct{} // capacity 1: there is much to write
 	done chan struct{} // closed by close
 	idle chan struct{} // closed when the flusher has written its last
 
@@ -51,49 +51,21 @@ func openLog(cfg config, stderr io.Writer) (*logger, error) {
 		stderr: stderr,
 	}
 	if cfg.log != "-" {
-		if err := touchLog(cfg.log); err != nil {
-			return nil, fmt.Errorf("cannot write the log file: %w; choose another with -log", err)
-		}
 		l.file = &lumberjack.Logger{Filename: cfg.log, MaxSize: cfg.logSize, MaxBackups: cfg.logBackups, MaxAge: cfg.logDays, Compress: true}
 		l.out = l.file
+		err := os.MkdirAll(filepath.Dir(cfg.log), 0o700)
+		if err == nil {
+			_, err = l.file.Write(nil) // makes the file, for its owner only
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cannot write the log file: %w; choose another with -log", err)
+		}
 	}
 	var level slog.Level
-	if err := level.UnmarshalText([]byte(cfg.logLevel)); err != nil {
-		return nil, fmt.Errorf("log level: %w", err)
-	}
+	level.UnmarshalText([]byte(cfg.logLevel)) // parseLevel has checked it
 	l.Logger = slog.New(slog.NewJSONHandler(l, &slog.HandlerOptions{Level: level}))
 	go l.flushLoop()
 	return l, nil
-}
-
-// touchLog makes the directory and the file, readable by their owner only.
-func touchLog(path string) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-// Warn and Error shadow slog's: such a line does not wait for the interval.
-func (l *logger) Warn(msg string, args ...any) {
-	l.Logger.Warn(msg, args...)
-	l.nudge()
-}
-
-func (l *logger) Error(msg string, args ...any) {
-	l.Logger.Error(msg, args...)
-	l.nudge()
-}
-
-func (l *logger) nudge() {
-	select {
-	case l.wake <- struct{}{}:
-	default:
-	}
 }
 
 // Write takes one encoded line. It never blocks and never fails.
@@ -105,9 +77,8 @@ func (l *logger) Write(line []byte) (int, error) {
 		return len(line), nil
 	}
 	l.buffer = append(l.buffer, line...)
-	l.lines++
 	if len(l.buffer) >= logFlushAt {
-		l.nudge()
+		nudge(l.wake)
 	}
 	return len(line), nil
 }
@@ -117,13 +88,12 @@ func (l *logger) flushLoop() {
 	tick := time.NewTicker(logInterval)
 	defer tick.Stop()
 	var spare []byte
-	for {
+	for open := true; open; {
 		select {
 		case <-tick.C:
 		case <-l.wake:
 		case <-l.done:
-			l.flush(spare)
-			return
+			open = false
 		}
 		spare = l.flush(spare)
 	}
@@ -132,8 +102,8 @@ func (l *logger) flushLoop() {
 // flush swaps the buffer for spare, writes it, and returns it for the next time.
 func (l *logger) flush(spare []byte) []byte {
 	l.mu.Lock()
-	full, lines := l.buffer, l.lines
-	l.buffer, l.lines = spare[:0], 0
+	full := l.buffer
+	l.buffer = spare[:0]
 	l.mu.Unlock()
 	if len(full) == 0 {
 		return full
@@ -145,10 +115,10 @@ func (l *logger) flush(spare []byte) []byte {
 	}
 	_, err := l.out.Write(full)
 	if err != nil {
-		l.dropped.Add(lines)
-	}
-	if err != nil && !l.failing {
-		fmt.Fprintf(l.stderr, "orderd: cannot write the log: %v; orders go on, lines are dropped until it works again\n", err)
+		l.dropped.Add(int64(bytes.Count(full, []byte("\n"))))
+		if !l.failing {
+			fmt.Fprintf(l.stderr, "orderd: cannot write the log: %v; orders go on, lines are dropped until it works again\n", err)
+		}
 	}
 	l.failing = err != nil
 	return full

@@ -102,9 +102,9 @@ func openApp(cfg config, stderr io.Writer) (_ *app, err error) {
 		return nil, err
 	}
 	a.unfinished = a.store.start()
-	a.metrics.start()
+	go a.metrics.project()
 	if a.listener, err = listen(cfg.addr); err != nil {
-		return nil, errors.Join(err, a.store.close(), a.metrics.close())
+		return nil, errors.Join(err, a.store.close(), a.metrics.close(), a.store.unlock())
 	}
 	a.pool = newPool(cfg, a.store, a.log)
 	a.pool.start()
@@ -118,25 +118,26 @@ func openApp(cfg config, stderr io.Writer) (_ *app, err error) {
 func (a *app) serve(ctx context.Context) error {
 	served := make(chan error, 1)
 	go func() { served <- a.server.http.Serve(a.listener) }()
+	var err error
 	select {
 	case <-ctx.Done():
 	case <-a.store.failed:
-	case err := <-served: // it cannot accept any more
-		return errors.Join(err, a.close())
+	case err = <-served: // it cannot accept any more
 	}
-	return a.close()
+	return errors.Join(err, a.close())
 }
 
-// close lets requests and running work end within the drain time; what is left
-// waits in the table. The last writes come after everyone who writes.
+// close lets running work and then requests end within the drain time, and
+// answers meanwhile; what is left waits in the table. The last writes come
+// after everyone who writes.
 func (a *app) close() error {
 	a.log.Info("stopping", "drain", a.cfg.drain.String())
-	drain, cancel := context.WithTimeout(context.Background(), a.cfg.drain)
-	defer cancel()
+	deadline := time.Now().Add(a.cfg.drain)
 	a.pool.stop()
-	a.server.shutdown(drain)
-	a.pool.drain(drain)
-	err := errors.Join(a.store.close(), a.metrics.close())
+	a.server.stop()
+	a.pool.drain(deadline)
+	a.server.shutdown(deadline)
+	err := errors.Join(a.store.close(), a.metrics.close(), a.store.unlock())
 	if err != nil {
 		a.log.Error("stopped", "error", err)
 	} else {
@@ -163,19 +164,15 @@ func (a *app) announce(stderr io.Writer) {
 	fmt.Fprintf(stderr, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(stderr, "data in %s, log in %s\n", a.cfg.data, a.cfg.log)
 	fmt.Fprintf(stderr, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.workers, a.cfg.delay, a.unfinished)
-	if a.cfg.token == "" && !isLoopback(addr) {
+	if a.cfg.token == "" && !a.local() {
 		fmt.Fprintln(stderr, "warning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.workers,
 		"delay", a.cfg.delay.String(), "resumed", a.unfinished, "version", versionLine())
 }
 
-// isLoopback reports whether a listener's host:port is this machine only.
-func isLoopback(addr string) bool {
-	host, _, err := net.SplitHostPort(addr)
-	ip := net.ParseIP(host)
-	return err == nil && ip != nil && ip.IsLoopback()
-}
+// local reports whether only this machine can connect.
+func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopback() }
 
 // config is what the flags and the environment say, checked.
 type config struct {
@@ -227,18 +224,22 @@ var flagGroups = []struct {
 func (c *config) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("orderd", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
+	number := func(low, high int) func(string) (int, error) {
+		return inRange("must be a whole number from %d to %d", low, high, strconv.Atoi)
+	}
+	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
-	define(fs, &c.tokenFile, "token-file", "", "file with the bearer token that requests must carry", parseText)
-	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", durationIn(0, 24*time.Hour))
+	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
+	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
-	define(fs, &c.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", intIn(1, 100_000))
-	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", durationIn(0, 24*time.Hour))
-	define(fs, &c.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", intIn(1, 1_000_000))
-	define(fs, &c.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", intIn(1, 100_000_000))
+	define(fs, &c.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
+	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
+	define(fs, &c.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
+	define(fs, &c.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.log, "log", "logs/orderd.log", "log file; - logs to stderr only", parseName)
-	define(fs, &c.logSize, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", intIn(1, 10_000))
-	define(fs, &c.logBackups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", intIn(1, 1_000))
-	define(fs, &c.logDays, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", intIn(0, 36_500))
+	define(fs, &c.logSize, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
+	define(fs, &c.logBackups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
+	define(fs, &c.logDays, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
 	define(fs, &c.logLevel, "log-level", "info", "least level that is logged: debug, info, warn or error", parseLevel)
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
@@ -249,36 +250,22 @@ func (c *config) flags() *flag.FlagSet {
 func define[T any](fs *flag.FlagSet, p *T, name string, value T, usage string, parse func(string) (T, error)) {
 	*p = value
 	fs.Func(name, usage, func(s string) (err error) {
-		v, err := parse(s)
-		if err == nil {
-			*p = v
-		}
+		*p, err = parse(s)
 		return err
 	})
 	fs.Lookup(name).DefValue = fmt.Sprint(value)
 }
 
-func intIn(low, high int) func(string) (int, error) {
-	return func(s string) (int, error) {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < low || n > high {
-			return 0, fmt.Errorf("must be a whole number from %d to %d", low, high)
+// inRange adds limits to a parser; the message names both.
+func inRange[T cmp.Ordered](message string, low, high T, parse func(string) (T, error)) func(string) (T, error) {
+	return func(s string) (T, error) {
+		v, err := parse(s)
+		if err != nil || v < low || v > high {
+			err = fmt.Errorf(message, low, high)
 		}
-		return n, nil
+		return v, err
 	}
 }
-
-func durationIn(low, high time.Duration) func(string) (time.Duration, error) {
-	return func(s string) (time.Duration, error) {
-		d, err := time.ParseDuration(s)
-		if err != nil || d < low || d > high {
-			return 0, fmt.Errorf("must be a duration from %s to %s, such as 250ms or 2s", low, high)
-		}
-		return d, nil
-	}
-}
-
-func parseText(s string) (string, error) { return s, nil }
 
 func parseName(s string) (string, error) {
 	if s == "" {
@@ -314,7 +301,7 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool)) (config, 
 	fs := c.flags()
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
-		if value, ok := lookupEnv(variable(f.Name)); ok && f.Name != "h" {
+		if value, ok := lookupEnv(variable(f.Name)); ok && f.Name != "h" && f.Name != "version" {
 			if err := fs.Set(f.Name, value); err != nil {
 				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, variable(f.Name), err))
 			}

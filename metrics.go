@@ -6,7 +6,10 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"sort"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -43,23 +46,22 @@ type metrics struct {
 
 func newMetrics(cfg config, s *store, log *logger) *metrics {
 	return &metrics{
-		db:    &database{path: filepath.Join(cfg.data, "metrics.db"), appID: 0x6f72646d, version: metricsVersion, schema: metricsSchema},
+		db: &database{path: filepath.Join(cfg.data, "metrics.db"), appID: 0x6f72646d, version: metricsVersion, schema: metricsSchema,
+			autoCheckpoint: 1}, // so that its counts outlive both -wal files
 		store: s, log: log, hooks: cfg.hooks, quit: make(chan struct{}), stopped: make(chan struct{}),
 	}
 }
 
-func (m *metrics) start() { go m.project() }
-
 // project is the projector: it takes over the totals soon after they change.
 func (m *metrics) project() {
 	defer close(m.stopped)
-	for open, pause := true, projectEvery; open; {
+	for open := true; open; {
 		select {
 		case <-m.store.counted:
 		case <-m.quit:
 			open = false
 		}
-		pause = projectEvery
+		pause := projectEvery
 		if err := m.take(m.store.totals.Load().sums); err != nil {
 			m.log.Error("metrics.db cannot be written; its counts lag until it can", "error", err)
 			nudge(m.store.counted)
@@ -119,11 +121,13 @@ func (m *metrics) summary() summary {
 	return sum
 }
 
-// histogram counts observations by upper bound, without a lock.
+// histogram counts observations by upper bound.
 type histogram struct {
-	bounds []float64 // ascending; the last bucket, +Inf, is implied
-	counts []atomic.Uint64
-	sum    atomic.Uint64 // bits of a float64
+	bounds []float64 // ascending to +Inf
+
+	mu     sync.Mutex // guards counts and sum
+	counts []uint64   // by bound
+	sum    float64
 }
 
 var (
@@ -133,21 +137,15 @@ var (
 )
 
 func newHistogram(bounds []float64) histogram {
-	return histogram{bounds: bounds, counts: make([]atomic.Uint64, len(bounds)+1)}
+	bounds = append(slices.Clip(bounds), math.Inf(1))
+	return histogram{bounds: bounds, counts: make([]uint64, len(bounds))}
 }
 
 func (h *histogram) observe(v float64) {
-	i := 0
-	for i < len(h.bounds) && v > h.bounds[i] {
-		i++
-	}
-	h.counts[i].Add(1)
-	for {
-		old := h.sum.Load()
-		if h.sum.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
-			return
-		}
-	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.counts[sort.SearchFloat64s(h.bounds, v)]++
+	h.sum += v
 }
 
 // route counts the requests of one method and path.
@@ -179,17 +177,15 @@ func (e *exposition) one(name, kind, help string, value float64) {
 
 func (e *exposition) histogram(name, help string, h *histogram) {
 	e.family(name, "histogram", help)
-	var sum uint64
-	for i := range h.counts {
-		bound := "+Inf"
-		if i < len(h.bounds) {
-			bound = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
-		}
-		sum += h.counts[i].Load()
-		e.sample(name+"_bucket", `{le="`+bound+`"}`, float64(sum))
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var n uint64
+	for i, bound := range h.bounds {
+		n += h.counts[i]
+		e.sample(name+"_bucket", fmt.Sprintf(`{le="%g"}`, bound), float64(n))
 	}
-	e.sample(name+"_sum", "", math.Float64frombits(h.sum.Load()))
-	e.sample(name+"_count", "", float64(sum))
+	e.sample(name+"_sum", "", h.sum)
+	e.sample(name+"_count", "", float64(n))
 }
 
 // prometheus is the answer of GET /metrics to a machine.
@@ -243,14 +239,13 @@ func (s *server) oldestPending() time.Duration {
 // buildInfo tells the module version and the commit.
 func buildInfo() (version, commit string) {
 	version, commit = "unknown", "unknown"
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return version, commit
-	}
-	for _, setting := range info.Settings {
-		if setting.Key == "vcs.revision" {
-			commit = setting.Value
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				commit = setting.Value
+			}
 		}
 	}
-	return info.Main.Version, commit
+	return version, commit
 }

@@ -6,7 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"embed"
+	_ "embed"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -45,28 +46,29 @@ const (
 	maxWait     = 60 * time.Second // longest Prefer: wait
 	maxPage     = 1000             // orders in a list
 	defaultPage = 50
-	retryAfter  = "1" // seconds, with every 503
+	retryAfter  = "1"                    // seconds, with every 503
+	answerTime  = 500 * time.Millisecond // least time at shutdown for what is in flight
 )
 
-//go:embed web/index.html web/openapi.json
-var web embed.FS
+var (
+	//go:embed web/index.html
+	pageHTML []byte
+	//go:embed web/openapi.json
+	apiJSON []byte
+)
 
 // server is the HTTP side: Echo routes to the handlers, everything else is
 // net/http's own server with its limits set.
 type server struct {
-	http    *http.Server
-	store   *store
-	cache   *cache
-	pool    *pool
-	metrics *metrics
-	log     *logger
+	*app
+	http *http.Server
 
 	token    [sha256.Size]byte // of the bearer token, if any
 	guarded  bool              // whether there is one
-	hosts    []string          // the Host names that are ours; empty takes any
+	hosts    []string          // the Host names that are ours, in lower case; empty takes any
 	boot     string            // makes request IDs differ between starts
 	requests atomic.Uint64
-	stopping chan struct{} // closed by shutdown
+	stopping chan struct{} // closed by stop
 
 	creates, reads histogram // latencies
 	routes         map[string]*route
@@ -74,16 +76,16 @@ type server struct {
 
 func newServer(a *app) *server {
 	s := &server{
-		store: a.store, cache: a.cache, pool: a.pool, metrics: a.metrics, log: a.log,
+		app:   a,
 		token: sha256.Sum256([]byte(a.cfg.token)), guarded: a.cfg.token != "",
 		boot:     strconv.FormatUint(rand.Uint64(), 36) + "-",
 		stopping: make(chan struct{}),
 		creates:  newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
 		routes: map[string]*route{},
 	}
-	if isLoopback(a.listener.Addr().String()) {
+	if a.local() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		s.hosts = []string{"localhost", "127.0.0.1", "::1", host}
+		s.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
 	}
 	e := echo.New()
 	e.HTTPErrorHandler = s.problem
@@ -119,12 +121,27 @@ func newServer(a *app) *server {
 		MaxHeaderBytes:    maxHeader - 4096, // net/http adds these 4096
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
 	}
-	s.http.RegisterOnShutdown(func() { close(s.stopping) })
 	return s
 }
 
-// shutdown answers what is in flight, and cuts it off when ctx is done.
-func (s *server) shutdown(ctx context.Context) {
+// stop answers who waits for an order and makes readyz say no. From then on no
+// wait is applied; everything else is answered as before.
+func (s *server) stop() { close(s.stopping) }
+
+func (s *server) isStopping() bool {
+	select {
+	case <-s.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+// shutdown answers what is in flight, and cuts it off at the deadline, but not
+// before it had answerTime.
+func (s *server) shutdown(deadline time.Time) {
+	ctx, cancel := context.WithTimeout(context.Background(), max(answerTime, time.Until(deadline)))
+	defer cancel()
 	if err := s.http.Shutdown(ctx); err != nil {
 		s.log.Warn("requests were cut off at shutdown", "error", err)
 		s.http.Close()
@@ -181,7 +198,9 @@ var open = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz
 // listen on loopback only, and those without the token where one is set.
 func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
-		if host := c.Request().Host; len(s.hosts) > 0 && host != "" && !s.ours(host) {
+		host := c.Request().Host
+		name := (&url.URL{Host: strings.ToLower(host)}).Hostname() // without port and brackets
+		if len(s.hosts) > 0 && host != "" && !slices.Contains(s.hosts, name) {
 			return &fault{status: http.StatusMisdirectedRequest, detail: fmt.Sprintf("This server does not answer for the host %q; use localhost.", host)}
 		}
 		if s.guarded && !open[c.Path()] {
@@ -196,24 +215,10 @@ func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// ours compares the name in a Host header, without its port.
-func (s *server) ours(host string) bool {
-	name, _, err := net.SplitHostPort(host)
-	if err != nil {
-		name = strings.Trim(host, "[]")
-	}
-	for _, h := range s.hosts {
-		if strings.EqualFold(name, h) {
-			return true
-		}
-	}
-	return false
-}
-
 // createOrder answers once the order is on disk.
 func (s *server) createOrder(c echo.Context) error {
 	request := c.Request()
-	if !isJSON(request.Header.Get(echo.HeaderContentType)) {
+	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
 		return &fault{status: http.StatusUnsupportedMediaType, detail: "Send the order as Content-Type: application/json."}
 	}
 	key, err := idempotencyKey(request.Header["Idempotency-Key"])
@@ -255,14 +260,6 @@ func unreadable(err error) error {
 		return &fault{status: http.StatusRequestTimeout, detail: "The body did not arrive in time."}
 	}
 	return &fault{status: http.StatusBadRequest, detail: "The body did not arrive whole: its length or its chunks are not as announced."}
-}
-
-func isJSON(contentType string) bool {
-	if contentType == echo.MIMEApplicationJSON {
-		return true
-	}
-	kind, _, err := mime.ParseMediaType(contentType)
-	return err == nil && kind == echo.MIMEApplicationJSON
 }
 
 // idempotencyKey reads the header of the IETF draft, whose value is a quoted
@@ -472,8 +469,7 @@ func (s *server) getOrder(c echo.Context) error {
 	if err != nil {
 		return errNotFound
 	}
-	wait, ok := preferredWait(c.Request().Header["Prefer"])
-	if ok {
+	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && !s.isStopping() {
 		if err := s.await(c, id, wait); err != nil {
 			return err
 		}
@@ -509,31 +505,29 @@ func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
 	if st, err := s.status(id); err != nil || st == completed {
 		return err
 	}
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
 	select {
 	case <-done:
-	case <-timer.C:
+	case <-time.After(wait):
 	case <-c.Request().Context().Done():
 	case <-s.stopping:
 	}
 	return nil
 }
 
-// preferredWait reads the wait preference of RFC 7240, section 4.3. Only the
-// first counts; one that can't be read is ignored.
+// The preferences in a Prefer header, and of these the one to wait.
+var (
+	preferences    = regexp.MustCompile(`(?:[^,"]|"(?:[^"\\]|\\.)*"?)+`)
+	waitPreference = regexp.MustCompile(`^\s*(?i:wait)\s*=\s*(?:(\d+)|"(\d+)")\s*(?:;.*)?$`)
+)
+
+// preferredWait reads the wait preference of RFC 7240, section 4.3. The first
+// counts that can be read.
 func preferredWait(values []string) (wait time.Duration, ok bool) {
-	for _, preference := range strings.Split(strings.Join(values, ","), ",") {
-		preference, _, _ = strings.Cut(preference, ";")
-		name, value, _ := strings.Cut(preference, "=")
-		if !strings.EqualFold(strings.TrimSpace(name), "wait") {
-			continue
+	for _, preference := range preferences.FindAllString(strings.Join(values, ","), -1) {
+		if m := waitPreference.FindStringSubmatch(preference); m != nil {
+			seconds, _ := strconv.ParseUint(m[1]+m[2], 10, 64) // out of range: the largest
+			return time.Duration(min(seconds, uint64(maxWait/time.Second))) * time.Second, true
 		}
-		seconds, err := strconv.ParseUint(strings.Trim(strings.TrimSpace(value), `"`), 10, 63)
-		if err != nil && !errors.Is(err, strconv.ErrRange) {
-			return 0, false
-		}
-		return time.Duration(min(seconds, uint64(maxWait/time.Second))) * time.Second, true
 	}
 	return 0, false
 }
@@ -580,9 +574,7 @@ func (s *server) listOrders(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	limit := f.limit
-	f.limit++ // one more tells whether there is a next page
-	orders, err := s.store.list(f)
+	orders, next, err := s.store.list(f)
 	if err != nil {
 		return err
 	}
@@ -590,11 +582,10 @@ func (s *server) listOrders(c echo.Context) error {
 		Orders []listedOrder `json:"orders"`
 		Next   *string       `json:"next"`
 	}{Orders: make([]listedOrder, 0, len(orders))}
-	if len(orders) > limit {
-		orders = orders[:limit]
-		query.Set("before", orders[limit-1].id.String())
-		next := "/orders?" + query.Encode()
-		page.Next = &next
+	if !next.IsZero() {
+		query.Set("before", next.String())
+		address := "/orders?" + query.Encode()
+		page.Next = &address
 	}
 	for _, o := range orders {
 		s.cache.learn(o.id, o.status)
@@ -618,7 +609,7 @@ func parseFilter(query url.Values) (filter, error) {
 		switch name {
 		case "limit":
 			n, err := strconv.Atoi(value)
-			if err != nil || n < 1 || n > maxPage {
+			if err != nil || n < 1 || n > maxPage || strconv.Itoa(n) != value {
 				return f, badQuery("limit must be a whole number from 1 to %d, not %q", maxPage, value)
 			}
 			f.limit = n
@@ -630,10 +621,10 @@ func parseFilter(query url.Values) (filter, error) {
 			st := status(i)
 			f.status = &st
 		case "user_id":
-			if value == "" || len(value) > maxUserID {
-				return f, badQuery("user_id must be 1 to %d bytes, not %d", maxUserID, len(value))
+			f.userID = strings.TrimSpace(value)
+			if f.userID == "" || len(f.userID) > maxUserID || !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
+				return f, badQuery("user_id must be 1 to %d bytes of text without control characters, not %q", maxUserID, value)
 			}
-			f.userID = value
 		case "before":
 			id, err := ulid.ParseStrict(value)
 			if err != nil {
@@ -662,32 +653,33 @@ func (s *server) getMetrics(c echo.Context) error {
 // prefersText reports whether an Accept header ranks Prometheus's text format
 // above JSON. For each the most specific range counts (RFC 9110, section 12.5.1).
 func prefersText(accept []string) bool {
-	quality := func(full, half string) float64 {
-		best, specific := 0.0, 0
-		for _, part := range strings.Split(strings.Join(accept, ","), ",") {
-			kind, params, err := mime.ParseMediaType(part)
-			if err != nil || (kind == "text/plain" && cmp.Or(params["version"], "0.0.4") != "0.0.4") {
-				continue
-			}
-			q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
-			if err != nil {
-				continue
-			}
-			rank := map[string]int{full: 3, half: 2, "*/*": 1}[kind]
-			if rank > specific || (rank == specific && rank > 0 && q > best) {
-				best, specific = q, rank
+	qualities := map[string]float64{} // by range
+	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
+		kind, params, err := mime.ParseMediaType(part)
+		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		if cmp.Or(err, qErr) == nil && (kind != "text/plain" || cmp.Or(params["version"], "0.0.4") == "0.0.4") {
+			qualities[kind] = max(qualities[kind], q)
+		}
+	}
+	quality := func(ranges ...string) float64 {
+		for _, r := range ranges {
+			if q, ok := qualities[r]; ok {
+				return q
 			}
 		}
-		return best
+		return 0
 	}
-	return quality("text/plain", "text/*") > quality(echo.MIMEApplicationJSON, "application/*")
+	return quality("text/plain", "text/*", "*/*") > quality(echo.MIMEApplicationJSON, "application/*", "*/*")
 }
 
 // live says that the process answers.
 func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok\n") }
 
-// readyz says whether a create would be taken.
+// readyz says whether creates are taken and will go on to be.
 func (s *server) readyz(c echo.Context) error {
+	if s.isStopping() {
+		return &fault{status: http.StatusServiceUnavailable, detail: "The server is stopping; it answers until running work has ended."}
+	}
 	if err := s.store.ready(); err != nil {
 		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("Orders are refused now: %v.", err)}
 	}
@@ -705,12 +697,8 @@ func (s *server) page(c echo.Context) error {
 	return c.HTMLBlob(http.StatusOK, pageHTML)
 }
 
-var (
-	pageHTML, _ = web.ReadFile("web/index.html")
-	apiJSON, _  = web.ReadFile("web/openapi.json")
-	pagePolicy  = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
-		inlineHash("script") + "; style-src " + inlineHash("style")
-)
+var pagePolicy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
+	inlineHash("script") + "; style-src " + inlineHash("style")
 
 // inlineHash is the CSP source of the page's one element of that name.
 func inlineHash(element string) string {
@@ -740,12 +728,11 @@ func (f *fault) Error() string { return f.detail }
 // faultOf is the one place where an error becomes a status. An unknown error
 // is a 500 that tells nothing.
 func faultOf(err error, c echo.Context) *fault {
-	var f *fault
-	var routing *echo.HTTPError
+	if f, ok := errors.AsType[*fault](err); ok {
+		return f
+	}
 	path := c.Request().URL.Path
 	switch {
-	case errors.As(err, &f):
-		return f
 	case errors.Is(err, errNotFound):
 		return &fault{status: http.StatusNotFound, detail: "There is no order with this ID."}
 	case errors.Is(err, errKeyReused):
@@ -755,9 +742,9 @@ func faultOf(err error, c echo.Context) *fault {
 			detail: "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back."}
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
 		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("The order was not taken: %v. Try again later.", err)}
-	case errors.As(err, &routing) && routing.Code == http.StatusNotFound:
+	case errors.Is(err, echo.ErrNotFound):
 		return &fault{status: http.StatusNotFound, detail: fmt.Sprintf("There is nothing at %s.", path)}
-	case errors.As(err, &routing) && routing.Code == http.StatusMethodNotAllowed:
+	case errors.Is(err, echo.ErrMethodNotAllowed):
 		return &fault{status: http.StatusMethodNotAllowed, detail: fmt.Sprintf("%s does not take %s; see the Allow header.", path, c.Request().Method)}
 	}
 	return &fault{status: http.StatusInternalServerError, detail: "The server failed to answer; the cause is in its log under this X-Request-Id."}

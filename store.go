@@ -58,7 +58,7 @@ func joinID(high, low int64) (id ulid.ULID) {
 	return id
 }
 
-const ordersVersion = 1 // PRAGMA user_version of orders.db
+const ordersVersion = 2 // PRAGMA user_version of orders.db
 
 const ordersSchema = `
 CREATE TABLE orders (
@@ -72,7 +72,16 @@ CREATE TABLE orders (
 	took     INTEGER              -- µs from started to completion
 ) STRICT;
 CREATE INDEX orders_unfinished ON orders (status) WHERE status < 2; -- as small as the backlog
-CREATE INDEX orders_by_user ON orders (user_id);
+-- An index on user_id that is cheap to write: sorted anew for every run of
+-- orders, and brought up to date some batches later. It lacks the newest.
+CREATE TABLE orders_by_user (
+	run     INTEGER NOT NULL,
+	user    TEXT    NOT NULL,
+	id_high INTEGER NOT NULL,
+	PRIMARY KEY (run, user, id_high)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE user_runs (first INTEGER PRIMARY KEY); -- no id_high in the run is below it
+INSERT INTO user_runs VALUES (0);
 CREATE TABLE idempotency_keys (
 	key     TEXT PRIMARY KEY,
 	id_high INTEGER NOT NULL -- the order that the key created
@@ -84,9 +93,11 @@ CREATE TABLE totals (
 	processing     INTEGER NOT NULL, -- of these, being processed
 	completed      INTEGER NOT NULL, -- of these, completed
 	took           INTEGER NOT NULL, -- µs, sum over the completed
-	newest_started INTEGER NOT NULL  -- id_high of the newest order that ever left Pending
+	newest_started INTEGER NOT NULL, -- id_high of the newest order that ever left Pending
+	indexed        INTEGER NOT NULL, -- orders in orders_by_user
+	newest_indexed INTEGER NOT NULL  -- id_high of the newest of them
 ) STRICT;
-INSERT INTO totals VALUES (0, 0, 0, 0, 0);`
+INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0);`
 
 // ordersView is for people with the sqlite3 command line.
 func ordersView() string {
@@ -119,7 +130,7 @@ type sums struct {
 // totals is the row of that name.
 type totals struct {
 	sums
-	processing, newestStarted int64
+	processing, newestStarted, indexed, newestIndexed int64
 }
 
 func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
@@ -131,14 +142,25 @@ const (
 	maxSteps   = 8192
 )
 
+// The index for user_id. More orders to a run make a page of a list cheaper,
+// where a user has few orders, and creates dearer, where there are many users.
 const (
-	walCheckEvery   = 512                  // operations, of a few pages each, between looks at the WAL's length
-	checkpointPages = 4000                 // WAL pages (16 MB) after which the writer checkpoints
-	walKeptBytes    = 32 << 20             // a larger WAL is cut back to this at its next restart
-	retryPause      = time.Second          // between attempts to write after a refused batch
-	stepPause       = 5 * time.Millisecond // longest that a step waits for company
-	busyTimeout     = 5 * time.Second      // for another program's lock on a database
-	listReaders     = 4                    // read-only connections
+	indexEvery = 1024  // orders; as many and a batch may be missing from it
+	runOrders  = 16384 // in a run
+	pageRuns   = 1024  // runs in which one page of a list is looked for
+)
+
+const (
+	walCheckEvery   = 512                    // operations, of a few pages each, between looks at the WAL's length
+	checkpointPages = 4000                   // WAL pages (16 MB) after which the writer checkpoints
+	walKeptPages    = 8000                   // a longer WAL gives its space back
+	readerPause     = 100 * time.Millisecond // longest that a checkpoint waits for readers
+	retryPause      = time.Second            // between attempts to write, or to checkpoint, after one that failed
+	stallPause      = 2 * time.Second        // after so long at one batch the store is not ready
+	stepPause       = 5 * time.Millisecond   // longest that a step waits for company
+	busyTimeout     = time.Second            // for another program's lock on a database
+	listReaders     = 4                      // read-only connections
+	readBytes       = 256 << 10              // of text, after which a read of many orders ends
 )
 
 // Why the store does not take a create now. Except after errOutcomeUnknown,
@@ -148,6 +170,7 @@ var (
 	errUnwritable     = errors.New("the store cannot be written")
 	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")
 	errClosed         = errors.New("the store is closed")
+	errStalled        = fmt.Errorf("the disk has not taken a write for more than %s", stallPause)
 	errKeyReused      = errors.New("the idempotency key was used with other content")
 	errNotFound       = errors.New("no such order")
 )
@@ -158,6 +181,14 @@ type create struct {
 	key      string // idempotency key, or empty
 	replayed bool   // order is the one that the key created earlier
 	err      error  // errKeyReused
+}
+
+// replay answers with the order that the key has already created.
+func (c *create) replay(earlier order) {
+	c.err = errKeyReused
+	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
+		c.order, c.replayed, c.err = earlier, true, nil
+	}
 }
 
 func (c *create) stored() bool { return !c.replayed && c.err == nil }
@@ -181,7 +212,7 @@ type batch struct {
 	err     error // of every create in it
 }
 
-func newBatch() *batch { return &batch{done: make(chan struct{})} }
+func newBatch(steps []step) *batch { return &batch{steps: steps, done: make(chan struct{})} }
 
 // store owns orders.db. One goroutine and one connection do all the writing:
 // it takes whatever waits, runs it in one transaction with one fsync (group
@@ -196,9 +227,10 @@ type store struct {
 	log     *logger
 	hooks   hooks
 
-	mu       sync.Mutex // guards open, refusing and closing
+	mu       sync.Mutex // guards all up to the blank line
 	open     *batch
-	refusing error // why creates are refused now, or nil
+	writing  time.Time // when the writer took the batch that it is at, or after which it checkpoints; or zero
+	refusing error     // why creates are refused now, or nil
 	closing  bool
 
 	quit    chan struct{} // closed by close
@@ -209,17 +241,18 @@ type store struct {
 	stopped chan struct{} // closed when the writer has ended
 	failed  chan struct{} // closed when the writer gave up: errOutcomeUnknown
 
-	resumeAfter    int64                  // upper half of an ID: all orders up to it are Completed; set at start
-	totals         atomic.Pointer[totals] // as of the last commit
-	newest         int64                  // the writer's: upper half of the newest ID
-	nextCheckpoint int64                  // the writer's: WAL pages
-	unchecked      int                    // the writer's: operations since it looked at the WAL's length
-	batchSizes     histogram
-	batchTimes     histogram
+	resumeAfter int64                  // upper half of an ID: all orders up to it are Completed; set at start
+	totals      atomic.Pointer[totals] // as of the last commit
+	newest      int64                  // the writer's: upper half of the newest ID
+	unchecked   int                    // the writer's: operations since it looked at the WAL's length
+	overdue     <-chan time.Time       // the writer's: when to try the checkpoint again that a reader held back
+	heldAt      int64                  // the writer's: WAL pages moved in that one, or -1; as many again mean the same reader
+	batchSizes  histogram
+	batchTimes  histogram
 }
 
 type statements struct {
-	begin, commit, rollback, insert, insertMany, step, total, key, keyed, walPages, checkpoint *sql.Stmt
+	begin, commit, rollback, insert, insertMany, step, total, index, run, key, keyed, walPages *sql.Stmt
 }
 
 // insertRows is how many orders one INSERT takes where there are as many: the
@@ -231,16 +264,17 @@ const (
 
 const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
 
+const findKeyed = "SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"
+
 // openStore takes the data directory for this process, checks both databases
 // before it writes to either, and opens them.
 func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
 	s = &store{
 		cache: statuses, log: log, hooks: cfg.hooks,
-		open: newBatch(), quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
+		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
 		fed: make(chan *batch, 16), counted: make(chan struct{}, 1),
 		stopped: make(chan struct{}), failed: make(chan struct{}),
-		nextCheckpoint: checkpointPages,
-		batchSizes:     newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
+		batchSizes: newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
 	}
 	if s.hooks.now == nil {
 		s.hooks.now = time.Now
@@ -260,8 +294,8 @@ func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, 
 func (s *store) openBoth(m *metrics) error {
 	var t totals
 	var counted sums
-	if err := s.db.inspect("SELECT accepted, processing, completed, took, newest_started FROM totals",
-		&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted); err != nil {
+	if err := s.db.inspect("SELECT * FROM totals",
+		&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted, &t.indexed, &t.newestIndexed); err != nil {
 		return err
 	}
 	if err := m.db.inspect("SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took); err != nil {
@@ -311,12 +345,17 @@ func lockDirectory(dir string) (*sql.DB, error) {
 	return db, nil
 }
 
-// makeDirectory makes dir for its owner only, and makes its name durable.
+// makeDirectory makes dir and what is missing above it, for their owner only,
+// and makes their names durable.
 func makeDirectory(dir string) error {
-	if _, err := os.Stat(dir); err == nil {
-		return nil
+	_, err := os.Stat(dir)
+	if !errors.Is(err, os.ErrNotExist) || filepath.Dir(dir) == dir {
+		return err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDirectory(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
 	parent, err := os.Open(filepath.Dir(dir))
@@ -345,12 +384,13 @@ func (s *store) prepareStatements() (err error) {
 		insert:     prepare(insert + values),
 		insertMany: prepare(insert + values + strings.Repeat(", "+values, insertRows-1)),
 		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
-		total:      prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?"),
+		total:      prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?, indexed = ?, newest_indexed = ?"),
+		index:      prepare("INSERT INTO orders_by_user SELECT (SELECT max(first) FROM user_runs), user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
+		run:        prepare("INSERT INTO user_runs VALUES (?)"),
 		key:        prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
-		keyed:      prepare("SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"),
+		keyed:      prepare(findKeyed),
 		// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
-		walPages:   prepare("PRAGMA wal_checkpoint(NOOP)"),
-		checkpoint: prepare("PRAGMA wal_checkpoint(PASSIVE)"),
+		walPages: prepare("PRAGMA wal_checkpoint(NOOP)"),
 	}
 	if err != nil {
 		return err
@@ -400,12 +440,18 @@ func (s *store) create(c *create) error {
 		b.creates = append(b.creates, c)
 	}
 	s.mu.Unlock()
-	if err != nil {
-		return err
+	if err == nil {
+		nudge(s.wake)
+		<-b.done
+		err = b.err
 	}
-	nudge(s.wake)
-	<-b.done
-	return cmp.Or(b.err, c.err)
+	if err != nil && c.key != "" {
+		if earlier, findErr := scanOrder(s.reads.QueryRow(findKeyed, c.key).Scan); findErr == nil {
+			c.replay(earlier)
+			err = nil
+		}
+	}
+	return cmp.Or(err, c.err)
 }
 
 // ticket is where a step waits. As long as that batch is open, the order's
@@ -458,7 +504,7 @@ func (s *store) take() *batch {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := s.open
-	s.open = newBatch()
+	s.open, s.writing = newBatch(nil), time.Now()
 	return b
 }
 
@@ -474,14 +520,24 @@ func (s *store) writeLoop() {
 			case <-time.After(stepPause):
 			case <-s.quit:
 			}
+		case <-s.overdue:
+			s.overdue, s.unchecked = nil, walCheckEvery
 		case <-s.quit:
 			open = false
 		}
 		s.gather()
-		if err := s.settle(s.take()); err != nil {
+		b := s.take()
+		err := s.settle(b)
+		if err == nil {
+			err = s.checkpoint(len(b.creates) + len(b.steps))
+		}
+		if err != nil {
 			s.giveUp(err)
 			return
 		}
+		s.mu.Lock()
+		s.writing = time.Time{}
+		s.mu.Unlock()
 	}
 }
 
@@ -513,7 +569,7 @@ func (s *store) settle(b *batch) error {
 			s.log.Warn("orders are refused until the store can be written", "error", err)
 		}
 		b.answer(errUnwritable)
-		b = &batch{steps: b.steps, done: make(chan struct{})}
+		b = newBatch(b.steps)
 		select {
 		case <-time.After(retryPause):
 		case <-s.quit:
@@ -529,23 +585,19 @@ func (s *store) settle(b *batch) error {
 	if s.refuse(nil) {
 		s.log.Warn("orders are accepted again")
 	}
-	return s.checkpoint(len(b.creates) + len(b.steps))
+	return nil
 }
 
 // feed hands a batch to the feeder, in the place of the oldest when too many
 // wait: from the newest one it always sees that it has missed some.
 func (s *store) feed(b *batch) {
-	for {
-		select {
-		case s.fed <- b:
-			return
-		default:
-		}
+	if len(s.fed) == cap(s.fed) {
 		select {
 		case <-s.fed:
-		default:
+		default: // the feeder was quicker
 		}
 	}
+	s.fed <- b // has room: nobody else sends
 }
 
 // answer releases everyone who waits for the batch.
@@ -562,7 +614,7 @@ func (s *store) refuse(err error) bool {
 	changed := s.refusing != err
 	s.refusing = err
 	if waiting := s.open; err != nil && len(waiting.creates) > 0 { // they joined while the refused batch was written
-		s.open = &batch{steps: waiting.steps, done: make(chan struct{})}
+		s.open = newBatch(waiting.steps)
 		waiting.answer(err)
 	}
 	return changed
@@ -624,8 +676,28 @@ func (s *store) fill(b *batch, t *totals) error {
 			return err
 		}
 	}
-	_, err := s.write.total.Exec(t.accepted, t.processing, t.completed, t.took, t.newestStarted)
+	if t.accepted-t.indexed >= indexEvery {
+		if err := s.index(t); err != nil {
+			return err
+		}
+	}
+	_, err := s.write.total.Exec(t.accepted, t.processing, t.completed, t.took, t.newestStarted, t.indexed, t.newestIndexed)
 	return err
+}
+
+// index brings orders_by_user up to date. So many orders at once, in the few
+// pages of one run, share the pages that they change.
+func (s *store) index(t *totals) error {
+	if _, err := s.write.index.Exec(t.newestIndexed); err != nil {
+		return err
+	}
+	if t.indexed/runOrders < t.accepted/runOrders {
+		if _, err := s.write.run.Exec(s.newest + 1); err != nil {
+			return err
+		}
+	}
+	t.indexed, t.newestIndexed = t.accepted, s.newest
+	return nil
 }
 
 // insertAll inserts the new orders, many to a statement where there are many.
@@ -657,15 +729,12 @@ func (s *store) insertAll(creates []*create, t *totals) error {
 // insertKeyed inserts an order together with its idempotency key, or finds the
 // order that the key has already created.
 func (s *store) insertKeyed(c *create, t *totals) error {
-	earlier, err := scanOrder(s.write.keyed.QueryRow(c.key))
-	switch {
-	case err == nil && earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents:
-		c.order, c.replayed = earlier, true
+	earlier, err := scanOrder(s.write.keyed.QueryRow(c.key).Scan)
+	if err == nil {
+		c.replay(earlier)
 		return nil
-	case err == nil:
-		c.err = errKeyReused
-		return nil
-	case !errors.Is(err, errNotFound):
+	}
+	if !errors.Is(err, errNotFound) {
 		return err
 	}
 	if _, err := s.write.insert.Exec(s.number(c, t, nil)...); err != nil {
@@ -712,26 +781,42 @@ func (s *store) apply(st *step, t *totals) error {
 }
 
 // checkpoint moves the WAL into the database once it is long enough, after the
-// batch was answered. While a reader holds the WAL back it tries again only
-// after as many pages more. written is how many operations came since the last call. See https://sqlite.org/wal.html#ckpt.
+// batch was answered, so that the next commit begins it anew. It waits a little
+// for readers, once for each that holds it back, and tries again later. written
+// is how many operations came since the last call. An error means that the
+// writer must not go on; SQLite's own checkpoints would swallow it. See
+// https://sqlite.org/wal.html#ckpt.
 func (s *store) checkpoint(written int) error {
-	if s.unchecked += written; s.unchecked < walCheckEvery {
+	if s.unchecked += written; s.unchecked < walCheckEvery || s.overdue != nil {
 		return nil
 	}
 	s.unchecked = 0
 	var busy, pages, moved int64
-	if err := s.write.walPages.QueryRow().Scan(&busy, &pages, &moved); err != nil || pages < s.nextCheckpoint {
+	if err := s.write.walPages.QueryRow().Scan(&busy, &pages, &moved); err != nil || pages < checkpointPages {
 		return err
 	}
-	err := s.write.checkpoint.QueryRow().Scan(&busy, &pages, &moved)
-	if s.nextCheckpoint = checkpointPages; moved < pages {
-		s.nextCheckpoint += pages
+	run := func(mode string) error {
+		return s.db.QueryRow("PRAGMA wal_checkpoint("+mode+")").Scan(&busy, &pages, &moved)
+	}
+	err := run("PASSIVE")
+	if err == nil && (moved == pages || moved != s.heldAt) {
+		mode := "RESTART"
+		if pages > walKeptPages {
+			mode = "TRUNCATE"
+		}
+		s.db.setBusyTimeout(readerPause)
+		err = run(mode)
+		s.db.setBusyTimeout(busyTimeout)
 	}
 	if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 	}
 	if err != nil {
 		s.log.Warn("the WAL could not be moved into the database yet", "error", err)
+	}
+	s.heldAt = -1
+	if err != nil || busy != 0 || moved < pages {
+		s.overdue, s.heldAt = time.After(retryPause), moved
 	}
 	return nil
 }
@@ -740,17 +825,20 @@ func (s *store) checkpoint(written int) error {
 func (s *store) ready() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing {
+	switch {
+	case s.closing:
 		return errClosed
+	case len(s.open.creates) == maxCreates:
+		return errBusy
+	case s.refusing == nil && !s.writing.IsZero() && time.Since(s.writing) > stallPause:
+		return errStalled
 	}
 	return s.refusing
 }
 
-type row interface{ Scan(...any) error }
-
-func scanOrder(r row) (o order, err error) {
+func scanOrder(scan func(...any) error) (o order, err error) {
 	var idHigh, idLow int64
-	err = r.Scan(&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took)
+	err = scan(&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took)
 	if errors.Is(err, sql.ErrNoRows) {
 		return o, errNotFound
 	}
@@ -760,7 +848,7 @@ func scanOrder(r row) (o order, err error) {
 
 // find reads one order from the table.
 func (s *store) find(id ulid.ULID) (order, error) {
-	o, err := scanOrder(s.readOne.QueryRow(high(id)))
+	o, err := scanOrder(s.readOne.QueryRow(high(id)).Scan)
 	if err == nil && o.id != id {
 		err = errNotFound
 	}
@@ -770,7 +858,8 @@ func (s *store) find(id ulid.ULID) (order, error) {
 // unfinished returns up to limit orders after the one given, oldest first,
 // that are not Completed. The feeder's: behind what it has read, all are Pending.
 func (s *store) unfinished(after int64, limit int) ([]order, error) {
-	return s.query("SELECT "+orderColumns+" FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	orders, _, err := s.query(readBytes, "SELECT "+orderColumns+" FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	return orders, err
 }
 
 // oldest is the upper half of the ID of the oldest order in an unfinished
@@ -789,54 +878,96 @@ type filter struct {
 	limit  int
 }
 
-// list returns orders newest first.
-func (s *store) list(f filter) ([]order, error) {
-	query, args := f.query(s.totals.Load().newestStarted)
-	return s.query(query, args...)
-}
-
-// query costs by the page and not by the table for every combination: each
-// status is confined to the stretch of the table where it can be found. Behind
-// newestStarted all orders are Pending, before the oldest unfinished one all
-// are Completed; in between lie no more than the queue and the pool hold.
-func (f filter) query(newestStarted int64) (string, []any) {
-	source, where, args := "orders NOT INDEXED", "id_high < ?", []any{f.before}
-	if f.userID != "" {
-		source = "orders INDEXED BY orders_by_user"
-		where += " AND user_id = ?"
-		args = append(args, f.userID)
+// list returns a page of orders, newest first, and the ID that the next page
+// goes on before; zero on the last one.
+func (s *store) list(f filter) (orders []order, next ulid.ULID, err error) {
+	p, err := s.plan(f)
+	room := readBytes
+	for i := 0; err == nil && room > 0 && i < len(p.queries); i++ {
+		var found []order
+		missing := f.limit + 1 - len(orders) // one more tells whether there is a next page
+		found, room, err = s.query(room, p.queries[i], append(p.args, sql.Named("limit", missing))...)
+		orders = append(orders, found...)
 	}
 	switch {
-	case f.status == nil:
-	case *f.status == completed:
-		where += " AND status = 2 AND id_high <= ?"
-		args = append(args, newestStarted)
-	case f.userID == "":
-		source = "orders INDEXED BY orders_unfinished"
-		where += " AND status < 2 AND status = ?"
-		args = append(args, *f.status)
-	default:
-		const edge = "(SELECT %s(id_high) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?)"
-		where += " AND status = ? AND id_high BETWEEN " + fmt.Sprintf(edge, "min") + " AND " + fmt.Sprintf(edge, "max")
-		args = append(args, *f.status, *f.status, *f.status)
+	case room <= 0 || len(orders) > f.limit:
+		orders = orders[:min(len(orders), f.limit)]
+		next = orders[len(orders)-1].id
+	case p.end > p.from:
+		next = joinID(p.end, 0)
 	}
-	return "SELECT " + orderColumns + " FROM " + source + " WHERE " + where + " ORDER BY id_high DESC LIMIT ?", append(args, f.limit)
+	return orders, next, err
 }
 
-func (s *store) query(query string, args ...any) (orders []order, err error) {
+// plan is how a page is looked up: by its queries in turn, the one for newer
+// orders first, in the stretch of the table from @from to @before.
+type plan struct {
+	queries   []string
+	args      []any
+	from, end int64 // no order is older than from; the queries look for none older than end
+}
+
+// plan makes every page cost by its size and not by the table's. Pending
+// orders begin at the oldest one and Completed ones end at the newest that was
+// started; only what pool and queue hold lies among them, and that is all of
+// the Processing ones, which have an index. A user's orders are searched for
+// among the newest, which are not indexed yet, and then in pageRuns runs.
+func (s *store) plan(f filter) (p plan, err error) {
+	t := s.totals.Load()
+	source, where := "orders NOT INDEXED", ""
+	if f.status != nil {
+		where = " AND status = @status"
+		p.args = append(p.args, sql.Named("status", *f.status))
+		switch *f.status {
+		case pending:
+			var ok bool
+			if p.from, ok, err = s.oldest(pending); !ok {
+				return p, err
+			}
+		case processing:
+			source, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
+		case completed:
+			f.before = min(f.before, t.newestStarted+1)
+		}
+	}
+	add := func(source, where, order string) {
+		p.queries = append(p.queries, "SELECT "+orderColumns+" FROM "+source+" WHERE "+where+" ORDER BY "+order+"id_high DESC LIMIT @limit")
+	}
+	p.args = append(p.args, sql.Named("from", p.from), sql.Named("before", f.before), sql.Named("user", f.userID), sql.Named("indexed", t.newestIndexed))
+	switch {
+	case f.userID == "":
+		add(source, "id_high >= @from AND id_high < @before"+where, "")
+	case f.status != nil && *f.status == processing:
+		add(source, "id_high >= @from AND id_high < @before AND user_id = @user"+where, "")
+	default:
+		add(source, "id_high >= max(@from, @indexed + 1) AND id_high < @before AND user_id = @user"+where, "")
+		add("user_runs CROSS JOIN orders_by_user ON run = first CROSS JOIN orders USING (id_high)",
+			"first >= @end AND first < @before AND user = @user AND id_high >= @from AND id_high < min(@before, @indexed + 1)"+where, "first DESC, ")
+		err = s.reads.QueryRow(`SELECT max((SELECT max(first) FROM user_runs WHERE first <= @from),
+			coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
+			append(p.args, sql.Named("runs", pageRuns))...).Scan(&p.end)
+		p.args = append(p.args, sql.Named("end", p.end))
+	}
+	return p, err
+}
+
+// query reads orders as long as there is room, in bytes of text, and tells how
+// much is left: none where it ended early.
+func (s *store) query(room int, query string, args ...any) (orders []order, left int, err error) {
 	rows, err := s.reads.Query(query, args...)
 	if err != nil {
-		return nil, err
+		return nil, room, err
 	}
 	defer rows.Close()
-	for rows.Next() {
-		o, err := scanOrder(rows)
+	for room > 0 && rows.Next() {
+		o, err := scanOrder(rows.Scan)
 		if err != nil {
-			return nil, err
+			return nil, room, err
 		}
 		orders = append(orders, o)
+		room -= len(o.userID) + len(o.itemIDs)
 	}
-	return orders, rows.Err()
+	return orders, room, rows.Err()
 }
 
 // walBytes is the size of the -wal file.
@@ -862,8 +993,11 @@ func (s *store) close() error {
 		return errors.New("a write to orders.db failed and its outcome is unknown: check the disk, then start orderd again to find out; no order it confirmed is lost")
 	default:
 	}
-	return errors.Join(s.reads.Close(), s.db.close(), s.lock.Close())
+	return errors.Join(s.reads.Close(), s.db.close())
 }
+
+// unlock lets another process have the data directory.
+func (s *store) unlock() error { return s.lock.Close() }
 
 // database is one SQLite file of ours.
 type database struct {
@@ -872,7 +1006,10 @@ type database struct {
 	appID   int64 // PRAGMA application_id
 	version int64 // PRAGMA user_version
 	schema  string
-	empty   bool // no schema yet
+	// WAL pages after which SQLite makes a checkpoint by itself, in the commit
+	// and whatever comes of it; 0 where its owner makes them.
+	autoCheckpoint int
+	missing, empty bool // no file, or no schema in it yet
 }
 
 // openSQLite opens lazily: no file is touched before the first statement.
@@ -899,17 +1036,21 @@ func openSQLite(path string, params ...string) (*sql.DB, error) {
 // inspect opens the file if there is one, makes sure that it is ours and of
 // our version, and reads its totals with query. It writes nothing.
 func (d *database) inspect(query string, into ...any) error {
-	d.empty = true
 	info, err := os.Stat(d.path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
+		d.missing, d.empty = true, true
 		return nil
 	case err != nil:
 		return fmt.Errorf("cannot open %s: %w", d.path, err)
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
 	}
-	db, err := openSQLite(d.path, "mode=ro") // closing it moves no WAL into a file that is refused
+	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
+	if _, err := os.Stat(d.path + "-wal"); errors.Is(err, os.ErrNotExist) {
+		params = append(params, "immutable=1") // it makes no -wal and -shm either
+	}
+	db, err := openSQLite(d.path, params...)
 	if err != nil {
 		return err
 	}
@@ -937,8 +1078,10 @@ func (d *database) inspect(query string, into ...any) error {
 // prepare makes the file if need be, sets durability and reads it back, and
 // creates the schema in an empty database.
 func (d *database) prepare() (err error) {
-	if err := makeFile(d.path); err != nil {
-		return err
+	if d.missing {
+		if err := makeFile(d.path); err != nil {
+			return err
+		}
 	}
 	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
 		return err
@@ -948,8 +1091,9 @@ func (d *database) prepare() (err error) {
 	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
 		return explain(d.path, err)
 	}
-	// fullfsync matters on macOS only. The writer checkpoints by itself.
-	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA journal_size_limit = %d; PRAGMA cache_size = -8192;", walKeptBytes)
+	// fullfsync matters on macOS only. The checkpoint is for what a killed process
+	// wrote and did not sync: nothing of it may be shown that a power cut could take.
+	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
 	if _, err := d.Exec(settings); err != nil {
 		return explain(d.path, err)
 	}
@@ -961,6 +1105,11 @@ func (d *database) prepare() (err error) {
 	}
 	_, err = d.Exec(fmt.Sprintf("BEGIN; %s; PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT;", d.schema, d.appID, d.version))
 	return explain(d.path, err)
+}
+
+// setBusyTimeout needs the one connection: it is the writer's.
+func (d *database) setBusyTimeout(t time.Duration) {
+	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
 }
 
 // makeFile makes an empty file for its owner only; SQLite gives -wal and -shm

@@ -14,6 +14,7 @@ const (
 	feedPause    = time.Second            // after a read that failed
 	firstRetry   = 100 * time.Millisecond // pause after an order's first failed attempt; it doubles
 	longestRetry = time.Minute
+	maxParked    = 10_000 // orders in a pause; beyond them no worker takes a new one
 )
 
 // pool runs orders through Processing to Completed. The channel is a window on
@@ -26,7 +27,7 @@ type pool struct {
 
 	queue   chan order
 	retries chan job     // orders whose pause is over
-	parked  atomic.Int64 // orders in a pause; while as many as queue has places, no worker takes a new one
+	parked  atomic.Int64 // orders in a pause
 	took    histogram
 
 	quit    chan struct{}   // closed by stop: take no more orders
@@ -38,7 +39,7 @@ type pool struct {
 // job is an order in the hands of a worker.
 type job struct {
 	order
-	began    time.Time // start of processing, with the monotonic clock
+	began    time.Time // by the monotonic clock; order.started is by the wall's
 	ticket   ticket
 	attempts int
 }
@@ -64,10 +65,8 @@ func simulate(delay time.Duration) func(context.Context, order) error {
 		if delay == 0 {
 			return nil
 		}
-		timer := time.NewTimer(delay)
-		defer timer.Stop()
 		select {
-		case <-timer.C:
+		case <-time.After(delay):
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -124,10 +123,12 @@ func (p *pool) catchUp(cursor int64) (int64, error) {
 		orders, err := p.store.unfinished(cursor, feedRows)
 		if err != nil {
 			p.log.Error("the backlog cannot be read", "error", err)
-			if !p.pause(feedPause) {
+			select {
+			case <-time.After(feedPause):
+				continue
+			case <-p.quit:
 				return 0, errStopped
 			}
-			continue
 		}
 		if len(orders) == 0 {
 			return cursor, nil
@@ -140,18 +141,6 @@ func (p *pool) catchUp(cursor int64) (int64, error) {
 	}
 }
 
-// pause waits for d and returns false if the pool is stopped meanwhile.
-func (p *pool) pause(d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-p.quit:
-		return false
-	}
-}
-
 // serve is one worker. It takes no more orders once the pool is stopped.
 func (p *pool) serve() {
 	for {
@@ -161,7 +150,7 @@ func (p *pool) serve() {
 		default:
 		}
 		queue, again := p.queue, (<-chan time.Time)(nil)
-		if p.parked.Load() >= int64(cap(queue)) { // no new orders before some of these complete
+		if p.parked.Load() >= maxParked { // no new orders before some of these complete
 			queue, again = nil, time.After(firstRetry)
 		}
 		select {
@@ -170,8 +159,9 @@ func (p *pool) serve() {
 		case <-again:
 		case o := <-queue:
 			j := job{order: o, began: time.Now()}
+			j.started = p.store.hooks.now().UnixMilli()
 			if o.status == pending {
-				j.ticket = p.store.step(step{id: o.id, from: pending, to: processing, started: j.began.UnixMilli()}, ticket{})
+				j.ticket = p.store.step(step{id: o.id, from: pending, to: processing, started: j.started}, ticket{})
 				j.status = processing
 			}
 			p.attempt(j)
@@ -182,14 +172,15 @@ func (p *pool) serve() {
 	}
 }
 
-// attempt works on an order once. One that fails is parked and tried again,
-// unless the pool is ending: then it waits in the table for the next start.
+// attempt works on an order once. One that fails sits out a pause without a
+// worker and is tried again, unless the pool is ending: then it waits in the
+// table for the next start.
 func (p *pool) attempt(j job) {
 	err := p.guarded(j.order)
 	if err == nil {
 		took := time.Since(j.began)
 		p.took.observe(took.Seconds())
-		p.store.step(step{id: j.id, from: processing, to: completed, started: j.began.UnixMilli(), took: took.Microseconds()}, j.ticket)
+		p.store.step(step{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()}, j.ticket)
 		return
 	}
 	if p.working.Err() != nil {
@@ -198,7 +189,13 @@ func (p *pool) attempt(j job) {
 	pause := min(firstRetry<<min(j.attempts, 16), longestRetry)
 	j.attempts++
 	p.log.Warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
-	p.park(j, pause)
+	p.parked.Add(1)
+	time.AfterFunc(pause, func() {
+		select {
+		case p.retries <- j:
+		case <-p.quit:
+		}
+	})
 }
 
 // guarded turns a panic in the work into an error of this attempt.
@@ -211,24 +208,13 @@ func (p *pool) guarded(o order) (err error) {
 	return p.work(p.working, o)
 }
 
-// park lets an order sit out its pause without a worker.
-func (p *pool) park(j job, pause time.Duration) {
-	p.parked.Add(1)
-	time.AfterFunc(pause, func() {
-		select {
-		case p.retries <- j:
-		case <-p.quit:
-		}
-	})
-}
-
 // stop ends the intake: no worker takes another order.
 func (p *pool) stop() { close(p.quit) }
 
-// drain waits until running work has ended, and ends it when ctx is done. It
+// drain waits until running work has ended, and ends it at the deadline. It
 // does not wait for a worker whose step finds no room in the store then: the
 // store's end releases that.
-func (p *pool) drain(ctx context.Context) {
+func (p *pool) drain(deadline time.Time) {
 	ended := make(chan struct{})
 	go func() {
 		p.running.Wait()
@@ -236,7 +222,7 @@ func (p *pool) drain(ctx context.Context) {
 	}()
 	select {
 	case <-ended:
-	case <-ctx.Done():
+	case <-time.After(time.Until(deadline)):
 	}
 	p.cancel()
 }
