@@ -805,6 +805,23 @@ func needsUnix(tb testing.TB) {
 	}
 }
 
+// unprivileged is a command for startWrapped under which a file's mode counts
+// for root too: on Linux it gives up the right to pass it by.
+func unprivileged() []string {
+	if _, err := exec.LookPath("setpriv"); err != nil || os.Geteuid() != 0 {
+		return nil
+	}
+	return []string{"setpriv", "--bounding-set=-dac_override,-dac_read_search"}
+}
+
+// needsModes skips where a file's mode keeps nobody out.
+func needsModes(tb testing.TB) {
+	tb.Helper()
+	if os.Geteuid() <= 0 && unprivileged() == nil { // Windows has no such mode
+		tb.Skip("needs an ordinary user, or setpriv")
+	}
+}
+
 func needs(tb testing.TB, command string) {
 	tb.Helper()
 	needsUnix(tb)
@@ -5258,6 +5275,17 @@ func TestStartIsRefused(t *testing.T) {
 			return nil
 		}
 	}
+	mode := func(name string, mode os.FileMode) func(*testing.T, string) []string {
+		return func(t *testing.T, dir string) []string {
+			needsModes(t)
+			path := filepath.Join(dir, name)
+			info, err := os.Stat(path)
+			require.NoError(t, err)
+			require.NoError(t, os.Chmod(path, mode))
+			t.Cleanup(func() { os.Chmod(path, info.Mode()) })
+			return nil
+		}
+	}
 	for _, test := range []struct {
 		name  string
 		from  string
@@ -5285,21 +5313,19 @@ func TestStartIsRefused(t *testing.T) {
 		{"a newer metrics.db after kill -9", killed, query("metrics.db", "PRAGMA user_version = 99"), "metrics.db has schema version 99 and this orderd knows 1: "},
 		{"another program's orders.db", stopped, query("orders.db", "PRAGMA application_id = 1"), "orders.db is another program's database: "},
 		{"no table in orders.db", stopped, query("orders.db", "DROP TABLE totals"), "cannot use .*orders.db: "},
-		{"orders.db is read-only", stopped, func(t *testing.T, dir string) []string {
-			if os.Geteuid() <= 0 {
-				t.Skip("needs an ordinary user")
-			}
-			require.NoError(t, os.Chmod(filepath.Join(dir, "data", "orders.db"), 0o400))
-			return nil
-		}, "orders.db cannot be opened for writing: check the owner and mode"},
-		{"no write permission", stopped, func(t *testing.T, dir string) []string {
-			if os.Geteuid() <= 0 { // root may, and Windows has no such mode
-				t.Skip("needs an ordinary user")
-			}
-			require.NoError(t, os.Chmod(filepath.Join(dir, "data"), 0o500))
-			t.Cleanup(func() { os.Chmod(filepath.Join(dir, "data"), 0o700) })
-			return nil
-		}, "data directory|for writing"},
+		{"orders.db is read-only", stopped, mode("data/orders.db", 0o400), "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
+		{"metrics.db is read-only", stopped, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
+		{"metrics.db is read-only after kill -9", killed, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; "},
+		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
+		{"a data directory without write permission", stopped, mode("data", 0o500), "for writing: check the owner and mode of the file and its directory"},
+		{"a place for the data without write permission", stopped, func(t *testing.T, dir string) []string {
+			mode("data", 0o500)(t, dir)
+			return []string{"-data", filepath.Join(dir, "data", "deeper")}
+		}, "cannot make the data directory: .*; choose another with -data"},
+		{"a log directory without write permission", stopped, func(t *testing.T, dir string) []string {
+			require.NoError(t, os.Remove(filepath.Join(dir, "logs", "orderd.log")))
+			return mode("logs", 0o500)(t, dir)
+		}, "cannot write the log file: .*; choose another with -log"},
 		{"the data directory is a file", stopped, func(t *testing.T, dir string) []string {
 			return []string{"-data", filepath.Join(dir, "data", "orders.db")}
 		}, "data directory|not a directory"},
@@ -5323,7 +5349,7 @@ func TestStartIsRefused(t *testing.T) {
 			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
 			args := test.spoil(t, dir)
 			before := contents(t, dir)
-			p := launch(t, nil, dir, nil, args...)
+			p := launch(t, unprivileged(), dir, nil, args...)
 			require.Equal(t, 1, p.wait(t, time.Minute))
 			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
 			after := contents(t, dir)
@@ -5469,6 +5495,37 @@ func TestLogTakenAway(t *testing.T) {
 	require.NoError(t, os.Remove(logs))
 	for began := time.Now(); !logged(); runtime.Gosched() {
 		require.Less(t, time.Since(began), time.Minute, "the log does not come back")
+	}
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
+}
+
+// TestLogDirectoryReadOnly makes the log due for rotation where no file can be
+// renamed or made.
+func TestLogDirectoryReadOnly(t *testing.T) {
+	t.Parallel()
+	needsModes(t)
+	dir := t.TempDir()
+	logs := filepath.Join(dir, "logs")
+	j := newJournal("read-only log", 0)
+	p := startWrapped(t, unprivileged(), dir, nil, "-delay", "0s", "-log-size", "1")
+	files := func() int {
+		j.place(t, p.url(), 100)
+		found, err := os.ReadDir(logs)
+		require.NoError(t, err)
+		return len(found)
+	}
+	require.NoError(t, os.Chmod(logs, 0o500))
+	t.Cleanup(func() { os.Chmod(logs, 0o700) })
+	for began := time.Now(); !strings.Contains(p.stderr.String(), "cannot write the log"); {
+		require.Equal(t, 1, files())
+		require.Less(t, time.Since(began), time.Minute, "the log was not due for rotation")
+	}
+	require.NotZero(t, gauge(t, p.url(), "orderd_log_lines_dropped_total"))
+	require.NoError(t, os.Chmod(logs, 0o700))
+	for began := time.Now(); files() == 1; {
+		require.Less(t, time.Since(began), time.Minute, "the log is not rotated")
 	}
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)

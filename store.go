@@ -1046,6 +1046,9 @@ func (d *database) inspect(query string, into ...any) error {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
 	}
+	if err := makeFile(d.path); err != nil { // SQLite would open a read-only file without a word
+		return err
+	}
 	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
 	if _, err := os.Stat(d.path + "-wal"); errors.Is(err, os.ErrNotExist) {
 		params = append(params, "immutable=1") // it makes no -wal and -shm either
@@ -1112,13 +1115,14 @@ func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
 }
 
-// makeFile makes an empty file for its owner only; SQLite gives -wal and -shm
-// the same mode. It must not run once SQLite has the file open: closing any
-// descriptor of a file drops the process's locks on it.
+// makeFile makes an empty file for its owner only, or makes sure that the one
+// there can be written. SQLite gives -wal and -shm the same mode. It must not
+// run once SQLite has the file open: closing any descriptor of a file drops
+// the process's locks on it.
 func makeFile(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return fmt.Errorf("cannot make a file in the data directory: %w; choose another with -data", err)
+		return fmt.Errorf("cannot write to the data directory: %w; check the owner and mode, or choose another with -data", err)
 	}
 	return f.Close()
 }
