@@ -424,6 +424,7 @@ func checkInvariants(tb testing.TB, a *app) {
 		require.True(tb, started != nil && *started > 0, "%s is %s without a start", id, st)
 		if st == processing {
 			found.processing++
+			require.Nil(tb, took, "%s is Processing and has an end", id)
 			continue
 		}
 		require.True(tb, took != nil && *took >= 0, "%s is Completed without a time", id)
@@ -887,6 +888,9 @@ func requireDocumented(t *testing.T, method, path string, got answer) {
 	if got.body == "" {
 		return
 	}
+	if got.status >= 400 {
+		witnessed.Store(decoded[node](t, got.body)["detail"], true)
+	}
 	media, _, err := mime.ParseMediaType(got.header.Get("Content-Type"))
 	require.NoError(t, err)
 	for listed := range within(response, "content") {
@@ -901,7 +905,8 @@ func requireDocumented(t *testing.T, method, path string, got answer) {
 	require.Fail(t, "web/openapi.json lacks a media type", "%s in %d of %s %s", media, got.status, method, path)
 }
 
-// witnessed are the statuses and headers of each operation that tests have seen.
+// witnessed are the statuses and headers of each operation that tests have
+// seen, and the details of problems.
 var witnessed sync.Map
 
 // unwitnessed lists what web/openapi.json promises and no test has seen. Not
@@ -919,6 +924,9 @@ func unwitnessed() (missing []string) {
 				for name := range within(operation, "responses", status, "headers") {
 					promised = append(promised, promised[0]+" "+name)
 				}
+				for _, example := range problemExamples(operation, status) {
+					promised = append(promised, within(example)["detail"].(string))
+				}
 				for _, what := range promised {
 					if _, ok := witnessed.Load(what); !ok {
 						missing = append(missing, what)
@@ -928,6 +936,18 @@ func unwitnessed() (missing []string) {
 		}
 	}
 	return missing
+}
+
+// problemExamples are those of a problem that answers an operation.
+func problemExamples(operation node, status string) (found []any) {
+	content := within(operation, "responses", status, "content", "application/problem+json")
+	if one, ok := content["example"]; ok {
+		found = append(found, one)
+	}
+	for name := range within(content, "examples") {
+		found = append(found, within(content, "examples", name, "value"))
+	}
+	return found
 }
 
 // mismatches tells where a value departs from the names and types of a schema.
@@ -1500,6 +1520,8 @@ func TestCreateRefusesBodies(t *testing.T) {
 		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		require.NoError(t, err)
 		defer response.Body.Close()
+		text, err := io.ReadAll(response.Body)
+		requireGood(t, http.MethodPost, "/orders", answer{response.StatusCode, response.Header, string(text), err})
 		require.Equal(t, http.StatusBadRequest, response.StatusCode)
 	})
 }
@@ -2324,7 +2346,7 @@ func TestHost(t *testing.T) {
 		{host: "127.0.0.1:1", status: 200},
 		{host: "[::1]", status: 200},
 		{host: "[::1]:8080", status: 200},
-		{host: "example.com", status: 421},
+		{host: "orders.example", status: 421},
 		{host: "example.com:8080", status: 421},
 		{host: "localhost.example.com", status: 421},
 		{host: "127.0.0.1.example.com", status: 421},

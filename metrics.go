@@ -200,7 +200,7 @@ func (s *server) prometheus() []byte {
 		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
 	}
 	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &s.pool.took)
-	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one.", s.oldestPending().Seconds())
+	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where orders.db cannot be read.", s.oldestPending())
 	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(s.pool.queue)))
 	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(s.pool.queue)))
 	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(s.pool.parked.Load()))
@@ -208,7 +208,7 @@ func (s *server) prometheus() []byte {
 	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
 	e.one("orderd_cache_misses_total", "counter", "Status reads that went to orders.db.", float64(cache.misses.Load()))
 	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
-	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, without the time it was asked to wait.", &s.reads)
+	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
 	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
 	for _, r := range s.routes {
 		for code := range r.statuses {
@@ -227,13 +227,16 @@ func (s *server) prometheus() []byte {
 	return e.text
 }
 
-// oldestPending is 0 where there is none, or where the table can't be read now.
-func (s *server) oldestPending() time.Duration {
+// oldestPending is an age in seconds.
+func (s *server) oldestPending() float64 {
 	first, ok, err := s.store.oldest(pending)
-	if err != nil || !ok {
+	switch {
+	case err != nil:
+		return math.NaN()
+	case !ok:
 		return 0
 	}
-	return max(0, time.Since(time.UnixMilli(first>>16)))
+	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
 }
 
 // buildInfo tells the module version and the commit.

@@ -514,16 +514,17 @@ func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
 	return nil
 }
 
-// The preferences in a Prefer header, and of these the one to wait.
+// The elements of a header that is a list (a comma in quotes belongs to its
+// element), and of those of Prefer the one to wait.
 var (
-	preferences    = regexp.MustCompile(`(?:[^,"]|"(?:[^"\\]|\\.)*"?)+`)
+	listElements   = regexp.MustCompile(`(?:[^,"]|"(?:[^"\\]|\\.)*"?)+`)
 	waitPreference = regexp.MustCompile(`^\s*(?i:wait)\s*=\s*(?:(\d+)|"(\d+)")\s*(?:;.*)?$`)
 )
 
 // preferredWait reads the wait preference of RFC 7240, section 4.3. The first
 // counts that can be read.
 func preferredWait(values []string) (wait time.Duration, ok bool) {
-	for _, preference := range preferences.FindAllString(strings.Join(values, ","), -1) {
+	for _, preference := range listElements.FindAllString(strings.Join(values, ","), -1) {
 		if m := waitPreference.FindStringSubmatch(preference); m != nil {
 			seconds, _ := strconv.ParseUint(m[1]+m[2], 10, 64) // out of range: the largest
 			return time.Duration(min(seconds, uint64(maxWait/time.Second))) * time.Second, true
@@ -654,8 +655,8 @@ func (s *server) getMetrics(c echo.Context) error {
 // above JSON. For each the most specific range counts (RFC 9110, section 12.5.1).
 func prefersText(accept []string) bool {
 	qualities := map[string]float64{} // by range
-	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
-		kind, params, err := mime.ParseMediaType(part)
+	for _, element := range listElements.FindAllString(strings.Join(accept, ","), -1) {
+		kind, params, err := mime.ParseMediaType(element)
 		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
 		if cmp.Or(err, qErr) == nil && (kind != "text/plain" || cmp.Or(params["version"], "0.0.4") == "0.0.4") {
 			qualities[kind] = max(qualities[kind], q)

@@ -756,7 +756,11 @@ func (s *store) number(c *create, t *totals, args []any) []any {
 // apply writes a step and counts it, unless the order is not where the step
 // starts from: then the step is void.
 func (s *store) apply(st *step, t *totals) error {
-	result, err := s.write.step.Exec(st.to, st.started, st.took, high(st.id), st.from)
+	var took any // NULL until Completed
+	if st.to == completed {
+		took = st.took
+	}
+	result, err := s.write.step.Exec(st.to, st.started, took, high(st.id), st.from)
 	if err != nil {
 		return err
 	}
