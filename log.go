@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,6 +19,7 @@ const (
 	logBuffer   = 512 << 10              // bytes that wait for the disk at most; also the largest single write
 	logFlushAt  = 64 << 10               // bytes that wake the flusher at once
 	logInterval = 200 * time.Millisecond // longest time that a line waits
+	logEnd      = 500 * time.Millisecond // longest wait for the last lines at the end
 )
 
 // logger is slog's JSON handler over a buffer that one goroutine carries to
@@ -124,12 +126,19 @@ func (l *logger) flush(spare []byte) []byte {
 	return full
 }
 
-// close writes what waits and closes the file.
+// close writes what waits and closes the file. It does not wait long for a disk
+// that hangs, or for whoever should read stderr.
 func (l *logger) close() error {
 	close(l.done)
-	<-l.idle
-	if l.file == nil {
-		return nil
+	select {
+	case <-l.idle:
+		if l.file != nil {
+			return l.file.Close()
+		}
+	case <-time.After(logEnd):
+		if l.file != nil {
+			return errors.New("the last log lines are lost: the log file could not be written in time")
+		}
 	}
-	return l.file.Close()
+	return nil
 }

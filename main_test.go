@@ -72,8 +72,9 @@ func testConfig(dir string) config {
 	return cfg
 }
 
-// longest is the time to wait for something that must happen.
-const longest = 20 * time.Second
+// longest is the time to wait for something that must happen; more than the
+// longest pause of a failing order.
+const longest = 90 * time.Second
 
 func until(tb testing.TB, condition func() bool, because ...any) {
 	tb.Helper()
@@ -1286,6 +1287,26 @@ func (r running) stop(t *testing.T) {
 	}
 }
 
+func TestOpenDoorIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		addr, token string
+		warned      bool
+	}{
+		{addr: ":0", warned: true},
+		{addr: ":0", token: "s3cret"},
+		{addr: "127.0.0.1:0"},
+	} {
+		cfg := testConfig(t.TempDir())
+		cfg.addr, cfg.token = test.addr, test.token
+		stderr := &transcript{}
+		a, err := openApp(cfg, stderr)
+		require.NoError(t, err)
+		require.NoError(t, a.close())
+		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN"), "%+v", test)
+	}
+}
+
 func TestEndToEnd(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -2402,7 +2423,8 @@ func TestRequestLog(t *testing.T) {
 	t.Parallel()
 	a, stop := startApp(t, t.TempDir(), func(c *config) { c.token, c.logLevel = "s3cret", "debug" },
 		func(a *app) { a.server.cache = nil }) // GET /orders/:order_id panics
-	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"}}
+	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"},
+		"X-Forwarded-For": {"203.0.113.9"}, "X-Real-Ip": {"203.0.113.9"}, "Forwarded": {"for=203.0.113.9"}}
 	type request struct{ method, path string }
 	want := map[string]map[string]any{}
 	for _, test := range []struct {
@@ -2449,6 +2471,7 @@ func TestRequestLog(t *testing.T) {
 		case entry["msg"] == "request":
 			require.NotContains(t, logged, id, "one line a request")
 			require.GreaterOrEqual(t, entry["us"], 0.0)
+			require.Regexp(t, `^127\.0\.0\.1:\d+$`, entry["client"], "the connection's address, whatever the headers say")
 			logged[id] = map[string]any{"method": entry["method"], "path": entry["path"], "status": entry["status"]}
 		default:
 			require.Equal(t, 500.0, want[id]["status"])
@@ -2653,7 +2676,7 @@ func TestReadyTellsOfACommitThatHangs(t *testing.T) {
 	until(t, func() bool { return errors.Is(a.store.ready(), errStalled) }, "the store is not ready")
 	close(release)
 	require.NoError(t, <-done)
-	require.NoError(t, a.store.ready())
+	until(t, func() bool { return a.store.ready() == nil }, "the store is ready again")
 }
 
 func TestReopeningForgetsNothing(t *testing.T) {
@@ -5006,19 +5029,23 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	dir, wal := walDir(t)
 	j := newJournal("left", 0)
 	p := startProcess(t, dir, nil, "-delay", "0s")
+	j.place(t, p.url(), 1)
+	// Another program that reads an older state keeps SQLite from a checkpoint.
+	_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal"))
+	defer end()
 	j.place(t, p.url(), 20)
 	drained(t, p.url())
 	p.kill()
 	log := filepath.Join(dir, "strace")
 	p = startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync"), dir, nil)
 	j.check(t, p.url())
+	end()
 	j.stopAndCheck(t, p)
 	text, err := os.ReadFile(log)
 	require.NoError(t, err)
 	before, _, listened := strings.Cut(string(text), "listen(")
 	require.True(t, listened)
 	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(wal)+`>`, before)
-	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(strings.TrimSuffix(wal, "-wal"))+`>`, before)
 }
 
 func TestWriteFails(t *testing.T) {
@@ -5153,7 +5180,7 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 	}
 	stopObservers()
 	require.Empty(t, j.violations)
-	require.Greater(t, reads(), before+100)
+	require.Eventually(t, func() bool { return reads() > before+100 }, time.Minute, time.Millisecond)
 	require.LessOrEqual(t, logLines(t, p.dir, "refused until"), logged+3+found)
 	if earlier, ok := p.cpu(); ok { // steps wait for room: that must not cost a processor
 		<-time.After(2 * time.Second)
@@ -5265,12 +5292,15 @@ func TestStartIsRefused(t *testing.T) {
 			return nil
 		}
 	}
-	half := func(name string) func(*testing.T, string) []string {
+	half := func(size int64) int64 { return size / 2 }
+	lastByte := func(size int64) int64 { return size - 1 }
+	lastPage := func(size int64) int64 { return size - 4095 }
+	truncated := func(name string, to func(int64) int64) func(*testing.T, string) []string {
 		return func(t *testing.T, dir string) []string {
 			path := filepath.Join(dir, "data", name)
 			info, err := os.Stat(path)
 			require.NoError(t, err)
-			require.NoError(t, os.Truncate(path, info.Size()/2))
+			require.NoError(t, os.Truncate(path, to(info.Size())))
 			return nil
 		}
 	}
@@ -5323,8 +5353,14 @@ func TestStartIsRefused(t *testing.T) {
 			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", "orders.db"), text, 0o600))
 			return nil
 		}, "has lost orders: it holds 10, 10 of them completed, but .* has counted 20 and 20; put back the newest"},
-		{"half of orders.db", stopped, half("orders.db"), "orders.db is damaged or not a database: put a backup in its place"},
-		{"half of metrics.db", stopped, half("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"half of orders.db", stopped, truncated("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
+		{"half of metrics.db", stopped, truncated("metrics.db", half), "metrics.db is damaged or not a database: "},
+		{"orders.db without its last byte", stopped, truncated("orders.db", lastByte), "orders.db is damaged or not a database: "},
+		{"metrics.db without its last byte", stopped, truncated("metrics.db", lastByte), "metrics.db is damaged or not a database: "},
+		{"orders.db without most of its last page", stopped, truncated("orders.db", lastPage), "orders.db is damaged or not a database: "},
+		{"metrics.db without most of its last page", stopped, truncated("metrics.db", lastPage), "metrics.db is damaged or not a database: "},
+		{"no row in orders.db", stopped, query("orders.db", "DELETE FROM totals"), "orders.db is damaged or not a database: "},
+		{"no row in metrics.db", stopped, query("metrics.db", "DELETE FROM totals"), "metrics.db is damaged or not a database: "},
 		{"junk in orders.db", stopped, junk("orders.db"), "orders.db is damaged or not a database: "},
 		{"junk in metrics.db", stopped, junk("metrics.db"), "metrics.db is damaged or not a database: "},
 		{"junk in metrics.db after kill -9", killed, junk("metrics.db"), "metrics.db is damaged or not a database: "},
@@ -5338,7 +5374,7 @@ func TestStartIsRefused(t *testing.T) {
 		{"orders.db is read-only", stopped, mode("data/orders.db", 0o400), "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
 		{"metrics.db is read-only", stopped, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
 		{"metrics.db is read-only after kill -9", killed, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; "},
-		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
+		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
 		{"a data directory without write permission", stopped, mode("data", 0o500), "for writing: check the owner and mode of the file and its directory"},
 		{"a place for the data without write permission", stopped, func(t *testing.T, dir string) []string {
 			mode("data", 0o500)(t, dir)
@@ -5422,6 +5458,58 @@ func TestStartIsRefused(t *testing.T) {
 	})
 }
 
+// TestWALIndexCannotGrow lets the disk be full just when SQLite, after the
+// fsync of a commit, wants a longer -shm file.
+func TestWALIndexCannotGrow(t *testing.T) {
+	t.Parallel()
+	for _, killed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
+			t.Parallel()
+			dir, wal := walDir(t)
+			log := filepath.Join(dir, "strace")
+			straced(t, log, "") // or skips
+			j := newJournal("index", time.Millisecond)
+			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "64")
+			j.place(t, p.url(), 1)
+			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
+			defer end()
+			stopLoad := j.load(p.url(), 16, math.MaxInt)
+			require.Eventually(t, func() bool { return gauge(t, p.url(), "orderd_wal_bytes") > 10e6 }, time.Minute, time.Millisecond)
+			stopLoad()
+			tracer := exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
+				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
+			require.NoError(t, tracer.Start())
+			defer tracer.Wait()
+			traced := func() bool {
+				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
+			}
+			require.Eventually(t, traced, time.Minute, time.Millisecond)
+			stopLoad = j.load(p.url(), 16, math.MaxInt)
+			stopObservers := j.observe(p.url())
+			require.Eventually(t, func() bool { return j.count(unknown) > 0 }, time.Minute, time.Millisecond)
+			if killed {
+				p.kill()
+				stopLoad()
+				stopObservers()
+				end()
+				j.recover(t, dir)
+				return
+			}
+			before := j.count(accepted)
+			require.Eventually(t, func() bool { return j.count(accepted) > before+100 }, time.Minute, time.Millisecond)
+			stopLoad()
+			stopObservers()
+			end()
+			j.check(t, p.url())
+			j.stopAndCheck(t, p)
+			text, err := os.ReadFile(log)
+			require.NoError(t, err)
+			require.Contains(t, string(text), "INJECTED")
+		})
+	}
+}
+
 // ---- faults: time, log, readers ----
 
 func TestStoppedAndContinued(t *testing.T) {
@@ -5465,7 +5553,9 @@ func TestClockSteps(t *testing.T) {
 		go func() { ended <- a.serve(ctx) }()
 		base := "http://" + a.listener.Addr().String()
 		stopObservers := j.observe(base)
-		j.load(base, 4, 200)()
+		before, stopLoad := j.count(accepted), j.load(base, 4, math.MaxInt)
+		until(t, func() bool { return j.count(accepted) > before+150 }, "orders are placed while the clock steps")
+		stopLoad()
 		j.place(t, base, 50)
 		stopObservers()
 		j.check(t, base)
@@ -5521,6 +5611,37 @@ func TestLogTakenAway(t *testing.T) {
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
+}
+
+func TestStderrThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	needs(t, "mkfifo")
+	for _, gone := range []bool{true, false} {
+		t.Run(fmt.Sprintf("gone %v", gone), func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			fifo := filepath.Join(dir, "stderr")
+			require.NoError(t, exec.Command("mkfifo", fifo).Run())
+			reader, err := os.OpenFile(fifo, os.O_RDWR, 0)
+			require.NoError(t, err)
+			defer reader.Close()
+			j := newJournal("stderr", 0)
+			p := launch(t, []string{"sh", "-c", `exec "$0" "$@" 2>"$FIFO"`}, dir, []string{"FIFO=" + fifo}, "-log", "-", "-delay", "0s", "-drain", "1s")
+			line, err := bufio.NewReader(reader).ReadString('\n')
+			require.NoError(t, err)
+			p.addr = strings.TrimPrefix(strings.TrimSpace(line), "orderd is open at http://")
+			if gone {
+				require.NoError(t, reader.Close())
+			}
+			j.place(t, p.url(), 1000) // whose log lines are longer than a pipe
+			j.check(t, p.url())
+			if gone {
+				require.NotZero(t, gauge(t, p.url(), "orderd_log_lines_dropped_total"))
+			}
+			require.Equal(t, 0, p.terminate(t, 10*time.Second))
+			require.NoError(t, j.checkFiles(dir))
+		})
+	}
 }
 
 // TestLogDirectoryReadOnly makes the log due for rotation where no file can be
@@ -5862,7 +5983,7 @@ func TestOverload(t *testing.T) {
 	j := newJournal("overload", 0)
 	began := time.Now()
 	for range 10 {
-		o, err := j.send(http.DefaultClient, base, j.next())
+		o, err := j.send(newClient(), base, j.next())
 		require.NoError(t, err)
 		require.Equal(t, refused, o)
 	}

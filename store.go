@@ -271,7 +271,7 @@ const findKeyed = "SELECT " + orderColumns + " FROM orders JOIN idempotency_keys
 func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
 	s = &store{
 		cache: statuses, log: log, hooks: cfg.hooks,
-		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
+		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1), unchecked: walCheckEvery,
 		fed: make(chan *batch, 16), counted: make(chan struct{}, 1),
 		stopped: make(chan struct{}), failed: make(chan struct{}),
 		batchSizes: newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
@@ -561,14 +561,20 @@ func (s *store) settle(b *batch) error {
 		return nil
 	}
 	for err := s.commit(b); err != nil; err = s.commit(b) {
+		reason := errUnwritable
 		if errors.Is(err, errOutcomeUnknown) {
-			b.answer(errOutcomeUnknown)
+			reason = errOutcomeUnknown
+		}
+		// No room for the WAL's index (-shm), found after the WAL's fsync: a restart
+		// now would find the batch, but the next commit takes its place.
+		if reason == errOutcomeUnknown && code(err) != sqlite3.SQLITE_IOERR_SHMSIZE {
+			b.answer(reason)
 			return err
 		}
 		if s.refuse(errUnwritable) {
 			s.log.Warn("orders are refused until the store can be written", "error", err)
 		}
-		b.answer(errUnwritable)
+		b.answer(reason)
 		b = newBatch(b.steps)
 		select {
 		case <-time.After(retryPause):
@@ -1054,7 +1060,9 @@ func (d *database) inspect(query string, into ...any) error {
 		return err
 	}
 	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
-	if _, err := os.Stat(d.path + "-wal"); errors.Is(err, os.ErrNotExist) {
+	_, err = os.Stat(d.path + "-wal")
+	whole := errors.Is(err, os.ErrNotExist)
+	if whole {
 		params = append(params, "immutable=1") // it makes no -wal and -shm either
 	}
 	db, err := openSQLite(d.path, params...)
@@ -1062,9 +1070,9 @@ func (d *database) inspect(query string, into ...any) error {
 		return err
 	}
 	defer db.Close()
-	var appID, version, objects int64
-	row := db.QueryRow("SELECT a.application_id, v.user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v")
-	if err := row.Scan(&appID, &version, &objects); err != nil {
+	var appID, version, pageSize, objects int64
+	row := db.QueryRow("SELECT a.application_id, v.user_version, p.page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v, pragma_page_size p")
+	if err := row.Scan(&appID, &version, &pageSize, &objects); err != nil {
 		return explain(d.path, err)
 	}
 	d.empty = appID == 0 && version == 0 && objects == 0
@@ -1075,11 +1083,14 @@ func (d *database) inspect(query string, into ...any) error {
 		return fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
 	case version != d.version:
 		return fmt.Errorf("%s has schema version %d and this orderd knows %d: use the orderd that wrote it", d.path, version, d.version)
+	case whole && info.Size()%pageSize != 0:
+		return damaged(d.path) // SQLite would take zeros for the rest of the last page
 	}
-	if err := db.QueryRow(query).Scan(into...); err != nil {
-		return explain(d.path, err)
+	err = db.QueryRow(query).Scan(into...)
+	if err != nil && code(err) == 0 { // no row, or no numbers in it
+		return damaged(d.path)
 	}
-	return nil
+	return explain(d.path, err)
 }
 
 // prepare makes the file if need be, sets durability and reads it back, and
@@ -1090,6 +1101,9 @@ func (d *database) prepare() (err error) {
 			return err
 		}
 	}
+	if err := syncFile(d.path + "-wal"); err != nil {
+		return fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
+	}
 	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
 		return err
 	}
@@ -1098,9 +1112,8 @@ func (d *database) prepare() (err error) {
 	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
 		return explain(d.path, err)
 	}
-	// fullfsync matters on macOS only. The checkpoint is for what a killed process
-	// wrote and did not sync: nothing of it may be shown that a power cut could take.
-	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
+	// fullfsync matters on macOS only.
+	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d;", d.autoCheckpoint)
 	if _, err := d.Exec(settings); err != nil {
 		return explain(d.path, err)
 	}
@@ -1131,6 +1144,20 @@ func makeFile(path string) error {
 	return f.Close()
 }
 
+// syncFile brings to disk what a killed process wrote to a -wal file, if there
+// is one, and did not sync: nothing of it may be shown that a power cut could
+// take. A checkpoint would not, where another program reads an older state.
+func syncFile(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 func (d *database) close() error {
 	if d.DB == nil {
 		return nil
@@ -1146,6 +1173,10 @@ func code(err error) int {
 	return 0
 }
 
+func damaged(path string) error {
+	return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
+}
+
 // explain turns an error at start into one sentence with the remedy. Only the
 // low byte is the kind of error: https://sqlite.org/rescode.html.
 func explain(path string, err error) error {
@@ -1154,11 +1185,13 @@ func explain(path string, err error) error {
 	}
 	switch code(err) & 0xff {
 	case sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT:
-		return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
+		return damaged(path)
 	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%s cannot be opened for writing: check the owner and mode of the file and its directory", path)
 	case sqlite3.SQLITE_FULL:
 		return fmt.Errorf("%s cannot be written: the disk is full", path)
+	case sqlite3.SQLITE_IOERR:
+		return fmt.Errorf("%s cannot be read or written: check the disk and the room on it (%w)", path, err)
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
 		return fmt.Errorf("%s is locked by another program: close it there first", path)
 	}
