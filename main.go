@@ -135,7 +135,6 @@ func (a *app) close() error {
 	a.log.Info("stopping", "drain", a.cfg.drain.String())
 	deadline := time.Now().Add(a.cfg.drain)
 	a.pool.stop()
-	a.server.stop()
 	a.pool.drain(deadline)
 	a.server.shutdown(deadline)
 	err := errors.Join(a.store.close(), a.metrics.close(), a.store.unlock())

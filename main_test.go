@@ -3557,9 +3557,9 @@ func TestDrain(t *testing.T) {
 			awaitRest(t, a, 1, 0)
 			checkInvariants(t, a)
 			if !tc.lasts {
-				quit := a.pool.quit // the variable a is soon another app
+				stopping := a.pool.stopping.Done() // the variable a is soon another app
 				go func() {
-					<-quit
+					<-stopping
 					time.AfterFunc(100*time.Millisecond, func() { close(release) }) // long enough for a drain that does not wait to show
 				}()
 			}

@@ -68,7 +68,6 @@ type server struct {
 	hosts    []string          // the Host names that are ours, in lower case; empty takes any
 	boot     string            // makes request IDs differ between starts
 	requests atomic.Uint64
-	stopping chan struct{} // closed by stop
 
 	creates, reads histogram // latencies
 	routes         map[string]*route
@@ -78,9 +77,8 @@ func newServer(a *app) *server {
 	s := &server{
 		app:   a,
 		token: sha256.Sum256([]byte(a.cfg.token)), guarded: a.cfg.token != "",
-		boot:     strconv.FormatUint(rand.Uint64(), 36) + "-",
-		stopping: make(chan struct{}),
-		creates:  newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
+		boot:    strconv.FormatUint(rand.Uint64(), 36) + "-",
+		creates: newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
 		routes: map[string]*route{},
 	}
 	if a.local() {
@@ -122,19 +120,6 @@ func newServer(a *app) *server {
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
 	}
 	return s
-}
-
-// stop answers who waits for an order and makes readyz say no. From then on no
-// wait is applied; everything else is answered as before.
-func (s *server) stop() { close(s.stopping) }
-
-func (s *server) isStopping() bool {
-	select {
-	case <-s.stopping:
-		return true
-	default:
-		return false
-	}
 }
 
 // shutdown answers what is in flight, and cuts it off at the deadline, but not
@@ -469,7 +454,7 @@ func (s *server) getOrder(c echo.Context) error {
 	if err != nil {
 		return errNotFound
 	}
-	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && !s.isStopping() {
+	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && s.pool.stopping.Err() == nil {
 		if err := s.await(c, id, wait); err != nil {
 			return err
 		}
@@ -509,7 +494,7 @@ func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
 	case <-done:
 	case <-time.After(wait):
 	case <-c.Request().Context().Done():
-	case <-s.stopping:
+	case <-s.pool.stopping.Done():
 	}
 	return nil
 }
@@ -678,7 +663,7 @@ func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok
 
 // readyz says whether creates are taken and will go on to be.
 func (s *server) readyz(c echo.Context) error {
-	if s.isStopping() {
+	if s.pool.stopping.Err() != nil {
 		return &fault{status: http.StatusServiceUnavailable, detail: "The server is stopping; it answers until running work has ended."}
 	}
 	if err := s.store.ready(); err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -30,10 +29,13 @@ type pool struct {
 	parked  atomic.Int64 // orders in a pause
 	took    histogram
 
-	quit    chan struct{}   // closed by stop: take no more orders
-	working context.Context // cancelled by drain: end what runs
-	cancel  context.CancelFunc
-	running sync.WaitGroup // feeder and workers
+	// stopping is done when the service begins to stop: no worker takes another
+	// order, nobody waits for one, and readyz says no.
+	stopping context.Context
+	stop     context.CancelFunc
+	working  context.Context // cancelled by drain: end what runs
+	cancel   context.CancelFunc
+	running  sync.WaitGroup // feeder and workers
 }
 
 // job is an order in the hands of a worker.
@@ -48,11 +50,12 @@ func newPool(cfg config, s *store, log *logger) *pool {
 	p := &pool{
 		store: s, log: log, work: simulate(cfg.delay), workers: cfg.workers,
 		queue: make(chan order, cfg.queue), retries: make(chan job),
-		took: newHistogram(durationBounds), quit: make(chan struct{}),
+		took: newHistogram(durationBounds),
 	}
 	if cfg.hooks.work != nil {
 		p.work = cfg.hooks.work
 	}
+	p.stopping, p.stop = context.WithCancel(context.Background())
 	p.working, p.cancel = context.WithCancel(context.Background())
 	return p
 }
@@ -98,22 +101,19 @@ func (p *pool) feed() {
 					cursor, err = p.push(c.order)
 				}
 			}
-		case <-p.quit:
+		case <-p.stopping.Done():
 			return
 		}
 	}
 }
 
-// errStopped ends the feeder.
-var errStopped = errors.New("the pool is stopped")
-
-// push waits for a place in the channel.
+// push waits for a place in the channel. Its error ends the feeder.
 func (p *pool) push(o order) (cursor int64, err error) {
 	select {
 	case p.queue <- o:
 		return high(o.id), nil
-	case <-p.quit:
-		return 0, errStopped
+	case <-p.stopping.Done():
+		return 0, p.stopping.Err()
 	}
 }
 
@@ -126,8 +126,8 @@ func (p *pool) catchUp(cursor int64) (int64, error) {
 			select {
 			case <-time.After(feedPause):
 				continue
-			case <-p.quit:
-				return 0, errStopped
+			case <-p.stopping.Done():
+				return 0, p.stopping.Err()
 			}
 		}
 		if len(orders) == 0 {
@@ -143,19 +143,13 @@ func (p *pool) catchUp(cursor int64) (int64, error) {
 
 // serve is one worker. It takes no more orders once the pool is stopped.
 func (p *pool) serve() {
-	for {
-		select {
-		case <-p.quit:
-			return
-		default:
-		}
+	for p.stopping.Err() == nil {
 		queue, again := p.queue, (<-chan time.Time)(nil)
 		if p.parked.Load() >= maxParked { // no new orders before some of these complete
 			queue, again = nil, time.After(firstRetry)
 		}
 		select {
-		case <-p.quit:
-			return
+		case <-p.stopping.Done():
 		case <-again:
 		case o := <-queue:
 			j := job{order: o, began: time.Now()}
@@ -193,7 +187,7 @@ func (p *pool) attempt(j job) {
 	time.AfterFunc(pause, func() {
 		select {
 		case p.retries <- j:
-		case <-p.quit:
+		case <-p.stopping.Done():
 		}
 	})
 }
@@ -207,9 +201,6 @@ func (p *pool) guarded(o order) (err error) {
 	}()
 	return p.work(p.working, o)
 }
-
-// stop ends the intake: no worker takes another order.
-func (p *pool) stop() { close(p.quit) }
 
 // drain waits until running work has ended, and ends it at the deadline. It
 // does not wait for a worker whose step finds no room in the store then: the
