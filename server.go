@@ -46,7 +46,6 @@ const (
 	maxWait     = 60 * time.Second // longest Prefer: wait
 	maxPage     = 1000             // orders in a list
 	defaultPage = 50
-	retryAfter  = "1"                    // seconds, with every 503
 	answerTime  = 500 * time.Millisecond // least time at shutdown for what is in flight
 )
 
@@ -186,14 +185,14 @@ func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 		host := c.Request().Host
 		name := (&url.URL{Host: strings.ToLower(host)}).Hostname() // without port and brackets
 		if len(s.hosts) > 0 && host != "" && !slices.Contains(s.hosts, name) {
-			return &fault{status: http.StatusMisdirectedRequest, detail: fmt.Sprintf("This server does not answer for the host %q; use localhost.", host)}
+			return newFault(http.StatusMisdirectedRequest, "This server does not answer for the host %q; use localhost.", host)
 		}
 		if s.guarded && !open[c.Path()] {
 			scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
 			hash := sha256.Sum256([]byte(given)) // equal lengths to compare
 			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !strings.EqualFold(scheme, "Bearer") {
 				c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
-				return &fault{status: http.StatusUnauthorized, detail: "Send the server's token as Authorization: Bearer <token>."}
+				return newFault(http.StatusUnauthorized, "Send the server's token as Authorization: Bearer <token>.")
 			}
 		}
 		return next(c)
@@ -204,7 +203,7 @@ func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 func (s *server) createOrder(c echo.Context) error {
 	request := c.Request()
 	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
-		return &fault{status: http.StatusUnsupportedMediaType, detail: "Send the order as Content-Type: application/json."}
+		return newFault(http.StatusUnsupportedMediaType, "Send the order as Content-Type: application/json.")
 	}
 	key, err := idempotencyKey(request.Header["Idempotency-Key"])
 	if err != nil {
@@ -239,12 +238,12 @@ func (s *server) createOrder(c echo.Context) error {
 // unreadable tells why a body did not arrive whole.
 func unreadable(err error) error {
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return &fault{status: http.StatusRequestEntityTooLarge, detail: fmt.Sprintf("The body is larger than %d bytes.", tooLarge.Limit)}
+		return newFault(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", tooLarge.Limit)
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return &fault{status: http.StatusRequestTimeout, detail: "The body did not arrive in time."}
+		return newFault(http.StatusRequestTimeout, "The body did not arrive in time.")
 	}
-	return &fault{status: http.StatusBadRequest, detail: "The body did not arrive whole: its length or its chunks are not as announced."}
+	return newFault(http.StatusBadRequest, "The body did not arrive whole: its length or its chunks are not as announced.")
 }
 
 // idempotencyKey reads the header of the IETF draft, whose value is a quoted
@@ -266,7 +265,7 @@ func idempotencyKey(values []string) (string, error) {
 		wellFormed = wellFormed && key[i] >= ' ' && key[i] <= '~'
 	}
 	if !wellFormed || key == "" || len(key) > maxKey {
-		return "", &fault{status: http.StatusBadRequest, detail: fmt.Sprintf("Idempotency-Key must be given once, with 1 to %d printable ASCII characters, bare or as a quoted string.", maxKey)}
+		return "", newFault(http.StatusBadRequest, "Idempotency-Key must be given once, with 1 to %d printable ASCII characters, bare or as a quoted string.", maxKey)
 	}
 	return key, nil
 }
@@ -276,8 +275,8 @@ func idempotencyKey(values []string) (string, error) {
 func decodeCreate(body []byte) (*create, error) {
 	var members map[string]json.RawMessage // exact names, unlike a struct's
 	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
-		return nil, &fault{status: http.StatusBadRequest, detail: "The body must be one JSON object in UTF-8, such as " +
-			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`}
+		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
+			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
 	}
 	n := &create{}
 	known := [...]struct {
@@ -307,7 +306,9 @@ func decodeCreate(body []byte) (*create, error) {
 		}
 	}
 	if len(bad) > 0 {
-		return nil, &fault{status: http.StatusUnprocessableEntity, detail: "The order was not taken: see errors for what is wrong with its fields.", fields: bad}
+		f := newFault(http.StatusUnprocessableEntity, "The order was not taken: see errors for what is wrong with its fields.")
+		f.Errors = bad
+		return nil, f
 	}
 	return n, nil
 }
@@ -582,7 +583,7 @@ func (s *server) listOrders(c echo.Context) error {
 }
 
 func badQuery(format string, args ...any) error {
-	return &fault{status: http.StatusBadRequest, detail: fmt.Sprintf("The list was not read: "+format+".", args...)}
+	return newFault(http.StatusBadRequest, "The list was not read: "+format+".", args...)
 }
 
 func parseFilter(query url.Values) (filter, error) {
@@ -664,10 +665,10 @@ func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok
 // readyz says whether creates are taken and will go on to be.
 func (s *server) readyz(c echo.Context) error {
 	if s.pool.stopping.Err() != nil {
-		return &fault{status: http.StatusServiceUnavailable, detail: "The server is stopping; it answers until running work has ended."}
+		return newFault(http.StatusServiceUnavailable, "The server is stopping; it answers until running work has ended.")
 	}
 	if err := s.store.ready(); err != nil {
-		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("Orders are refused now: %v.", err)}
+		return newFault(http.StatusServiceUnavailable, "Orders are refused now: %v.", err)
 	}
 	return c.String(http.StatusOK, "ready\n")
 }
@@ -696,12 +697,13 @@ func inlineHash(element string) string {
 
 func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
 
-// fault is an error that the client is told in full.
+// fault is an error that the client is told in full, as a problem document (RFC 9457).
 type fault struct {
-	status int
-	kind   string // of the problem, a URI; about:blank when empty
-	detail string
-	fields []fieldError
+	Type   string       `json:"type"`
+	Title  string       `json:"title"`
+	Status int          `json:"status"`
+	Detail string       `json:"detail"`
+	Errors []fieldError `json:"errors,omitempty"`
 }
 
 type fieldError struct {
@@ -709,7 +711,11 @@ type fieldError struct {
 	Detail string `json:"detail"`
 }
 
-func (f *fault) Error() string { return f.detail }
+func newFault(status int, format string, args ...any) *fault {
+	return &fault{Type: "about:blank", Title: http.StatusText(status), Status: status, Detail: fmt.Sprintf(format, args...)}
+}
+
+func (f *fault) Error() string { return f.Detail }
 
 // faultOf is the one place where an error becomes a status. An unknown error
 // is a 500 that tells nothing.
@@ -720,43 +726,37 @@ func faultOf(err error, c echo.Context) *fault {
 	path := c.Request().URL.Path
 	switch {
 	case errors.Is(err, errNotFound):
-		return &fault{status: http.StatusNotFound, detail: "There is no order with this ID."}
+		return newFault(http.StatusNotFound, "There is no order with this ID.")
 	case errors.Is(err, errKeyReused):
-		return &fault{status: http.StatusUnprocessableEntity, detail: "This Idempotency-Key has already created an order with other content: use a new key for a new order."}
+		return newFault(http.StatusUnprocessableEntity, "This Idempotency-Key has already created an order with other content: use a new key for a new order.")
 	case errors.Is(err, errOutcomeUnknown):
-		return &fault{status: http.StatusServiceUnavailable, kind: "urn:orderd:problem:outcome-unknown",
-			detail: "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back."}
+		f := newFault(http.StatusServiceUnavailable, "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back.")
+		f.Type = "urn:orderd:problem:outcome-unknown"
+		return f
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
-		return &fault{status: http.StatusServiceUnavailable, detail: fmt.Sprintf("The order was not taken: %v. Try again later.", err)}
+		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
 	case errors.Is(err, echo.ErrNotFound):
-		return &fault{status: http.StatusNotFound, detail: fmt.Sprintf("There is nothing at %s.", path)}
+		return newFault(http.StatusNotFound, "There is nothing at %s.", path)
 	case errors.Is(err, echo.ErrMethodNotAllowed):
-		return &fault{status: http.StatusMethodNotAllowed, detail: fmt.Sprintf("%s does not take %s; see the Allow header.", path, c.Request().Method)}
+		return newFault(http.StatusMethodNotAllowed, "%s does not take %s; see the Allow header.", path, c.Request().Method)
 	}
-	return &fault{status: http.StatusInternalServerError, detail: "The server failed to answer; the cause is in its log under this X-Request-Id."}
+	return newFault(http.StatusInternalServerError, "The server failed to answer; the cause is in its log under this X-Request-Id.")
 }
 
-// problem answers an error with a problem document (RFC 9457).
+// problem answers an error.
 func (s *server) problem(err error, c echo.Context) {
 	if c.Response().Committed {
 		return
 	}
 	f := faultOf(err, c)
 	header := c.Response().Header()
-	if f.status == http.StatusInternalServerError {
+	if f.Status == http.StatusInternalServerError {
 		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	}
-	if f.status == http.StatusServiceUnavailable {
-		header.Set(echo.HeaderRetryAfter, retryAfter)
+	if f.Status == http.StatusServiceUnavailable {
+		header.Set(echo.HeaderRetryAfter, "1")
 	}
-	answer := struct {
-		Type   string       `json:"type"`
-		Title  string       `json:"title"`
-		Status int          `json:"status"`
-		Detail string       `json:"detail"`
-		Errors []fieldError `json:"errors,omitempty"`
-	}{cmp.Or(f.kind, "about:blank"), http.StatusText(f.status), f.status, f.detail, f.fields}
-	if err := answerJSON(c, f.status, "application/problem+json", answer); err != nil {
+	if err := answerJSON(c, f.Status, "application/problem+json", f); err != nil {
 		s.log.Debug("a problem could not be answered", "error", err)
 	}
 }
