@@ -8,7 +8,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"sort"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -165,8 +164,7 @@ func (e *exposition) family(name, kind, help string) {
 }
 
 func (e *exposition) sample(name, labels string, value float64) {
-	e.text = append(append(e.text, name...), labels...)
-	e.text = append(strconv.AppendFloat(append(e.text, ' '), value, 'g', -1, 64), '\n')
+	e.text = fmt.Appendf(e.text, "%s%s %g\n", name, labels, value)
 }
 
 // one is a family of a single sample.

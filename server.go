@@ -62,8 +62,7 @@ type server struct {
 	*app
 	http *http.Server
 
-	token    [sha256.Size]byte // of the bearer token, if any
-	guarded  bool              // whether there is one
+	token    [sha256.Size]byte // of the bearer token, if there is one
 	hosts    []string          // the Host names that are ours, in lower case; empty takes any
 	boot     string            // makes request IDs differ between starts
 	requests atomic.Uint64
@@ -74,8 +73,8 @@ type server struct {
 
 func newServer(a *app) *server {
 	s := &server{
-		app:   a,
-		token: sha256.Sum256([]byte(a.cfg.token)), guarded: a.cfg.token != "",
+		app:     a,
+		token:   sha256.Sum256([]byte(a.cfg.token)),
 		boot:    strconv.FormatUint(rand.Uint64(), 36) + "-",
 		creates: newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
 		routes: map[string]*route{},
@@ -87,20 +86,17 @@ func newServer(a *app) *server {
 	e := echo.New()
 	e.HTTPErrorHandler = s.problem
 	e.Use(s.observe, s.admit)
-	for _, r := range []struct {
-		path    string
-		handler echo.HandlerFunc
-	}{
-		{"/", s.page},
-		{"/openapi.json", s.openAPI},
-		{"/orders", s.listOrders},
-		{"/orders/:order_id", s.getOrder},
-		{"/metrics", s.getMetrics},
-		{"/livez", s.live},
-		{"/healthz", s.live},
-		{"/readyz", s.readyz},
+	for path, handler := range map[string]echo.HandlerFunc{
+		"/":                 s.page,
+		"/openapi.json":     s.openAPI,
+		"/orders":           s.listOrders,
+		"/orders/:order_id": s.getOrder,
+		"/metrics":          s.getMetrics,
+		"/livez":            s.live,
+		"/healthz":          s.live,
+		"/readyz":           s.readyz,
 	} {
-		e.Match([]string{http.MethodGet, http.MethodHead}, r.path, r.handler)
+		e.Match([]string{http.MethodGet, http.MethodHead}, path, handler)
 	}
 	e.POST("/orders", s.createOrder)
 	for _, r := range e.Routes() {
@@ -187,7 +183,7 @@ func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 		if len(s.hosts) > 0 && host != "" && !slices.Contains(s.hosts, name) {
 			return newFault(http.StatusMisdirectedRequest, "This server does not answer for the host %q; use localhost.", host)
 		}
-		if s.guarded && !open[c.Path()] {
+		if s.cfg.token != "" && !open[c.Path()] {
 			scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
 			hash := sha256.Sum256([]byte(given)) // equal lengths to compare
 			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !strings.EqualFold(scheme, "Bearer") {
@@ -331,20 +327,6 @@ func repeated(object []byte) (names []string) {
 	return names
 }
 
-// unquote reads a JSON string. ok is false for an escape such as \ud800 that
-// is half a character: encoding/json puts U+FFFD in its place.
-func unquote(text json.RawMessage) (s string, ok bool) {
-	if bytes.IndexByte(text, '\\') < 0 {
-		return string(text[1 : len(text)-1]), true
-	}
-	if err := json.Unmarshal(text, &s); err != nil {
-		return "", false
-	}
-	escapes := bytes.ToLower(bytes.ReplaceAll(text, []byte(`\\`), nil))
-	meant := bytes.Count(text, []byte("\uFFFD")) + bytes.Count(escapes, []byte(`\ufffd`))
-	return s, strings.Count(s, "\uFFFD") == meant
-}
-
 // report notes what is wrong with a field.
 type report func(format string, args ...any)
 
@@ -395,9 +377,15 @@ func plainText(value json.RawMessage, bad report) (text string, ok bool) {
 		bad("must be a string, not %s", kind)
 		return "", false
 	}
-	text, whole := unquote(value)
-	if !whole {
-		bad("must be Unicode text, but has an escape for half of a surrogate pair")
+	text = string(value[1 : len(value)-1])
+	if strings.Contains(text, `\`) {
+		json.Unmarshal(value, &text) // it is valid
+		// For an escape such as \ud800, half a character, it puts U+FFFD.
+		escapes := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil))
+		meant := bytes.Count(value, []byte("\uFFFD")) + bytes.Count(escapes, []byte(`\ufffd`))
+		if strings.Count(text, "\uFFFD") != meant {
+			bad("must be Unicode text, but has an escape for half of a surrogate pair")
+		}
 	}
 	if i := strings.IndexFunc(text, unicode.IsControl); i >= 0 {
 		bad("must not contain control characters, but has one at byte %d", i)
