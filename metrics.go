@@ -227,12 +227,9 @@ func (s *server) prometheus() []byte {
 
 // oldestPending is an age in seconds.
 func (s *server) oldestPending() float64 {
-	first, ok, err := s.store.oldest(pending)
-	switch {
-	case err != nil:
+	first, err := s.store.oldest(pending)
+	if err != nil {
 		return math.NaN()
-	case !ok:
-		return 0
 	}
 	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
 }

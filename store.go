@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -405,15 +406,13 @@ func (s *store) prepareStatements() (err error) {
 	if s.readOne, err = s.reads.Prepare("SELECT " + orderColumns + " FROM orders WHERE id_high = ?"); err != nil {
 		return err
 	}
-	s.resumeAfter = s.newest
-	for _, st := range []status{pending, processing} {
-		if first, ok, err := s.oldest(st); err != nil {
-			return err
-		} else if ok {
-			s.resumeAfter = min(s.resumeAfter, first-1)
-		}
+	firstPending, err := s.oldest(pending)
+	if err != nil {
+		return err
 	}
-	return nil
+	firstProcessing, err := s.oldest(processing)
+	s.resumeAfter = min(s.newest, firstPending-1, firstProcessing-1)
+	return err
 }
 
 // start begins to write and returns how many orders are unfinished.
@@ -873,11 +872,10 @@ func (s *store) unfinished(after int64, limit int) ([]order, error) {
 }
 
 // oldest is the upper half of the ID of the oldest order in an unfinished
-// status; ok is false where there is none.
-func (s *store) oldest(st status) (idHigh int64, ok bool, err error) {
-	var n sql.NullInt64
-	err = s.reads.QueryRow("SELECT min(id_high) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", st).Scan(&n)
-	return n.Int64, n.Valid, err
+// status, or math.MaxInt64 where there is none.
+func (s *store) oldest(st status) (idHigh int64, err error) {
+	err = s.reads.QueryRow("SELECT coalesce(min(id_high), ?) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", math.MaxInt64, st).Scan(&idHigh)
+	return idHigh, err
 }
 
 // filter is what a list asks for.
@@ -930,8 +928,7 @@ func (s *store) plan(f filter) (p plan, err error) {
 		p.args = append(p.args, sql.Named("status", *f.status))
 		switch *f.status {
 		case pending:
-			var ok bool
-			if p.from, ok, err = s.oldest(pending); !ok {
+			if p.from, err = s.oldest(pending); err != nil {
 				return p, err
 			}
 		case processing:
