@@ -24,10 +24,7 @@ CREATE TABLE totals (
 ) STRICT;
 INSERT INTO totals VALUES (0, 0, 0);`
 
-const (
-	projectEvery = 100 * time.Millisecond // least time between two commits to metrics.db
-	projectRetry = time.Second            // after one that failed
-)
+const projectEvery = 100 * time.Millisecond // least time between two commits to metrics.db
 
 // metrics owns metrics.db, a projection of the totals in orders.db. The two
 // files cannot commit together; since the projector sets sums and does not add
@@ -64,7 +61,7 @@ func (m *metrics) project() {
 		if err := m.take(m.store.totals.Load().sums); err != nil {
 			m.log.Error("metrics.db cannot be written; its counts lag until it can", "error", err)
 			nudge(m.store.counted)
-			pause = projectRetry
+			pause = retryPause
 		}
 		select {
 		case <-time.After(pause):

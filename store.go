@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"database/sql"
 	"encoding/binary"
 	"errors"
@@ -156,7 +155,7 @@ const (
 	checkpointPages = 4000                   // WAL pages (16 MB) after which the writer checkpoints
 	walKeptPages    = 8000                   // a longer WAL gives its space back
 	readerPause     = 100 * time.Millisecond // longest that a checkpoint waits for readers
-	retryPause      = time.Second            // between attempts to write, or to checkpoint, after one that failed
+	retryPause      = time.Second            // before another attempt at a write, a checkpoint or a backlog's read that failed
 	stallPause      = 2 * time.Second        // after so long at one batch the store is not ready
 	stepPause       = 5 * time.Millisecond   // longest that a step waits for company
 	busyTimeout     = time.Second            // for another program's lock on a database
@@ -369,9 +368,8 @@ func makeDirectory(dir string) error {
 }
 
 func (s *store) prepareStatements() (err error) {
-	ctx := context.Background()
 	prepare := func(query string) *sql.Stmt {
-		stmt, prepareErr := s.db.PrepareContext(ctx, query)
+		stmt, prepareErr := s.db.Prepare(query)
 		err = cmp.Or(err, prepareErr)
 		return stmt
 	}
@@ -631,7 +629,6 @@ func (s *store) refuse(err error) bool {
 func (s *store) giveUp(err error) {
 	s.log.Error("the writer gave up: restart orderd to find out what is on disk", "error", err)
 	s.refuse(errUnwritable)
-	s.take().answer(errUnwritable)
 	close(s.failed)
 }
 

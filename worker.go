@@ -10,7 +10,6 @@ import (
 
 const (
 	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
-	feedPause    = time.Second            // after a read that failed
 	firstRetry   = 100 * time.Millisecond // pause after an order's first failed attempt; it doubles
 	longestRetry = time.Minute
 	maxParked    = 10_000 // orders in a pause; beyond them no worker takes a new one
@@ -124,7 +123,7 @@ func (p *pool) catchUp(cursor int64) (int64, error) {
 		if err != nil {
 			p.log.Error("the backlog cannot be read", "error", err)
 			select {
-			case <-time.After(feedPause):
+			case <-time.After(retryPause):
 				continue
 			case <-p.stopping.Done():
 				return 0, p.stopping.Err()
