@@ -233,7 +233,7 @@ func (s *server) createOrder(c echo.Context) error {
 
 // unreadable tells why a body did not arrive whole.
 func unreadable(err error) error {
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return newFault(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", tooLarge.Limit)
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -521,8 +521,7 @@ type listedOrder struct {
 
 func newListedOrder(o order) listedOrder {
 	at := func(ms int64) *string {
-		text := time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
-		return &text
+		return new(time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00"))
 	}
 	l := listedOrder{
 		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
@@ -559,8 +558,7 @@ func (s *server) listOrders(c echo.Context) error {
 	}{Orders: make([]listedOrder, 0, len(orders))}
 	if !next.IsZero() {
 		query.Set("before", next.String())
-		address := "/orders?" + query.Encode()
-		page.Next = &address
+		page.Next = new("/orders?" + query.Encode())
 	}
 	for _, o := range orders {
 		s.cache.learn(o.id, o.status)
@@ -593,8 +591,7 @@ func parseFilter(query url.Values) (filter, error) {
 			if i < 0 {
 				return f, badQuery("status must be Pending, Processing or Completed, not %q", value)
 			}
-			st := status(i)
-			f.status = &st
+			f.status = new(status(i))
 		case "user_id":
 			f.userID = strings.TrimSpace(value)
 			if f.userID == "" || len(f.userID) > maxUserID || !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
