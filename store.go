@@ -424,16 +424,8 @@ func (s *store) start() int64 {
 // disk. The writer gives c.order its ID.
 func (s *store) create(c *create) error {
 	s.mu.Lock()
-	b := s.open
-	var err error
-	switch {
-	case s.closing:
-		err = errClosed
-	case s.refusing != nil:
-		err = s.refusing
-	case len(b.creates) == maxCreates:
-		err = errBusy
-	default:
+	b, err := s.open, s.refusal()
+	if err == nil {
 		b.creates = append(b.creates, c)
 	}
 	s.mu.Unlock()
@@ -449,6 +441,28 @@ func (s *store) create(c *create) error {
 		}
 	}
 	return cmp.Or(err, c.err)
+}
+
+// refusal tells why a create is not taken now. It needs s.mu.
+func (s *store) refusal() error {
+	switch {
+	case s.closing:
+		return errClosed
+	case len(s.open.creates) == maxCreates:
+		return errBusy
+	}
+	return s.refusing
+}
+
+// ready tells why a create would be refused now, or wait too long.
+func (s *store) ready() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.refusal()
+	if err == nil && !s.writing.IsZero() && time.Since(s.writing) > stallPause {
+		err = errStalled
+	}
+	return err
 }
 
 // ticket is where a step waits. As long as that batch is open, the order's
@@ -827,21 +841,6 @@ func (s *store) checkpoint(written int) error {
 	return nil
 }
 
-// ready tells why a create would be refused now.
-func (s *store) ready() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case s.closing:
-		return errClosed
-	case len(s.open.creates) == maxCreates:
-		return errBusy
-	case s.refusing == nil && !s.writing.IsZero() && time.Since(s.writing) > stallPause:
-		return errStalled
-	}
-	return s.refusing
-}
-
 func scanOrder(scan func(...any) error) (o order, err error) {
 	var idHigh, idLow int64
 	err = scan(&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took)
@@ -1161,7 +1160,7 @@ func (d *database) close() error {
 
 // code is SQLite's extended result code of err, or 0.
 func code(err error) int {
-	if e := (*sqlite.Error)(nil); errors.As(err, &e) {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()
 	}
 	return 0
