@@ -24,6 +24,7 @@ type pool struct {
 	workers int
 
 	queue   chan order
+	cursor  int64        // the feeder's: upper half of the newest ID that it has put there
 	retries chan job     // orders whose pause is over
 	parked  atomic.Int64 // orders in a pause
 	took    histogram
@@ -48,7 +49,7 @@ type job struct {
 func newPool(cfg config, s *store, log *logger) *pool {
 	p := &pool{
 		store: s, log: log, work: simulate(cfg.delay), workers: cfg.workers,
-		queue: make(chan order, cfg.queue), retries: make(chan job),
+		queue: make(chan order, cfg.queue), cursor: s.resumeAfter, retries: make(chan job),
 		took: newHistogram(durationBounds),
 	}
 	if cfg.hooks.work != nil {
@@ -87,56 +88,56 @@ func (p *pool) start() {
 // table at start and whenever it has fallen behind, else straight from the
 // batches that the writer has committed.
 func (p *pool) feed() {
-	cursor, err := p.catchUp(p.store.resumeAfter)
-	for err == nil {
+	p.catchUp()
+	for p.stopping.Err() == nil {
 		select {
 		case b := <-p.store.fed:
-			if b.after != cursor {
-				cursor, err = p.catchUp(cursor)
+			if b.after != p.cursor {
+				p.catchUp()
 				continue
 			}
 			for _, c := range b.creates {
-				if c.stored() {
-					cursor, err = p.push(c.order)
+				if c.stored() && !p.push(c.order) {
+					return
 				}
 			}
 		case <-p.stopping.Done():
-			return
 		}
 	}
 }
 
-// push waits for a place in the channel. Its error ends the feeder.
-func (p *pool) push(o order) (cursor int64, err error) {
-	select {
-	case p.queue <- o:
-		return high(o.id), nil
-	case <-p.stopping.Done():
-		return 0, p.stopping.Err()
-	}
-}
-
 // catchUp reads the table from the cursor to its end.
-func (p *pool) catchUp(cursor int64) (int64, error) {
+func (p *pool) catchUp() {
 	for {
-		orders, err := p.store.unfinished(cursor, feedRows)
+		orders, err := p.store.unfinished(p.cursor, feedRows)
 		if err != nil {
 			p.log.Error("the backlog cannot be read", "error", err)
 			select {
 			case <-time.After(retryPause):
 				continue
 			case <-p.stopping.Done():
-				return 0, p.stopping.Err()
+				return
 			}
 		}
 		if len(orders) == 0 {
-			return cursor, nil
+			return
 		}
 		for _, o := range orders {
-			if cursor, err = p.push(o); err != nil {
-				return 0, err
+			if !p.push(o) {
+				return
 			}
 		}
+	}
+}
+
+// push waits for a place in the channel; false says that the pool is stopping.
+func (p *pool) push(o order) bool {
+	select {
+	case p.queue <- o:
+		p.cursor = high(o.id)
+		return true
+	case <-p.stopping.Done():
+		return false
 	}
 }
 
