@@ -242,6 +242,8 @@ func unreadable(err error) error {
 	return newFault(http.StatusBadRequest, "The body did not arrive whole: its length or its chunks are not as announced.")
 }
 
+var quotedString = regexp.MustCompile(`^"(?:[^"\\]|\\["\\])*"$`)
+
 // idempotencyKey reads the header of the IETF draft, whose value is a quoted
 // string, and the bare form that most clients send:
 // https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
@@ -249,18 +251,13 @@ func idempotencyKey(values []string) (string, error) {
 	if len(values) == 0 {
 		return "", nil
 	}
-	key := values[0]
-	wellFormed := len(values) == 1
+	key, wellFormed := values[0], len(values) == 1
 	if strings.HasPrefix(key, `"`) {
-		inner, terminated := strings.CutSuffix(key[1:], `"`)
-		key = strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(inner)
-		bare := strings.NewReplacer(`\\`, "", `\"`, "").Replace(inner)
-		wellFormed = wellFormed && terminated && !strings.ContainsAny(bare, `"\`)
+		wellFormed = wellFormed && quotedString.MatchString(key)
+		key = strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(strings.TrimSuffix(key[1:], `"`))
 	}
-	for i := range len(key) {
-		wellFormed = wellFormed && key[i] >= ' ' && key[i] <= '~'
-	}
-	if !wellFormed || key == "" || len(key) > maxKey {
+	unprintable := func(r rune) bool { return r < ' ' || r > '~' }
+	if !wellFormed || key == "" || len(key) > maxKey || strings.ContainsFunc(key, unprintable) {
 		return "", newFault(http.StatusBadRequest, "Idempotency-Key must be given once, with 1 to %d printable ASCII characters, bare or as a quoted string.", maxKey)
 	}
 	return key, nil
