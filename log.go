@@ -31,6 +31,7 @@ type logger struct {
 
 	mu     sync.Mutex // guards buffer
 	buffer []byte
+	spare  []byte // the flusher's: the next buffer
 
 	wake chan struct{} // capacity 1: there is much to write
 	done chan struct{} // closed by close
@@ -45,13 +46,7 @@ type logger struct {
 // openLog opens the log file, or stderr for "-". A file that cannot be written
 // is an error here; once the service runs it is one line on stderr.
 func openLog(cfg config, stderr io.Writer) (*logger, error) {
-	l := &logger{
-		wake:   make(chan struct{}, 1),
-		done:   make(chan struct{}),
-		idle:   make(chan struct{}),
-		out:    stderr,
-		stderr: stderr,
-	}
+	l := &logger{wake: make(chan struct{}, 1), done: make(chan struct{}), idle: make(chan struct{}), out: stderr, stderr: stderr}
 	if cfg.log != "-" {
 		l.file = &lumberjack.Logger{Filename: cfg.log, MaxSize: cfg.logSize, MaxBackups: cfg.logBackups, MaxAge: cfg.logDays, Compress: true}
 		l.out = l.file
@@ -87,28 +82,26 @@ func (l *logger) Write(line []byte) (int, error) {
 
 func (l *logger) flushLoop() {
 	defer close(l.idle)
-	tick := time.NewTicker(logInterval)
-	defer tick.Stop()
-	var spare []byte
+	tick := time.Tick(logInterval)
 	for open := true; open; {
 		select {
-		case <-tick.C:
+		case <-tick:
 		case <-l.wake:
 		case <-l.done:
 			open = false
 		}
-		spare = l.flush(spare)
+		l.flush()
 	}
 }
 
-// flush swaps the buffer for spare, writes it, and returns it for the next time.
-func (l *logger) flush(spare []byte) []byte {
+// flush swaps the buffer for the spare one and writes it.
+func (l *logger) flush() {
 	l.mu.Lock()
 	full := l.buffer
-	l.buffer = spare[:0]
+	l.buffer, l.spare = l.spare[:0], full
 	l.mu.Unlock()
 	if len(full) == 0 {
-		return full
+		return
 	}
 	if l.file != nil {
 		if _, err := os.Stat(l.file.Filename); err != nil {
@@ -123,7 +116,6 @@ func (l *logger) flush(spare []byte) []byte {
 		}
 	}
 	l.failing = err != nil
-	return full
 }
 
 // close writes what waits and closes the file. It does not wait long for a disk

@@ -5,7 +5,6 @@ import (
 	"math"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"sort"
 	"sync"
@@ -229,18 +228,4 @@ func (s *server) oldestPending() float64 {
 		return math.NaN()
 	}
 	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
-}
-
-// buildInfo tells the module version and the commit.
-func buildInfo() (version, commit string) {
-	version, commit = "unknown", "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				commit = setting.Value
-			}
-		}
-	}
-	return version, commit
 }

@@ -324,6 +324,18 @@ func repeated(object []byte) (names []string) {
 	return names
 }
 
+// unquote reads a valid JSON string. whole is false for an escape such as
+// \ud800 that is half a character: encoding/json puts U+FFFD in its place.
+func unquote(value json.RawMessage) (text string, whole bool) {
+	if bytes.IndexByte(value, '\\') < 0 {
+		return string(value[1 : len(value)-1]), true
+	}
+	json.Unmarshal(value, &text)
+	escapes := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil))
+	meant := bytes.Count(value, []byte("\uFFFD")) + bytes.Count(escapes, []byte(`\ufffd`))
+	return text, strings.Count(text, "\uFFFD") == meant
+}
+
 // report notes what is wrong with a field.
 type report func(format string, args ...any)
 
@@ -374,15 +386,9 @@ func plainText(value json.RawMessage, bad report) (text string, ok bool) {
 		bad("must be a string, not %s", kind)
 		return "", false
 	}
-	text = string(value[1 : len(value)-1])
-	if strings.Contains(text, `\`) {
-		json.Unmarshal(value, &text) // it is valid
-		// For an escape such as \ud800, half a character, it puts U+FFFD.
-		escapes := bytes.ToLower(bytes.ReplaceAll(value, []byte(`\\`), nil))
-		meant := bytes.Count(value, []byte("\uFFFD")) + bytes.Count(escapes, []byte(`\ufffd`))
-		if strings.Count(text, "\uFFFD") != meant {
-			bad("must be Unicode text, but has an escape for half of a surrogate pair")
-		}
+	text, whole := unquote(value)
+	if !whole {
+		bad("must be Unicode text, but has an escape for half of a surrogate pair")
 	}
 	if i := strings.IndexFunc(text, unicode.IsControl); i >= 0 {
 		bad("must not contain control characters, but has one at byte %d", i)
