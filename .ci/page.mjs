@@ -104,7 +104,7 @@ await check('a retry repeats the key, a new order gets another', async page => {
     await (keys.length === 1 ? route.abort() : route.continue());
   });
   await page.click('#place [type=submit]');
-  await hasText(page, '#failed', /The server does not answer/);
+  await hasText(page, '#failed', /^The server does not answer\. Place again once it is back: no order is placed twice\.$/);
   await page.click('#place [type=submit]');
   await hasText(page, '#done', /is placed/);
   await Promise.all([page.waitForResponse(r => r.status() === 201), page.click('#place [type=submit]')]);
@@ -133,10 +133,15 @@ await check('the page asks for a token and sends it', async page => {
   await page.keyboard.type('wrong');
   await page.keyboard.press('Enter');
   await hasText(page, '#token-error', /did not accept/);
+  assert.equal(await page.getAttribute('#token', 'aria-invalid'), 'true');
+  await page.click('#place [type=submit]');
+  await hasText(page, '#failed', /^Enter the token above/);
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'token');
   await page.fill('#token', 'secret');
   await page.press('#token', 'Enter');
   await hasText(page, '#link', /^Live$/);
   assert.ok(await page.isHidden('#door'));
+  assert.equal(await page.textContent('#failed'), '');
   assert.ok(await page.isHidden('footer'));
   assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id');
 }, { expect: /status of 401/ });
