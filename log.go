@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -19,7 +18,7 @@ const (
 	logBuffer   = 512 << 10              // bytes that wait for the disk at most; also the largest single write
 	logFlushAt  = 64 << 10               // bytes that wake the flusher at once
 	logInterval = 200 * time.Millisecond // longest time that a line waits
-	logEnd      = 500 * time.Millisecond // longest wait for the last lines at the end
+	logEnd      = 500 * time.Millisecond // longest wait at the end, for the last lines and for stderr
 )
 
 // logger is slog's JSON handler over a buffer that one goroutine carries to
@@ -129,7 +128,7 @@ func (l *logger) close() error {
 		}
 	case <-time.After(logEnd):
 		if l.file != nil {
-			return errors.New("the last log lines are lost: the log file could not be written in time")
+			fmt.Fprintln(l.stderr, "orderd: the last log lines are lost: the log file could not be written in time")
 		}
 	}
 	return nil

@@ -39,7 +39,15 @@ func exitCode(err error, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "orderd: %v\n", err)
+	printed := make(chan struct{})
+	go func() {
+		fmt.Fprintf(stderr, "orderd: %v\n", err)
+		close(printed)
+	}()
+	select {
+	case <-printed:
+	case <-time.After(logEnd): // nobody reads stderr
+	}
 	if errors.As(err, new(usageError)) {
 		return 2
 	}

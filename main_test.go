@@ -1287,6 +1287,12 @@ func (r running) stop(t *testing.T) {
 	}
 }
 
+func TestExitWhereNobodyReadsStderr(t *testing.T) {
+	t.Parallel()
+	_, full := io.Pipe()
+	require.Equal(t, 1, exitCode(errors.New("the disk failed"), full))
+}
+
 func TestOpenDoorIsWarnedOf(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -2658,6 +2664,20 @@ func TestReadyTellsOfACheckpointThatHangs(t *testing.T) {
 	stopLoad()
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
+}
+
+// TestRetryOfNothingIsAWrite: after creates alone were refused, only a commit
+// that the disk has taken may let them in again.
+func TestRetryOfNothingIsAWrite(t *testing.T) {
+	t.Parallel()
+	a, _ := openIdle(t, t.TempDir(), nil)
+	commitTogether(t, a.store, sampleOrders(1))
+	for range 2 {
+		before := a.store.walBytes()
+		require.NoError(t, a.store.commit(newBatch(nil)))
+		require.Greater(t, a.store.walBytes(), before)
+	}
+	checkInvariants(t, a)
 }
 
 func TestReadyTellsOfACommitThatHangs(t *testing.T) {
@@ -5026,26 +5046,38 @@ func TestFsyncOfACheckpointFails(t *testing.T) {
 // the WAL that was found is on disk.
 func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	t.Parallel()
-	dir, wal := walDir(t)
-	j := newJournal("left", 0)
-	p := startProcess(t, dir, nil, "-delay", "0s")
-	j.place(t, p.url(), 1)
-	// Another program that reads an older state keeps SQLite from a checkpoint.
-	_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal"))
-	defer end()
-	j.place(t, p.url(), 20)
-	drained(t, p.url())
-	p.kill()
-	log := filepath.Join(dir, "strace")
-	p = startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync"), dir, nil)
-	j.check(t, p.url())
-	end()
-	j.stopAndCheck(t, p)
-	text, err := os.ReadFile(log)
-	require.NoError(t, err)
-	before, _, listened := strings.Cut(string(text), "listen(")
-	require.True(t, listened)
-	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(wal)+`>`, before)
+	for _, watched := range []bool{false, true} {
+		t.Run(fmt.Sprintf("beside a reader %v", watched), func(t *testing.T) {
+			t.Parallel()
+			dir, wal := walDir(t)
+			db := strings.TrimSuffix(wal, "-wal")
+			j := newJournal("left", 0)
+			p := startProcess(t, dir, nil, "-delay", "0s")
+			end := func() {}
+			if watched { // it reads an older state, and so keeps SQLite from a checkpoint
+				_, end = holdSnapshot(t, db)
+			}
+			j.place(t, p.url(), 20)
+			drained(t, p.url())
+			p.kill()
+			log := filepath.Join(dir, "strace")
+			p = startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync"), dir, nil)
+			j.check(t, p.url())
+			end()
+			j.stopAndCheck(t, p)
+			text, err := os.ReadFile(log)
+			require.NoError(t, err)
+			before, _, listened := strings.Cut(string(text), "listen(")
+			require.True(t, listened)
+			synced := []string{wal, filepath.Join(dir, "data", "metrics.db-wal")}
+			if !watched { // what an fsync once failed on must go to other pages
+				synced = append(synced, db)
+			}
+			for _, path := range synced {
+				require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(path)+`>`, before)
+			}
+		})
+	}
 }
 
 func TestWriteFails(t *testing.T) {
@@ -5178,9 +5210,9 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 			began = time.Now()
 		}
 	}
+	require.Eventually(t, func() bool { return reads() > before+100 }, time.Minute, time.Millisecond)
 	stopObservers()
 	require.Empty(t, j.violations)
-	require.Eventually(t, func() bool { return reads() > before+100 }, time.Minute, time.Millisecond)
 	require.LessOrEqual(t, logLines(t, p.dir, "refused until"), logged+3+found)
 	if earlier, ok := p.cpu(); ok { // steps wait for room: that must not cost a processor
 		<-time.After(2 * time.Second)
@@ -5469,6 +5501,12 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			log := filepath.Join(dir, "strace")
 			straced(t, log, "") // or skips
 			j := newJournal("index", time.Millisecond)
+			var tracer *exec.Cmd
+			t.Cleanup(func() { // once the process has ended
+				if tracer != nil {
+					tracer.Wait()
+				}
+			})
 			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "64")
 			j.place(t, p.url(), 1)
 			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
@@ -5476,10 +5514,9 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
 			require.Eventually(t, func() bool { return gauge(t, p.url(), "orderd_wal_bytes") > 10e6 }, time.Minute, time.Millisecond)
 			stopLoad()
-			tracer := exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
+			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
 			require.NoError(t, tracer.Start())
-			defer tracer.Wait()
 			traced := func() bool {
 				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
@@ -6248,7 +6285,7 @@ func TestRandomIDs(t *testing.T) {
 				for range pipelined {
 					var id ulid.ULID
 					id.SetTime(rand.Uint64N(ulid.MaxTime()))
-					id.SetEntropy(fmt.Appendf(nil, "%010d", rand.IntN(1e10)))
+					id.SetEntropy(fmt.Appendf(nil, "%010d", rand.Int64N(1e10)))
 					requests = append(requests, getRequest(id.String())...)
 				}
 				conn.SetDeadline(time.Now().Add(time.Minute))

@@ -252,7 +252,7 @@ type store struct {
 }
 
 type statements struct {
-	begin, commit, rollback, insert, insertMany, step, total, index, run, key, keyed, walPages *sql.Stmt
+	begin, commit, rollback, insert, insertMany, step, total, index, run, key, keyed, probe, walPages *sql.Stmt
 }
 
 // insertRows is how many orders one INSERT takes where there are as many: the
@@ -271,7 +271,7 @@ const findKeyed = "SELECT " + orderColumns + " FROM orders JOIN idempotency_keys
 func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
 	s = &store{
 		cache: statuses, log: log, hooks: cfg.hooks,
-		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1), unchecked: walCheckEvery,
+		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
 		fed: make(chan *batch, 16), counted: make(chan struct{}, 1),
 		stopped: make(chan struct{}), failed: make(chan struct{}),
 		batchSizes: newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
@@ -388,6 +388,7 @@ func (s *store) prepareStatements() (err error) {
 		run:        prepare("INSERT INTO user_runs VALUES (?)"),
 		key:        prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
 		keyed:      prepare(findKeyed),
+		probe:      prepare(fmt.Sprintf("PRAGMA user_version = %d", ordersVersion)),
 		// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
 		walPages: prepare("PRAGMA wal_checkpoint(NOOP)"),
 	}
@@ -565,8 +566,8 @@ func (s *store) gather() {
 }
 
 // settle brings a batch to disk and answers it. When the disk does not take
-// it, its creates are refused, and all new ones too; its steps are tried again
-// until there is room. An error means that the writer must not go on.
+// it, its creates are refused, and all new ones too; its steps, or a probe
+// where it has none, are tried again until there is room. An error means that the writer must not go on.
 func (s *store) settle(b *batch) error {
 	if len(b.creates)+len(b.steps) == 0 {
 		return nil
@@ -696,6 +697,10 @@ func (s *store) fill(b *batch, t *totals) error {
 		if err := s.index(t); err != nil {
 			return err
 		}
+	}
+	if len(b.creates)+len(b.steps) == 0 { // SQLite would write nothing where nothing changes
+		_, err := s.write.probe.Exec()
+		return err
 	}
 	_, err := s.write.total.Exec(t.accepted, t.processing, t.completed, t.took, t.newestStarted, t.indexed, t.newestIndexed)
 	return err
@@ -870,7 +875,7 @@ func (s *store) unfinished(after int64, limit int) ([]order, error) {
 // oldest is the upper half of the ID of the oldest order in an unfinished
 // status, or math.MaxInt64 where there is none.
 func (s *store) oldest(st status) (idHigh int64, err error) {
-	err = s.reads.QueryRow("SELECT coalesce(min(id_high), ?) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", math.MaxInt64, st).Scan(&idHigh)
+	err = s.reads.QueryRow("SELECT coalesce(min(id_high), ?) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", int64(math.MaxInt64), st).Scan(&idHigh)
 	return idHigh, err
 }
 
@@ -1105,8 +1110,9 @@ func (d *database) prepare() (err error) {
 	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
 		return explain(d.path, err)
 	}
-	// fullfsync matters on macOS only.
-	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d;", d.autoCheckpoint)
+	// fullfsync matters on macOS only. The checkpoint moves to other pages what an
+	// fsync may have failed on, so that the next commit begins the WAL anew.
+	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
 	if _, err := d.Exec(settings); err != nil {
 		return explain(d.path, err)
 	}
@@ -1139,7 +1145,7 @@ func makeFile(path string) error {
 
 // syncFile brings to disk what a killed process wrote to a -wal file, if there
 // is one, and did not sync: nothing of it may be shown that a power cut could
-// take. A checkpoint would not, where another program reads an older state.
+// take. The checkpoint would not, where another program reads an older state.
 func syncFile(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
