@@ -81,6 +81,15 @@ func until(tb testing.TB, condition func() bool, because ...any) {
 	require.Eventually(tb, condition, longest, 2*time.Millisecond, because...)
 }
 
+// persist tries until it succeeds. Unlike until it stays on the test's own
+// goroutine, so an attempt may require.
+func persist(tb testing.TB, attempt func() bool, because string) {
+	tb.Helper()
+	for began := time.Now(); !attempt(); runtime.Gosched() {
+		require.Less(tb, time.Since(began), time.Minute, because)
+	}
+}
+
 // startApp is openTestApp for a test that stops the service itself, or breaks
 // it before it serves.
 func startApp(t testing.TB, dir string, change func(*config), before func(*app)) (a *app, stop func()) {
@@ -625,14 +634,14 @@ func startProcess(tb testing.TB, dir string, env []string, args ...string) *proc
 	return startWrapped(tb, nil, dir, env, args...)
 }
 
+const announced = "orderd is open at http://" // and then the address
+
 // startWrapped is startProcess under another command, such as strace. It must
 // become the service by exec, or leave it as its own process.
 func startWrapped(tb testing.TB, wrapper []string, dir string, env []string, args ...string) *process {
 	tb.Helper()
 	p := launch(tb, wrapper, dir, env, args...)
-	const announced = "orderd is open at http://"
-	line := p.stderr.waitFor(tb, announced, p.exited)
-	p.addr = strings.TrimPrefix(line, announced)
+	p.addr = strings.TrimPrefix(p.stderr.waitFor(tb, announced, p.exited), announced)
 	return p
 }
 
@@ -4755,7 +4764,7 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 		select {
 		case <-p.exited: // in the start, where metrics.db lagged
 		case <-opened(p):
-			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, "orderd is open at ", p.exited), "orderd is open at http://")
+			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
 			stop := j.load(base, 4, 100_000)
 			p.wait(t, time.Minute)
 			stop()
@@ -4773,7 +4782,7 @@ func opened(p *process) <-chan struct{} {
 	go func() {
 		for {
 			text, more := p.stderr.read()
-			if strings.Contains(text, "orderd is open at ") {
+			if strings.Contains(text, announced) {
 				close(open)
 				return
 			}
@@ -5625,14 +5634,10 @@ func TestLogTakenAway(t *testing.T) {
 		func() error { return os.Remove(filepath.Join(logs, "orderd.log")) },
 		func() error { return os.RemoveAll(logs) },
 	} {
-		for !logged() {
-			runtime.Gosched()
-		}
+		persist(t, logged, "the log is written")
 		require.NoError(t, away())
 		j.place(t, p.url(), 10)
-		for began := time.Now(); !logged(); runtime.Gosched() {
-			require.Less(t, time.Since(began), time.Minute, "the log does not come back")
-		}
+		persist(t, logged, "the log comes back")
 	}
 	require.NoError(t, os.RemoveAll(logs))
 	require.NoError(t, os.WriteFile(logs, nil, 0o600))
@@ -5642,9 +5647,7 @@ func TestLogTakenAway(t *testing.T) {
 	j.place(t, p.url(), 10)
 	require.NotZero(t, gauge(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Remove(logs))
-	for began := time.Now(); !logged(); runtime.Gosched() {
-		require.Less(t, time.Since(began), time.Minute, "the log does not come back")
-	}
+	persist(t, logged, "the log comes back")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
@@ -5666,7 +5669,7 @@ func TestStderrThatNobodyReads(t *testing.T) {
 			p := launch(t, []string{"sh", "-c", `exec "$0" "$@" 2>"$FIFO"`}, dir, []string{"FIFO=" + fifo}, "-log", "-", "-delay", "0s", "-drain", "1s")
 			line, err := bufio.NewReader(reader).ReadString('\n')
 			require.NoError(t, err)
-			p.addr = strings.TrimPrefix(strings.TrimSpace(line), "orderd is open at http://")
+			p.addr = strings.TrimPrefix(strings.TrimSpace(line), announced)
 			if gone {
 				require.NoError(t, reader.Close())
 			}
@@ -5698,15 +5701,13 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	}
 	require.NoError(t, os.Chmod(logs, 0o500))
 	t.Cleanup(func() { os.Chmod(logs, 0o700) })
-	for began := time.Now(); !strings.Contains(p.stderr.String(), "cannot write the log"); {
+	persist(t, func() bool {
 		require.Equal(t, 1, files())
-		require.Less(t, time.Since(began), time.Minute, "the log was not due for rotation")
-	}
+		return strings.Contains(p.stderr.String(), "cannot write the log")
+	}, "the log is due for rotation")
 	require.NotZero(t, gauge(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Chmod(logs, 0o700))
-	for began := time.Now(); files() == 1; {
-		require.Less(t, time.Since(began), time.Minute, "the log is not rotated")
-	}
+	persist(t, func() bool { return files() > 1 }, "the log is rotated")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))

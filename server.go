@@ -742,7 +742,7 @@ func (s *server) problem(err error, c echo.Context) {
 		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	}
 	if f.Status == http.StatusServiceUnavailable {
-		header.Set(echo.HeaderRetryAfter, "1")
+		header.Set(echo.HeaderRetryAfter, "1") // second
 	}
 	if err := answerJSON(c, f.Status, "application/problem+json", f); err != nil {
 		s.log.Debug("a problem could not be answered", "error", err)

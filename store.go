@@ -1017,7 +1017,7 @@ type database struct {
 	// WAL pages after which SQLite makes a checkpoint by itself, in the commit
 	// and whatever comes of it; 0 where its owner makes them.
 	autoCheckpoint int
-	missing, empty bool // no file, or no schema in it yet
+	empty          bool // no schema yet
 }
 
 // openSQLite opens lazily: no file is touched before the first statement.
@@ -1047,7 +1047,7 @@ func (d *database) inspect(query string, into ...any) error {
 	info, err := os.Stat(d.path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		d.missing, d.empty = true, true
+		d.empty = true
 		return nil
 	case err != nil:
 		return fmt.Errorf("cannot open %s: %w", d.path, err)
@@ -1094,10 +1094,8 @@ func (d *database) inspect(query string, into ...any) error {
 // prepare makes the file if need be, sets durability and reads it back, and
 // creates the schema in an empty database.
 func (d *database) prepare() (err error) {
-	if d.missing {
-		if err := makeFile(d.path); err != nil {
-			return err
-		}
+	if err := makeFile(d.path); err != nil {
+		return err
 	}
 	if err := syncFile(d.path + "-wal"); err != nil {
 		return fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
