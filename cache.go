@@ -7,28 +7,51 @@ import (
 	"github.com/oklog/ulid/v2"
 )
 
+// status only moves forward.
+type status uint8
+
+const (
+	pending status = iota
+	processing
+	completed
+)
+
+var statusNames = [...]string{"Pending", "Processing", "Completed"}
+
+func (s status) String() string { return statusNames[s] }
+
+// final reports whether nothing comes after s.
+func (s status) final() bool { return s == completed }
+
+// change is an order's new status.
+type change struct {
+	id ulid.ULID
+	to status
+}
+
 // cache holds the statuses of the newest orders. Keys and values hold no
 // pointers, so the garbage collector never scans it (16-byte keys, 1-byte
 // values, and a 16-byte ring entry each). A status in it only moves forward.
 type cache struct {
-	mu       sync.RWMutex // guards everything up to the blank line
-	statuses map[ulid.ULID]status
-	ring     []ulid.ULID // the keys in order of arrival, the oldest at next once full
-	next     int
-	watchers map[ulid.ULID]*watcher
+	mu        sync.RWMutex // guards everything up to the blank line
+	statuses  map[ulid.ULID]status
+	ring      []ulid.ULID // the keys in order of arrival, the oldest at next once full
+	next      int
+	watchers  map[ulid.ULID]*watcher
+	forgotten int64 // seq of the last commit that removed orders
 
 	hits, misses atomic.Int64
 }
 
 // watcher is everyone who waits for one order.
 type watcher struct {
-	completed chan struct{} // closed by apply
-	waiting   int           // guarded by cache.mu
+	final   chan struct{} // closed by apply
+	waiting int           // guarded by cache.mu
 }
 
 // newCache reserves the whole ring; the system gives it memory as it fills.
-func newCache(max int) *cache {
-	return &cache{statuses: map[ulid.ULID]status{}, ring: make([]ulid.ULID, 0, max), watchers: map[ulid.ULID]*watcher{}}
+func newCache(size int) *cache {
+	return &cache{statuses: map[ulid.ULID]status{}, ring: make([]ulid.ULID, 0, size), watchers: map[ulid.ULID]*watcher{}}
 }
 
 func (c *cache) get(id ulid.ULID) (status, bool) {
@@ -49,35 +72,37 @@ func (c *cache) len() int {
 	return len(c.statuses)
 }
 
-// apply takes over a batch that has just been committed.
-func (c *cache) apply(b *batch) {
+// apply takes over what has just been committed, and wakes who waited for it.
+func (c *cache) apply(changes []change) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, n := range b.creates {
-		if n.stored() {
-			c.set(n.id, pending)
-		}
-	}
-	for _, st := range b.steps {
-		if st.void {
-			continue
-		}
-		c.set(st.id, st.to)
-		if w := c.watchers[st.id]; w != nil && st.to == completed {
-			close(w.completed)
-			delete(c.watchers, st.id)
+	for _, ch := range changes {
+		c.set(ch.id, ch.to)
+		if w := c.watchers[ch.id]; w != nil && ch.to.final() {
+			close(w.final)
+			delete(c.watchers, ch.id)
 		}
 	}
 }
 
-// learn takes over what a reader saw in the table. An entry moves forward, so
-// that no later read of it falls behind that reader; a new entry is made only
-// for Completed, which never changes: a slow reader can't bring back an old status.
-func (c *cache) learn(id ulid.ULID, s status) {
+// learn keeps a final status that a reader saw in the table as of seq. No other
+// status is added this way, nor one read before orders were removed: a slow
+// reader cannot bring back what has changed since.
+func (c *cache) learn(id ulid.ULID, s status, seq int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.statuses[id]; ok || s == completed {
+	if s.final() && seq >= c.forgotten {
 		c.set(id, s)
+	}
+}
+
+// forget drops orders that the commit seq removed from the table.
+func (c *cache) forget(ids []ulid.ULID, seq int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgotten = seq
+	for _, id := range ids {
+		delete(c.statuses, id) // its ring entry is reused in its turn
 	}
 }
 
@@ -97,19 +122,19 @@ func (c *cache) set(id ulid.ULID, s status) {
 	c.statuses[id] = s
 }
 
-// watch returns a channel that is closed when the order completes after this
-// call, and a function that ends the watch. Look at the status after it, or a
-// completion in between is missed.
-func (c *cache) watch(id ulid.ULID) (done <-chan struct{}, stop func()) {
+// watch returns a channel that is closed when the order becomes final after
+// this call, and a function that ends the watch. Look at the status after
+// calling watch, or a change in between is missed.
+func (c *cache) watch(id ulid.ULID) (final <-chan struct{}, stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	w := c.watchers[id]
 	if w == nil {
-		w = &watcher{completed: make(chan struct{})}
+		w = &watcher{final: make(chan struct{})}
 		c.watchers[id] = w
 	}
 	w.waiting++
-	return w.completed, func() {
+	return w.final, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		w.waiting--

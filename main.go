@@ -14,9 +14,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -27,17 +29,27 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup goes on to work
+		signals = append(signals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, stop)   // a second signal ends the process at once
 	signal.Ignore(syscall.SIGPIPE) // a reader of stderr that has gone does not
-	os.Exit(exitCode(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr), os.Stderr))
+	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
+
+// loggedError is on stderr already, as a line of the log.
+type loggedError struct{ error }
 
 // exitCode prints err as one sentence. A bad flag is 2, anything else that
 // stopped the service 1.
 func exitCode(err error, stderr io.Writer) int {
-	if err == nil {
+	switch {
+	case err == nil:
 		return 0
+	case errors.As(err, new(loggedError)):
+		return 1
 	}
 	printed := make(chan struct{})
 	go func() {
@@ -59,8 +71,13 @@ func exitCode(err error, stderr io.Writer) int {
 const gcPercent = 50
 
 // run reads the flags and serves until ctx is done or the store fails.
-func run(ctx context.Context, args []string, lookupEnv func(string) (string, bool), stdout, stderr io.Writer) error {
-	cfg, err := parseConfig(args, lookupEnv)
+func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) error {
+	variables := map[string]string{}
+	for _, variable := range environ {
+		name, value, _ := strings.Cut(variable, "=")
+		variables[name] = value
+	}
+	cfg, err := parseConfig(args, variables)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(stdout, help())
@@ -71,55 +88,106 @@ func run(ctx context.Context, args []string, lookupEnv func(string) (string, boo
 		fmt.Fprintln(stdout, versionLine())
 		return nil
 	}
-	if _, ok := lookupEnv("GOGC"); !ok {
+	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
 	}
+	if err := serve(ctx, cfg, stderr); err != nil && cfg.log.file == logToStderr {
+		return loggedError{err}
+	} else {
+		return err
+	}
+}
+
+func serve(ctx context.Context, cfg config, stderr io.Writer) error {
 	a, err := openApp(cfg, stderr)
 	if err != nil {
 		return err
+	}
+	if err := a.start(); err != nil {
+		return a.abandon(err)
 	}
 	return a.serve(ctx)
 }
 
 // app is the whole service, its parts in the order of their lifetimes.
 type app struct {
-	cfg        config
-	log        *logger
-	cache      *cache
-	store      *store
-	metrics    *metrics
-	listener   net.Listener
-	pool       *pool
-	server     *server
-	unfinished int64 // orders found at start
+	cfg      config
+	console  io.Writer // what a person reads at the terminal
+	log      *logger
+	lock     io.Closer // of the data directory
+	metrics  *metrics
+	engine   *sqliteEngine
+	store    *store
+	pool     *pool
+	listener net.Listener
+	server   *server
 }
 
-// openApp opens everything and starts the work on what was left unfinished.
-// After it, the address is bound but not yet served.
-func openApp(cfg config, stderr io.Writer) (_ *app, err error) {
-	a := &app{cfg: cfg, cache: newCache(cfg.cache)}
-	if a.log, err = openLog(cfg, stderr); err != nil {
+// openApp looks at everything and changes nothing yet.
+func openApp(cfg config, stderr io.Writer) (*app, error) {
+	a := &app{cfg: cfg, console: stderr}
+	if cfg.log.file == logToStderr {
+		a.console = io.Discard // stderr gets nothing but the log's JSON
+	}
+	var err error
+	if a.log, err = openLog(cfg.logOptions(), stderr); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			a.log.Error("not started", "error", err)
-			err = errors.Join(err, a.log.close())
-		}
-	}()
-	if a.store, a.metrics, err = openStore(cfg, a.cache, a.log); err != nil {
-		return nil, err
+	if err := a.look(); err != nil {
+		return nil, a.abandon(err)
 	}
-	a.unfinished = a.store.start()
-	go a.metrics.project()
-	if a.listener, err = listen(cfg.addr); err != nil {
-		return nil, errors.Join(err, a.store.close(), a.metrics.close(), a.store.unlock())
-	}
-	a.pool = newPool(cfg, a.store, a.log)
-	a.pool.start()
-	a.server = newServer(a)
-	a.announce(stderr)
+	a.store = newStore(a.engine, cfg.store, a.log)
+	a.pool = newPool(cfg.pool, a.store, a.log)
 	return a, nil
+}
+
+// look compares the two databases before anything is written to either.
+func (a *app) look() (err error) {
+	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
+		return err
+	}
+	a.engine = newSQLiteEngine(a.cfg.data, a.log)
+	held, err := a.engine.look()
+	if err != nil {
+		return err
+	}
+	if a.metrics, err = openMetrics(a.cfg.data, a.log); err != nil {
+		return err
+	}
+	return a.metrics.check(held, a.engine.file.path)
+}
+
+// start begins to write, and to work on what was left unfinished. After it, the
+// address is bound but not yet served.
+func (a *app) start() (err error) {
+	if err = a.store.start(a.committed); err != nil {
+		return err
+	}
+	if err = a.metrics.start(a.store.totals()); err != nil {
+		return err
+	}
+	if a.listener, err = listen(a.cfg.addr); err != nil {
+		return err
+	}
+	if err = a.pool.start(); err != nil {
+		return err
+	}
+	options := serverOptions{token: a.cfg.token}
+	if a.local() {
+		host, _, _ := net.SplitHostPort(a.cfg.addr)
+		options.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
+	}
+	a.server = newServer(options, a.store, a.pool, a.metrics, a.log)
+	a.announce()
+	return nil
+}
+
+// committed tells those who live on commits of one.
+func (a *app) committed(r commitReport) {
+	a.metrics.committed(r)
+	if r.creates > 0 {
+		nudge(a.pool.stored)
+	}
 }
 
 // serve answers requests until ctx is done or the store fails, and takes
@@ -130,8 +198,9 @@ func (a *app) serve(ctx context.Context) error {
 	var err error
 	select {
 	case <-ctx.Done():
-	case <-a.store.failed:
-	case err = <-served: // it cannot accept any more
+	case <-a.store.failed():
+	case err = <-served:
+		a.log.Error("cannot accept connections any more", "error", err)
 	}
 	return errors.Join(err, a.close())
 }
@@ -143,15 +212,44 @@ func (a *app) close() error {
 	a.log.Info("stopping", "drain", a.cfg.drain.String())
 	deadline := time.Now().Add(a.cfg.drain)
 	a.pool.stop()
+	if n := a.pool.active.Load(); n > 0 && a.cfg.drain > 0 {
+		fmt.Fprintf(a.console, "stopping: %d orders are at work and have up to %s; interrupt again to end at once\n", n, a.cfg.drain)
+	}
 	a.pool.drain(deadline)
 	a.server.shutdown(deadline)
-	err := errors.Join(a.store.close(), a.metrics.close(), a.store.unlock())
+	err := a.closeFiles()
 	if err != nil {
 		a.log.Error("stopped", "error", err)
 	} else {
 		a.log.Info("stopped")
 	}
 	return errors.Join(err, a.log.close())
+}
+
+// abandon closes what a failed start has opened.
+func (a *app) abandon(err error) error {
+	a.log.Error("not started", "error", err)
+	if a.pool != nil {
+		a.pool.stop()
+	}
+	if a.listener != nil {
+		a.listener.Close()
+	}
+	return errors.Join(err, a.closeFiles(), a.log.close())
+}
+
+// closeFiles closes the databases in the reverse order of their opening.
+func (a *app) closeFiles() (err error) {
+	if a.store != nil {
+		err = a.store.close()
+	}
+	if a.metrics != nil {
+		err = errors.Join(err, a.metrics.close())
+	}
+	if a.lock != nil {
+		err = errors.Join(err, a.lock.Close())
+	}
+	return err
 }
 
 // listen turns the two usual failures into a remedy.
@@ -166,17 +264,28 @@ func listen(addr string) (net.Listener, error) {
 	return l, nil
 }
 
-// announce tells a person where everything is.
-func (a *app) announce(stderr io.Writer) {
-	addr := a.listener.Addr().String()
-	fmt.Fprintf(stderr, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
-	fmt.Fprintf(stderr, "data in %s, log in %s\n", a.cfg.data, a.cfg.log)
-	fmt.Fprintf(stderr, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.workers, a.cfg.delay, a.unfinished)
+// announce tells a person where everything is, and the log the same.
+func (a *app) announce() {
+	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
+	fmt.Fprintf(a.console, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
+	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
+	fmt.Fprintf(a.console, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.pool.workers, a.cfg.delay, unfinished)
+	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
+		"delay", a.cfg.delay.String(), "resumed", unfinished, "version", versionLine())
 	if a.cfg.token == "" && !a.local() {
-		fmt.Fprintln(stderr, "warning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
+		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
-	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.workers,
-		"delay", a.cfg.delay.String(), "resumed", a.unfinished, "version", versionLine())
+	if len(a.cfg.unknown) > 0 {
+		a.warn("no setting is called " + strings.Join(a.cfg.unknown, " or ") + ": see orderd -h for those that are")
+	}
+	if ahead := a.store.clockBehind(); ahead > time.Minute {
+		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
+	}
+}
+
+func (a *app) warn(text string) {
+	fmt.Fprintln(a.console, "warning: "+text)
+	a.log.Warn(text)
 }
 
 // local reports whether only this machine can connect.
@@ -187,30 +296,36 @@ type config struct {
 	addr      string
 	tokenFile string
 	data      string
-	workers   int
 	delay     time.Duration
-	queue     int
-	cache     int
 	drain     time.Duration
 
-	log        string
-	logSize    int // MB
-	logBackups int
-	logDays    int
-	logLevel   string
+	store storeOptions
+	pool  poolOptions
+	log   logOptions
 
-	token   string // from ORDERD_TOKEN or the token file, never from a flag's value
+	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value
+	unknown []string // variables that look like settings and are none
 	version bool
 	help    bool
-	hooks   hooks
 }
 
-// hooks are nil outside tests, which break the service through them on purpose.
-type hooks struct {
-	beforeCommit  func(*store, *batch) // in the writer, just before COMMIT
-	beforeProject func()               // between the two databases' commits
-	work          func(context.Context, order) error
-	now           func() time.Time
+// logOptions names every file that the log would spoil. SQLite keeps the files
+// beside a database where a symbolic link leads.
+func (c config) logOptions() logOptions {
+	o := c.log
+	if c.tokenFile != "" {
+		o.taken = append(o.taken, c.tokenFile)
+	}
+	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
+		path := filepath.Join(c.data, name)
+		if target, err := filepath.EvalSymlinks(path); err == nil {
+			path = target
+		}
+		for _, suffix := range []string{"", "-wal", "-shm", "-journal"} {
+			o.taken = append(o.taken, path+suffix)
+		}
+	}
+	return o
 }
 
 // usageError is a mistake in the flags or their variables.
@@ -240,15 +355,15 @@ func (c *config) flags() *flag.FlagSet {
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
-	define(fs, &c.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
+	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
-	define(fs, &c.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
-	define(fs, &c.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
-	define(fs, &c.log, "log", "logs/orderd.log", "log file; - logs to stderr only", parseName)
-	define(fs, &c.logSize, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
-	define(fs, &c.logBackups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
-	define(fs, &c.logDays, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
-	define(fs, &c.logLevel, "log-level", "info", "least level that is logged: debug, info, warn or error", parseLevel)
+	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
+	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
+	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
+	define(fs, &c.log.maxMB, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
+	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
+	define(fs, &c.log.days, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
+	define(fs, &c.log.level, "log-level", slog.LevelInfo, "least level that is logged: debug, info, warn or error", parseLevel)
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs
@@ -261,7 +376,7 @@ func define[T any](fs *flag.FlagSet, p *T, name string, value T, usage string, p
 		*p, err = parse(s)
 		return err
 	})
-	fs.Lookup(name).DefValue = fmt.Sprint(value)
+	fs.Lookup(name).DefValue = strings.ToLower(fmt.Sprint(value))
 }
 
 // inRange adds limits to a parser; the message names both.
@@ -290,11 +405,11 @@ func parseAddr(s string) (string, error) {
 	return s, nil
 }
 
-func parseLevel(s string) (string, error) {
+func parseLevel(s string) (level slog.Level, err error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
-		return "", errors.New("must be debug, info, warn or error")
+		return level, errors.New("must be debug, info, warn or error")
 	}
-	return s, nil
+	return level, level.UnmarshalText([]byte(s))
 }
 
 // variable is the environment's name of a flag.
@@ -304,14 +419,17 @@ func variable(flagName string) string {
 
 // parseConfig takes the environment first and the flags over it. Its errors
 // are usageErrors, flag.ErrHelp, or a token file that cannot be read.
-func parseConfig(args []string, lookupEnv func(string) (string, bool)) (config, error) {
-	var c config
+func parseConfig(args []string, variables map[string]string) (config, error) {
+	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
+	known := map[string]bool{"ORDERD_TOKEN": true}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
-		if value, ok := lookupEnv(variable(f.Name)); ok && f.Name != "h" && f.Name != "version" {
+		name := variable(f.Name)
+		known[name] = true
+		if value, ok := variables[name]; ok && f.Name != "h" && f.Name != "version" {
 			if err := fs.Set(f.Name, value); err != nil {
-				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, variable(f.Name), err))
+				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
 			}
 		}
 	})
@@ -323,15 +441,23 @@ func parseConfig(args []string, lookupEnv func(string) (string, bool)) (config, 
 	if fs.NArg() > 0 {
 		return c, usageError{fmt.Errorf("unexpected argument %q: orderd takes only flags; see orderd -h", fs.Arg(0))}
 	}
+	for name := range variables {
+		// Kubernetes sets ORDERD_PORT… and ORDERD_SERVICE… for a Service called orderd.
+		if strings.HasPrefix(name, "ORDERD_") && !known[name] && !strings.HasPrefix(name, "ORDERD_PORT") && !strings.HasPrefix(name, "ORDERD_SERVICE_") {
+			c.unknown = append(c.unknown, name)
+		}
+	}
+	slices.Sort(c.unknown)
+	c.pool.work = simulate(c.delay)
 	var err error
-	c.token, err = readToken(c.tokenFile, lookupEnv)
+	c.token, err = readToken(c.tokenFile, variables)
 	return c, err
 }
 
 // readToken prefers a token file over ORDERD_TOKEN, as a flag wins elsewhere.
 // A token that is set but empty is an error: it would leave the door open.
-func readToken(file string, lookupEnv func(string) (string, bool)) (string, error) {
-	token, ok := lookupEnv("ORDERD_TOKEN")
+func readToken(file string, variables map[string]string) (string, error) {
+	token, ok := variables["ORDERD_TOKEN"]
 	source := "ORDERD_TOKEN"
 	if file != "" {
 		text, err := os.ReadFile(file)

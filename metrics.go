@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"math"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"sort"
 	"sync"
@@ -12,39 +11,113 @@ import (
 	"time"
 )
 
-const metricsVersion = 1 // PRAGMA user_version of metrics.db
+const metricsVersion = 2 // PRAGMA user_version of metrics.db
 
 const metricsSchema = `
 -- The totals of orders.db as last taken over. orders.db must never hold less.
 CREATE TABLE totals (
 	accepted  INTEGER NOT NULL, -- orders
 	completed INTEGER NOT NULL, -- of these
-	took      INTEGER NOT NULL  -- µs, sum over the completed
+	took      INTEGER NOT NULL, -- µs, sum over the completed
+	seq       INTEGER NOT NULL DEFAULT 0, -- of the commit that they are from
+	identity  INTEGER NOT NULL DEFAULT 0  -- of the database that they are from
 ) STRICT;
-INSERT INTO totals VALUES (0, 0, 0);`
+INSERT INTO totals (accepted, completed, took) VALUES (0, 0, 0);`
+
+const metricsUpgrade = `
+ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;`
+
+// lookAtCounts reads the same of each version.
+var lookAtCounts = map[int64]string{
+	1: "SELECT accepted, completed, took, 0, 0 FROM totals",
+	2: "SELECT accepted, completed, took, seq, identity FROM totals",
+}
 
 const projectEvery = 100 * time.Millisecond // least time between two commits to metrics.db
 
-// metrics owns metrics.db, a projection of the totals in orders.db. The two
-// files cannot commit together; since the projector sets sums and does not add
-// to them, a crash between the commits loses and doubles nothing.
+// metrics owns metrics.db, a projection of the orders' totals. The two databases
+// cannot commit together; since the projector sets sums and does not add to
+// them, a crash between the commits loses and doubles nothing. What metrics.db
+// has counted also bears witness to what the orders must hold.
 type metrics struct {
-	db    *database
-	store *store
-	log   *logger
-	hooks hooks
+	file *database
+	log  *logger
 
-	counted atomic.Pointer[sums] // what metrics.db holds
-	quit    chan struct{}        // closed by close
-	stopped chan struct{}        // closed when the projector has ended
+	counted atomic.Pointer[totals] // what metrics.db holds
+	latest  atomic.Pointer[totals] // what it should hold
+	changed chan struct{}          // capacity 1: latest was set
+	quit    chan struct{}          // closed by close
+	stopped chan struct{}          // closed when the projector has ended
+
+	commitSizes histogram
+	commitTimes histogram
+
+	beforeProject func() // a test's, between the two databases' commits; or nil
 }
 
-func newMetrics(cfg config, s *store, log *logger) *metrics {
-	return &metrics{
-		db: &database{path: filepath.Join(cfg.data, "metrics.db"), appID: 0x6f72646d, version: metricsVersion, schema: metricsSchema,
-			autoCheckpoint: 1}, // so that its counts outlive both -wal files
-		store: s, log: log, hooks: cfg.hooks, quit: make(chan struct{}), stopped: make(chan struct{}),
+// openMetrics looks at metrics.db without changing it.
+func openMetrics(directory string, log *logger) (*metrics, error) {
+	m := &metrics{
+		file: &database{
+			path: filepath.Join(directory, "metrics.db"), appID: 0x6f72646d, version: metricsVersion,
+			schema: metricsSchema, upgrades: []string{metricsUpgrade},
+			autoCheckpoint: 1, // so that its counts outlive both -wal files
+		},
+		log: log, changed: make(chan struct{}, 1),
+		commitSizes: newHistogram(commitSizeBounds), commitTimes: newHistogram(latencyBounds),
 	}
+	counted := new(totals)
+	if err := m.file.inspect(lookAtCounts, &counted.accepted, &counted.completed, &counted.took, &counted.seq, &counted.identity); err != nil {
+		return nil, err
+	}
+	m.counted.Store(counted)
+	return m, nil
+}
+
+// check makes sure that the orders in the file called place hold everything that
+// was ever counted.
+func (m *metrics) check(t totals, place string) error {
+	c := m.counted.Load()
+	lost := c.accepted > t.accepted || c.completed > t.completed
+	if c.identity != 0 && t.identity != 0 { // both were written by a version that knows
+		if c.accepted > 0 && c.identity != t.identity {
+			return fmt.Errorf("%s is not the database whose %d orders %s has counted: put that one back, or delete %[3]s to go on with this one", place, c.accepted, m.file.path)
+		}
+		lost = c.identity == t.identity && c.seq > t.seq
+	}
+	if lost {
+		return fmt.Errorf("%s has lost orders or their steps: it holds %d orders, %d of them completed, as of commit %d, but %s has counted %d and %d as of commit %d; put back the newest %[1]s together with its -wal file, or delete %[5]s to accept the loss",
+			place, t.accepted, t.completed, t.seq, m.file.path, c.accepted, c.completed, c.seq)
+	}
+	return nil
+}
+
+// start prepares metrics.db and has it hold t, which also rebuilds one that was
+// deleted or put back from a backup. Then it projects.
+func (m *metrics) start(t totals) error {
+	upgraded, err := m.file.open()
+	if err != nil {
+		return err
+	}
+	if upgraded {
+		m.log.Info("the schema was upgraded", "file", m.file.path, "version", metricsVersion)
+	}
+	m.latest.Store(&t)
+	if err := m.take(t); err != nil {
+		return err
+	}
+	m.quit, m.stopped = make(chan struct{}), make(chan struct{})
+	go m.project()
+	return nil
+}
+
+// committed takes note of a commit of the orders.
+func (m *metrics) committed(r commitReport) {
+	m.commitSizes.observe(float64(r.creates + r.steps))
+	m.commitTimes.observe(r.took.Seconds())
+	m.latest.Store(&r.totals)
+	nudge(m.changed)
 }
 
 // project is the projector: it takes over the totals soon after they change.
@@ -52,14 +125,14 @@ func (m *metrics) project() {
 	defer close(m.stopped)
 	for open := true; open; {
 		select {
-		case <-m.store.counted:
+		case <-m.changed:
 		case <-m.quit:
 			open = false
 		}
 		pause := projectEvery
-		if err := m.take(m.store.totals.Load().sums); err != nil {
+		if err := m.take(*m.latest.Load()); err != nil {
 			m.log.Error("metrics.db cannot be written; its counts lag until it can", "error", err)
-			nudge(m.store.counted)
+			nudge(m.changed)
 			pause = retryPause
 		}
 		select {
@@ -69,46 +142,49 @@ func (m *metrics) project() {
 	}
 }
 
-// take makes metrics.db hold t. Called at start, it also rebuilds a metrics.db
-// that was deleted or put back from a backup.
-func (m *metrics) take(t sums) error {
-	if *m.counted.Load() == t {
+// take makes metrics.db hold t.
+func (m *metrics) take(t totals) error {
+	if m.counted.Load().seq == t.seq && m.counted.Load().identity == t.identity {
 		return nil
 	}
-	if m.hooks.beforeProject != nil {
-		m.hooks.beforeProject()
+	if m.beforeProject != nil {
+		m.beforeProject()
 	}
-	if _, err := m.db.Exec("UPDATE totals SET accepted = ?, completed = ?, took = ?", t.accepted, t.completed, t.took); err != nil {
-		return explain(m.db.path, err)
+	if _, err := m.file.Exec("UPDATE totals SET accepted = ?, completed = ?, took = ?, seq = ?, identity = ?",
+		t.accepted, t.completed, t.took, t.seq, t.identity); err != nil {
+		return explain(m.file.path, err)
 	}
 	m.counted.Store(&t)
 	return nil
 }
 
-// close takes over the last totals. The store must be closed before.
+// close takes over the last totals. Nothing may be committed any more.
 func (m *metrics) close() error {
-	close(m.quit)
-	<-m.stopped
-	return m.db.close()
+	if m.quit != nil { // it was started
+		close(m.quit)
+		<-m.stopped
+	}
+	return m.file.close()
 }
 
-// summary is the answer of GET /metrics in JSON. The two sides of it are read
+// summary is the answer of GET /metrics in JSON. The two databases are read
 // apart: they agree once the projector has caught up.
 type summary struct {
 	TotalOrdersProcessed  int64   `json:"total_orders_processed"`
 	AverageProcessingTime float64 `json:"average_processing_time"` // seconds
 	OrdersPending         int64   `json:"orders_pending"`
 	OrdersProcessing      int64   `json:"orders_processing"`
-	OrdersCompleted       int64   `json:"orders_completed"`
+	OrdersCompleted       int64   `json:"orders_completed"` // of those still stored
 }
 
-func (m *metrics) summary() summary {
-	counted, t := m.counted.Load(), m.store.totals.Load()
+// summary adds what was counted to the totals t of the orders.
+func (m *metrics) summary(t totals) summary {
+	counted := m.counted.Load()
 	sum := summary{
 		TotalOrdersProcessed: counted.completed,
 		OrdersPending:        t.pending(),
 		OrdersProcessing:     t.processing,
-		OrdersCompleted:      t.completed,
+		OrdersCompleted:      t.completed - t.removed,
 	}
 	if counted.completed > 0 {
 		sum.AverageProcessingTime = float64(counted.took) / float64(counted.completed) / 1e6
@@ -126,9 +202,9 @@ type histogram struct {
 }
 
 var (
-	latencyBounds   = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10} // seconds
-	durationBounds  = []float64{.001, .01, .1, .25, .5, 1, 2, 2.5, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400}     // seconds
-	batchSizeBounds = []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}                       // operations
+	latencyBounds    = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10} // seconds
+	durationBounds   = []float64{.001, .01, .1, .25, .5, 1, 2, 2.5, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400}     // seconds
+	commitSizeBounds = []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}                       // operations
 )
 
 func newHistogram(bounds []float64) histogram {
@@ -141,13 +217,6 @@ func (h *histogram) observe(v float64) {
 	defer h.mu.Unlock()
 	h.counts[sort.SearchFloat64s(h.bounds, v)]++
 	h.sum += v
-}
-
-// route counts the requests of one method and path.
-type route struct {
-	method, path string
-	latency      *histogram         // of its answers, or nil
-	statuses     [600]atomic.Uint64 // by HTTP status code
 }
 
 // exposition writes Prometheus's text format 0.0.4:
@@ -180,52 +249,4 @@ func (e *exposition) histogram(name, help string, h *histogram) {
 	}
 	e.sample(name+"_sum", "", h.sum)
 	e.sample(name+"_count", "", float64(n))
-}
-
-// prometheus is the answer of GET /metrics to a machine.
-func (s *server) prometheus() []byte {
-	var e exposition
-	sum, t, cache := s.metrics.summary(), s.store.totals.Load(), s.cache
-	e.one("orderd_orders_processed_total", "counter", "Orders counted as processed in metrics.db.", float64(sum.TotalOrdersProcessed))
-	e.one("orderd_average_processing_seconds", "gauge", "Mean time from start to completion over all orders.", sum.AverageProcessingTime)
-	e.one("orderd_orders_accepted_total", "counter", "Orders in orders.db.", float64(t.accepted))
-	e.family("orderd_orders", "gauge", "Orders in orders.db by status.")
-	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
-		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
-	}
-	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &s.pool.took)
-	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where orders.db cannot be read.", s.oldestPending())
-	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(s.pool.queue)))
-	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(s.pool.queue)))
-	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(s.pool.parked.Load()))
-	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
-	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
-	e.one("orderd_cache_misses_total", "counter", "Status reads that went to orders.db.", float64(cache.misses.Load()))
-	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
-	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
-	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
-	for _, r := range s.routes {
-		for code := range r.statuses {
-			if n := r.statuses[code].Load(); n > 0 {
-				e.sample("orderd_http_requests_total", fmt.Sprintf(`{method="%s",route="%s",status="%d"}`, r.method, r.path, code), float64(n))
-			}
-		}
-	}
-	e.histogram("orderd_commit_operations", "Creates and steps in one commit to orders.db.", &s.store.batchSizes)
-	e.histogram("orderd_commit_seconds", "Time of one commit to orders.db, its fsync included.", &s.store.batchTimes)
-	e.one("orderd_wal_bytes", "gauge", "Size of the write-ahead log of orders.db.", float64(s.store.walBytes()))
-	e.one("orderd_log_lines_dropped_total", "counter", "Log lines lost to a full buffer or a failing disk.", float64(s.log.dropped.Load()))
-	e.family("orderd_build_info", "gauge", "Always 1; the labels tell the build.")
-	version, commit := buildInfo()
-	e.sample("orderd_build_info", fmt.Sprintf(`{version="%s",commit="%s",goversion="%s"}`, version, commit, runtime.Version()), 1)
-	return e.text
-}
-
-// oldestPending is an age in seconds.
-func (s *server) oldestPending() float64 {
-	first, err := s.store.oldest(pending)
-	if err != nil {
-		return math.NaN()
-	}
-	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
 }

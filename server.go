@@ -17,11 +17,11 @@ import (
 	"math"
 	"math/rand/v2"
 	"mime"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -56,33 +56,59 @@ var (
 	apiJSON []byte
 )
 
+// serverOptions are the server's part of the configuration.
+type serverOptions struct {
+	token string   // bearer token that requests must carry; empty asks for none
+	hosts []string // the Host names that are ours, in lower case; empty takes any
+}
+
 // server is the HTTP side: Echo routes to the handlers, everything else is
 // net/http's own server with its limits set.
 type server struct {
-	*app
-	http *http.Server
+	serverOptions
+	store   *store
+	pool    *pool
+	metrics *metrics
+	log     *logger
+	http    *http.Server
 
-	token    [sha256.Size]byte // of the bearer token, if there is one
-	hosts    []string          // the Host names that are ours, in lower case; empty takes any
-	boot     string            // makes request IDs differ between starts
-	requests atomic.Uint64
-
-	creates, reads histogram // latencies
-	routes         map[string]*route
+	tokenHash [sha256.Size]byte
+	boot      string // makes request IDs differ between starts
+	requests  atomic.Uint64
+	creates   histogram // latencies of POST /orders
+	reads     histogram // and of GET /orders/:order_id
+	routes    map[string]*route
 }
 
-func newServer(a *app) *server {
-	s := &server{
-		app:     a,
-		token:   sha256.Sum256([]byte(a.cfg.token)),
-		boot:    strconv.FormatUint(rand.Uint64(), 36) + "-",
-		creates: newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
+// route counts the requests of one method and path.
+type route struct {
+	method, path string
+	latency      *histogram         // of its answers, or nil
+	statuses     [600]atomic.Uint64 // by HTTP status code
+}
+
+func newServer(o serverOptions, s *store, p *pool, m *metrics, log *logger) *server {
+	srv := &server{
+		serverOptions: o, store: s, pool: p, metrics: m, log: log,
+		tokenHash: sha256.Sum256([]byte(o.token)),
+		boot:      strconv.FormatUint(rand.Uint64(), 36) + "-",
+		creates:   newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
 		routes: map[string]*route{},
 	}
-	if a.local() {
-		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		s.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
+	srv.http = &http.Server{
+		Handler:           canonical(srv.handler()),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      maxWait + 30*time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeader - 4096, // net/http adds these 4096
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
+	return srv
+}
+
+// handler routes every request.
+func (s *server) handler() http.Handler {
 	e := echo.New()
 	e.HTTPErrorHandler = s.problem
 	e.Use(s.observe, s.admit)
@@ -105,16 +131,28 @@ func newServer(a *app) *server {
 	s.routes["POST/orders"].latency = &s.creates
 	s.routes["GET/orders/:order_id"].latency = &s.reads
 	s.routes[""] = &route{method: "other", path: "other"}
-	s.http = &http.Server{
-		Handler:           e,
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       30 * time.Second,
-		WriteTimeout:      maxWait + 30*time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    maxHeader - 4096, // net/http adds these 4096
-		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
-	}
-	return s
+	return e
+}
+
+// canonical undoes percent-encoding that changes nothing, and gives an absolute
+// address without a path the root's: these are the same resource (RFC 3986,
+// sections 6.2.2.2 and 6.2.3), but Echo routes by the path as it was sent.
+func canonical(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if u := r.URL; u.RawPath != "" {
+			segments := strings.Split(u.RawPath, "/")
+			for i, segment := range segments {
+				text, _ := url.PathUnescape(segment) // net/url has checked it
+				segments[i] = url.PathEscape(text)
+			}
+			if u.RawPath = strings.Join(segments, "/"); u.RawPath == u.Path {
+				u.RawPath = ""
+			}
+		} else if u.Path == "" {
+			u.Path = "/"
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // shutdown answers what is in flight, and cuts it off at the deadline, but not
@@ -171,22 +209,29 @@ func guard(next echo.HandlerFunc, c echo.Context) (err error) {
 	return next(c)
 }
 
-// open are the paths that need no token.
+// open are the paths that need no token, and that any page may ask for.
 var open = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz": true}
 
 // admit keeps out requests for another host's name (DNS rebinding) while we
-// listen on loopback only, and those without the token where one is set.
+// listen on loopback only, those that a page of another site made a browser
+// send, and those without the token where one is set.
 func (s *server) admit(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
-		host := c.Request().Host
+		host, header := c.Request().Host, c.Request().Header
 		name := (&url.URL{Host: strings.ToLower(host)}).Hostname() // without port and brackets
 		if len(s.hosts) > 0 && host != "" && !slices.Contains(s.hosts, name) {
 			return newFault(http.StatusMisdirectedRequest, "This server does not answer for the host %q; use localhost.", host)
 		}
-		if s.cfg.token != "" && !open[c.Path()] {
-			scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
+		if open[c.Path()] {
+			return next(c)
+		}
+		if header.Get("Sec-Fetch-Site") == "cross-site" {
+			return newFault(http.StatusForbidden, "This server does not answer requests that a page of another site sends.")
+		}
+		if s.token != "" {
+			scheme, given, _ := strings.Cut(header.Get(echo.HeaderAuthorization), " ")
 			hash := sha256.Sum256([]byte(given)) // equal lengths to compare
-			if subtle.ConstantTimeCompare(hash[:], s.token[:]) == 0 || !strings.EqualFold(scheme, "Bearer") {
+			if subtle.ConstantTimeCompare(hash[:], s.tokenHash[:]) == 0 || !strings.EqualFold(scheme, "Bearer") {
 				c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
 				return newFault(http.StatusUnauthorized, "Send the server's token as Authorization: Bearer <token>.")
 			}
@@ -277,7 +322,6 @@ func decodeCreate(body []byte) (*create, error) {
 		parse func(json.RawMessage, report)
 	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
 	var bad []fieldError
-	count := len(members)
 	for _, field := range known {
 		to := func(format string, args ...any) {
 			bad = append(bad, fieldError{field.name, fmt.Sprintf(format, args...)})
@@ -292,11 +336,8 @@ func decodeCreate(body []byte) (*create, error) {
 	for _, name := range slices.Sorted(maps.Keys(members)) { // what is left is unknown
 		bad = append(bad, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
 	}
-	// Every member has a colon, so only with more colons can a name be there twice.
-	if bytes.Count(body, []byte(":")) > count {
-		for _, name := range repeated(body) {
-			bad = append(bad, fieldError{name, "is given more than once"})
-		}
+	for _, name := range repeated(body) {
+		bad = append(bad, fieldError{name, "is given more than once"})
 	}
 	if len(bad) > 0 {
 		f := newFault(http.StatusUnprocessableEntity, "The order was not taken: see errors for what is wrong with its fields.")
@@ -447,12 +488,15 @@ func (s *server) getOrder(c echo.Context) error {
 		return errNotFound
 	}
 	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && s.pool.stopping.Err() == nil {
-		if err := s.await(c, id, wait); err != nil {
+		ctx, cancel := context.WithTimeout(c.Request().Context(), wait)
+		defer cancel()
+		defer context.AfterFunc(s.pool.stopping, cancel)()
+		if err := s.store.wait(ctx, id); err != nil {
 			return err
 		}
 		c.Response().Header().Set("Preference-Applied", fmt.Sprintf("wait=%d", wait/time.Second))
 	}
-	st, err := s.status(id)
+	st, err := s.store.status(id)
 	if err != nil {
 		return err
 	}
@@ -461,35 +505,6 @@ func (s *server) getOrder(c echo.Context) error {
 }
 
 var noStore = []string{"no-store"}
-
-func (s *server) status(id ulid.ULID) (status, error) {
-	if st, ok := s.cache.get(id); ok {
-		return st, nil
-	}
-	o, err := s.store.find(id)
-	if err != nil {
-		return 0, err
-	}
-	s.cache.learn(id, o.status)
-	return o.status, nil
-}
-
-// await returns when the order is Completed, the wait is over, the client has
-// gone or the server stops.
-func (s *server) await(c echo.Context, id ulid.ULID, wait time.Duration) error {
-	done, stop := s.cache.watch(id)
-	defer stop()
-	if st, err := s.status(id); err != nil || st == completed {
-		return err
-	}
-	select {
-	case <-done:
-	case <-time.After(wait):
-	case <-c.Request().Context().Done():
-	case <-s.pool.stopping.Done():
-	}
-	return nil
-}
 
 // The elements of a header that is a list (a comma in quotes belongs to its
 // element), and of those of Prefer the one to wait.
@@ -551,24 +566,23 @@ func (s *server) listOrders(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	orders, next, err := s.store.list(f)
+	found, err := s.store.list(f)
 	if err != nil {
 		return err
 	}
-	page := struct {
+	answer := struct {
 		Orders []listedOrder `json:"orders"`
 		Next   *string       `json:"next"`
-	}{Orders: make([]listedOrder, 0, len(orders))}
-	if !next.IsZero() {
-		query.Set("before", next.String())
-		page.Next = new("/orders?" + query.Encode())
+	}{Orders: make([]listedOrder, 0, len(found.orders))}
+	if !found.next.IsZero() {
+		query.Set("before", found.next.String())
+		answer.Next = new("/orders?" + query.Encode())
 	}
-	for _, o := range orders {
-		s.cache.learn(o.id, o.status)
-		page.Orders = append(page.Orders, newListedOrder(o))
+	for _, o := range found.orders {
+		answer.Orders = append(answer.Orders, newListedOrder(o))
 	}
 	c.Response().Header()[echo.HeaderCacheControl] = noStore
-	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, page)
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, answer)
 }
 
 func badQuery(format string, args ...any) error {
@@ -622,7 +636,7 @@ func (s *server) getMetrics(c echo.Context) error {
 	if prefersText(c.Request().Header.Values(echo.HeaderAccept)) {
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
-	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary())
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary(s.store.totals()))
 }
 
 // prefersText reports whether an Accept header ranks Prometheus's text format
@@ -645,6 +659,58 @@ func prefersText(accept []string) bool {
 		return 0
 	}
 	return quality("text/plain", "text/*", "*/*") > quality(echo.MIMEApplicationJSON, "application/*", "*/*")
+}
+
+// prometheus is the answer of GET /metrics to a machine.
+func (s *server) prometheus() []byte {
+	var e exposition
+	t, cache := s.store.totals(), s.store.cache
+	sum := s.metrics.summary(t)
+	e.one("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
+	e.one("orderd_average_processing_seconds", "gauge", "Mean time from start to completion over all orders.", sum.AverageProcessingTime)
+	e.one("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
+	e.family("orderd_orders", "gauge", "Orders in orders.db by status.")
+	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
+		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
+	}
+	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &s.pool.took)
+	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where orders.db cannot be read.", s.oldestPending())
+	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(s.pool.queue)))
+	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(s.pool.queue)))
+	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(s.pool.parked.len()))
+	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
+	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
+	e.one("orderd_cache_misses_total", "counter", "Status reads that went to orders.db.", float64(cache.misses.Load()))
+	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
+	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
+	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
+	for _, r := range s.routes {
+		for code := range r.statuses {
+			if n := r.statuses[code].Load(); n > 0 {
+				e.sample("orderd_http_requests_total", fmt.Sprintf(`{method="%s",route="%s",status="%d"}`, r.method, r.path, code), float64(n))
+			}
+		}
+	}
+	e.histogram("orderd_commit_operations", "Creates and steps in one commit to orders.db.", &s.metrics.commitSizes)
+	e.histogram("orderd_commit_seconds", "Time of one commit to orders.db, its fsync included.", &s.metrics.commitTimes)
+	for _, g := range s.store.gauges() {
+		e.one(g.name, "gauge", g.help, g.value)
+	}
+	e.one("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", s.store.clockBehind().Seconds())
+	e.one("orderd_log_lines_dropped_total", "counter", "Log lines lost to a full buffer or a failing disk.", float64(s.log.dropped.Load()))
+	e.family("orderd_build_info", "gauge", "Always 1; the labels tell the build.")
+	version, commit := buildInfo()
+	e.sample("orderd_build_info", fmt.Sprintf(`{version="%s",commit="%s",goversion="%s"}`, version, commit, runtime.Version()), 1)
+	return e.text
+}
+
+// oldestPending is an age in seconds.
+func (s *server) oldestPending() float64 {
+	first, err := s.store.oldest(pending)
+	if err != nil {
+		return math.NaN()
+	}
+	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
 }
 
 // live says that the process answers.
@@ -723,6 +789,8 @@ func faultOf(err error, c echo.Context) *fault {
 		return f
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
 		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
+	case errors.Is(err, errBehind):
+		return newFault(http.StatusServiceUnavailable, "The answer is not certain yet: %v. Try again later.", err)
 	case errors.Is(err, echo.ErrNotFound):
 		return newFault(http.StatusNotFound, "There is nothing at %s.", path)
 	case errors.Is(err, echo.ErrMethodNotAllowed):

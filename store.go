@@ -2,11 +2,12 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"database/sql"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
+	"io"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -22,18 +23,7 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// status only moves forward.
-type status uint8
-
-const (
-	pending status = iota
-	processing
-	completed
-)
-
-var statusNames = [...]string{"Pending", "Processing", "Completed"}
-
-func (s status) String() string { return statusNames[s] }
+// ---- The domain: orders, their steps, the totals, and what can go wrong. ----
 
 // order is one row. Its ULID says when it was created and, since the writer
 // makes the IDs in commit order, its place in the queue.
@@ -58,7 +48,667 @@ func joinID(high, low int64) (id ulid.ULID) {
 	return id
 }
 
-const ordersVersion = 2 // PRAGMA user_version of orders.db
+// create is an order on its way into the table.
+type create struct {
+	order
+	key      string // idempotency key, or empty
+	replayed bool   // order is the one that the key created earlier
+	err      error  // of this create alone
+}
+
+// replay answers with the order that the key has already created.
+func (c *create) replay(earlier order) {
+	c.err = errKeyReused
+	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
+		c.order, c.replayed, c.err = earlier, true, nil
+	}
+}
+
+func (c *create) stored() bool { return !c.replayed && c.err == nil }
+
+// step is one order's move to a later status.
+type step struct {
+	id            ulid.ULID
+	from, to      status
+	started, took int64 // as in order
+	void          bool  // the engine's: the order was not in from
+}
+
+// totals is the one row of that name, written by every commit. The sums never
+// fall, so they are an outbox: metrics.db can take them over any number of times.
+type totals struct {
+	identity      int64 // of the database: random, made with it
+	seq           int64 // commits so far; each is valid only on the seq before it
+	accepted      int64 // orders ever
+	processing    int64 // orders now
+	completed     int64 // orders ever
+	took          int64 // µs, sum over the completed
+	removed       int64 // completed orders that are no longer in the table
+	newest        int64 // upper half of the newest ID ever
+	newestStarted int64 // upper half of the newest ID that ever left Pending
+}
+
+func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
+
+// after returns the totals as b leaves them.
+func (t totals) after(b *batch) totals {
+	t.seq++
+	for _, c := range b.creates {
+		if c.stored() {
+			t.accepted++
+			t.newest = max(t.newest, high(c.id))
+		}
+	}
+	for _, st := range b.steps {
+		if st.void {
+			continue
+		}
+		t.newestStarted = max(t.newestStarted, high(st.id))
+		if st.from == processing {
+			t.processing--
+		}
+		if st.to == processing {
+			t.processing++
+		} else {
+			t.completed++
+			t.took += st.took
+		}
+	}
+	t.removed += int64(len(b.removed))
+	return t
+}
+
+// filter is what a list asks for.
+type filter struct {
+	before int64 // upper half of an ID; only older orders
+	userID string
+	status *status
+	limit  int
+}
+
+// page is a part of a list, newest first.
+type page struct {
+	orders []order
+	next   ulid.ULID // the next page goes on before it; zero on the last page
+}
+
+// queued is an order that is not final, as the feeder reads it. Its size is
+// fixed: content stays in the table until it is needed.
+type queued struct {
+	id     ulid.ULID
+	status status
+}
+
+// Why the store does not take a create now. Except after errOutcomeUnknown,
+// nothing of the order is stored.
+var (
+	errBusy       = errors.New("too many orders wait for the disk")
+	errUnwritable = errors.New("the store cannot be written")
+	errClosed     = errors.New("the store is closed")
+	errStalled    = fmt.Errorf("the disk has not taken a write for more than %s", stalledAfter)
+)
+
+// What becomes of one order.
+var (
+	errNotFound  = errors.New("no such order")
+	errKeyReused = errors.New("the idempotency key was used with other content")
+	errRejected  = errors.New("the table does not take this order")
+	errBehind    = errors.New("a commit is not confirmed yet")
+)
+
+// How a commit ends, besides well. Each wraps its cause.
+var (
+	errNotWritten     = errors.New("nothing was written")                     // try again
+	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")    // only a new start can find out
+	errBroken         = errors.New("the orders cannot be written any longer") // and that will not mend itself
+)
+
+// ---- The store: the one door to orders. ----
+
+// Limits of a batch. Beyond them a create is refused and a worker waits.
+const (
+	maxCreates     = 4096
+	maxCreateBytes = 16 << 20 // of text
+	maxSteps       = 8192
+)
+
+const (
+	maxStepDelay = 5 * time.Millisecond   // of a batch without creates, so that its fsync is shared
+	retryPause   = time.Second            // before another attempt at a write, a checkpoint or a read of the backlog that failed
+	tidyEvery    = 500 * time.Millisecond // between looks at an idle engine
+	stalledAfter = 2 * time.Second        // at one batch, and the store is not ready
+	publishPause = 100 * time.Microsecond // between looks at whether a commit is published
+	maxBehind    = 2 * time.Second        // longest that a read waits for what it saw to be confirmed
+)
+
+// engine keeps orders durably. Only the writer calls commit and tidy; a read
+// also returns the seq that it saw.
+type engine interface {
+	// look returns the totals without changing anything.
+	look() (totals, error)
+	// start prepares for writing: schema, upgrade, the check of the totals.
+	start() (totals, error)
+	// commit writes a batch whole, and sets its totals, what it removed, and each
+	// create's and step's own outcome. Its error wraps errNotWritten,
+	// errOutcomeUnknown or errBroken.
+	commit(*batch) error
+	// tidy does, between batches, what nobody waits for. Its errors are commit's.
+	tidy() error
+
+	find(id ulid.ULID) (o order, seq int64, err error)
+	findKey(key string) (o order, seq int64, err error)
+	list(filter) (p page, seq int64, err error)
+	// backlog returns up to limit orders after an ID that are not final, in order.
+	backlog(after int64, limit int) ([]queued, error)
+	// oldest is the upper half of the oldest ID in a status that is not final, or math.MaxInt64.
+	oldest(status) (idHigh int64, err error)
+
+	gauges() []gauge
+	// close closes the files, unless the last commit's outcome is unknown: then
+	// nothing may be synced again and the next start finds out.
+	close() error
+}
+
+// gauge is a figure of one engine.
+type gauge struct {
+	name, help string
+	value      float64
+}
+
+// storeOptions are the store's part of the configuration.
+type storeOptions struct {
+	cache int              // statuses in memory
+	now   func() time.Time // the wall clock
+}
+
+// store takes creates and steps, hands them to its writer in batches, and
+// answers reads from the cache or the engine.
+type store struct {
+	engine    engine
+	cache     *cache
+	intake    *intake
+	writer    *writer
+	published *atomic.Pointer[totals] // of the last commit that is durable and in the cache
+}
+
+func newStore(e engine, o storeOptions, log *logger) *store {
+	s := &store{engine: e, cache: newCache(o.cache), intake: newIntake(), published: &atomic.Pointer[totals]{}}
+	s.writer = &writer{engine: e, intake: s.intake, cache: s.cache, published: s.published, log: log, now: o.now}
+	return s
+}
+
+// start begins to write. report is called after each commit, on the writer's
+// goroutine.
+func (s *store) start(report func(commitReport)) error {
+	t, err := s.engine.start()
+	if err != nil {
+		return err
+	}
+	s.published.Store(&t)
+	s.writer.newest, s.writer.report = t.newest, report
+	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
+	go s.writer.run()
+	return nil
+}
+
+// create puts an order into the open batch and returns once that batch is on
+// disk. The writer gives c.order its ID. A key that has already created an
+// order is answered with it even while creates are refused.
+func (s *store) create(c *create) error {
+	b, err := s.intake.add(c)
+	if err == nil {
+		<-b.done
+		err = b.err
+	}
+	if err != nil && c.key != "" {
+		if earlier, findErr := s.shown(s.engine.findKey(c.key)); findErr == nil {
+			c.replay(earlier)
+			err = nil
+		}
+	}
+	return cmp.Or(err, c.err)
+}
+
+// step hands a move to the writer without waiting for the commit; it waits
+// only while the open batch is full.
+func (s *store) step(st step) {
+	for {
+		full := s.intake.addStep(st)
+		if full == nil {
+			return
+		}
+		select {
+		case <-full.done:
+		case <-s.writer.stopped:
+			return
+		}
+	}
+}
+
+// status answers from memory, or on a miss from the table.
+func (s *store) status(id ulid.ULID) (status, error) {
+	if st, ok := s.cache.get(id); ok {
+		return st, nil
+	}
+	o, err := s.get(id)
+	return o.status, err
+}
+
+// wait returns once the order is final or ctx is done. Its error is that the
+// order cannot be read.
+func (s *store) wait(ctx context.Context, id ulid.ULID) error {
+	final, stop := s.cache.watch(id)
+	defer stop()
+	if st, err := s.status(id); err != nil || st.final() {
+		return err
+	}
+	select {
+	case <-final:
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// get reads an order from the table.
+func (s *store) get(id ulid.ULID) (order, error) {
+	o, seq, err := s.engine.find(id)
+	if o, err = s.shown(o, seq, err); err == nil {
+		s.cache.learn(id, o.status, seq)
+	}
+	return o, err
+}
+
+func (s *store) list(f filter) (page, error) {
+	p, seq, err := s.engine.list(f)
+	return p, cmp.Or(err, s.await(seq))
+}
+
+// shown holds an order that was read until it may be shown.
+func (s *store) shown(o order, seq int64, err error) (order, error) {
+	return o, cmp.Or(s.await(seq), err)
+}
+
+// await returns once the commit seq is published. A table shows a commit a
+// moment before the cache does; an answer in between would let the next answer,
+// from the cache, fall behind it.
+func (s *store) await(seq int64) error {
+	for began := time.Now(); s.totals().seq < seq; time.Sleep(publishPause) {
+		if time.Since(began) > maxBehind {
+			return errBehind
+		}
+	}
+	return nil
+}
+
+// backlog returns up to limit orders after an ID that are not final, in order.
+func (s *store) backlog(after int64, limit int) ([]queued, error) {
+	return s.engine.backlog(after, limit)
+}
+
+// beforeBacklog is an upper half of an ID: all orders up to it are final.
+func (s *store) beforeBacklog() (int64, error) {
+	newest := s.totals().newest // first, since what comes after it may end before the other two are read
+	firstPending, err := s.oldest(pending)
+	if err != nil {
+		return 0, err
+	}
+	firstProcessing, err := s.oldest(processing)
+	return min(newest, firstPending-1, firstProcessing-1), err
+}
+
+// oldest is the upper half of the oldest ID in a status that is not final, or
+// math.MaxInt64.
+func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.oldest(st) }
+
+// totals are those of the last confirmed commit.
+func (s *store) totals() totals { return *s.published.Load() }
+
+// clockBehind is how far the newest order's time is ahead of the clock, or 0.
+func (s *store) clockBehind() time.Duration {
+	return max(0, time.UnixMilli(s.totals().newest>>16).Sub(s.writer.now()))
+}
+
+func (s *store) gauges() []gauge { return s.engine.gauges() }
+
+// ready tells why a create would be refused now, or wait too long.
+func (s *store) ready() error { return s.intake.ready() }
+
+// failed is closed when the writer has given up; close tells why.
+func (s *store) failed() <-chan struct{} { return s.writer.stopped }
+
+// close writes what waits and closes the engine. Its error says why the writer
+// gave up, if it did.
+func (s *store) close() error {
+	s.intake.close()
+	if s.writer.quit != nil { // it was started
+		close(s.writer.quit)
+		<-s.writer.stopped
+	}
+	return errors.Join(s.writer.failure, s.engine.close())
+}
+
+// batch is what one commit holds. It is the intake's while it is open, then the
+// writer's until done is closed, and after that its waiters'.
+type batch struct {
+	creates []*create
+	steps   []step
+	bytes   int               // of text in creates
+	moved   map[ulid.ULID]int // an order's index in steps
+	done    chan struct{}     // closed once it is answered
+	err     error             // of every create in it: the kind, without the cause
+
+	totals  totals      // the engine's: as this commit leaves them
+	removed []ulid.ULID // the engine's: orders that this commit removed
+}
+
+func newBatch(steps []step) *batch {
+	b := &batch{steps: steps, moved: map[ulid.ULID]int{}, done: make(chan struct{})}
+	for i, st := range steps {
+		b.moved[st.id] = i
+	}
+	return b
+}
+
+func (b *batch) operations() int { return len(b.creates) + len(b.steps) }
+
+// move adds a step, or makes one of two of the same order: a commit moves an
+// order once.
+func (b *batch) move(st step) {
+	if i, ok := b.moved[st.id]; ok {
+		st.from = b.steps[i].from
+		b.steps[i] = st
+		return
+	}
+	b.moved[st.id] = len(b.steps)
+	b.steps = append(b.steps, st)
+}
+
+// answer releases everyone who waits for the batch.
+func (b *batch) answer(err error) {
+	b.err = err
+	close(b.done)
+}
+
+// intake holds the open batch, and says whether creates are taken.
+type intake struct {
+	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
+	stepped chan struct{} // capacity 1: a step does
+
+	mu       sync.Mutex // guards the rest
+	open     *batch
+	taken    time.Time // when the writer began with the batch that it is at; or zero
+	refusing error     // why creates are refused now, or nil
+	closed   bool
+}
+
+func newIntake() *intake {
+	return &intake{wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1), open: newBatch(nil)}
+}
+
+// add puts a create into the open batch, whose done the caller waits for.
+func (in *intake) add(c *create) (*batch, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if err := in.refusal(); err != nil {
+		return nil, err
+	}
+	in.open.creates = append(in.open.creates, c)
+	in.open.bytes += len(c.userID) + len(c.itemIDs) + len(c.key)
+	nudge(in.wake)
+	return in.open, nil
+}
+
+// addStep puts a step into the open batch, or returns that batch if it is full.
+func (in *intake) addStep(st step) (full *batch) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if len(in.open.steps) == maxSteps {
+		nudge(in.wake)
+		return in.open
+	}
+	in.open.move(st)
+	nudge(in.stepped)
+	return nil
+}
+
+// refusal tells why a create is not taken now. It needs in.mu.
+func (in *intake) refusal() error {
+	switch {
+	case in.closed:
+		return errClosed
+	case in.refusing != nil:
+		return in.refusing
+	case len(in.open.creates) >= maxCreates || in.open.bytes >= maxCreateBytes:
+		return errBusy
+	}
+	return nil
+}
+
+func (in *intake) ready() error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	err := in.refusal()
+	if err == nil && !in.taken.IsZero() && time.Since(in.taken) > stalledAfter {
+		err = errStalled
+	}
+	return err
+}
+
+// take closes the open batch and opens the next.
+func (in *intake) take() *batch {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	b := in.open
+	in.open, in.taken = newBatch(nil), time.Now()
+	return b
+}
+
+// rest says that the writer is done with the batch that it took.
+func (in *intake) rest() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.taken = time.Time{}
+}
+
+func (in *intake) creates() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.open.creates)
+}
+
+// refuse makes creates fail with err from now on, those in the open batch too,
+// or lets them in again with nil. It reports whether that is a change.
+func (in *intake) refuse(err error) (changed bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	changed = in.refusing != err
+	in.refusing = err
+	if waiting := in.open; err != nil && len(waiting.creates) > 0 {
+		in.open = newBatch(waiting.steps)
+		waiting.answer(err)
+	}
+	return changed
+}
+
+func (in *intake) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.closed = true
+}
+
+// commitReport is what the writer tells of a commit.
+type commitReport struct {
+	creates, steps int
+	took           time.Duration
+	totals         totals
+}
+
+// writer is one goroutine that takes whatever waits, has the engine commit it
+// with one fsync (group commit), and only then updates the cache and answers.
+type writer struct {
+	engine    engine
+	intake    *intake
+	cache     *cache
+	published *atomic.Pointer[totals]
+	log       *logger
+	now       func() time.Time
+	report    func(commitReport)
+
+	newest  int64    // upper half of the newest ID
+	changes []change // of the last commit; reused
+
+	quit    chan struct{} // closed by store.close
+	stopped chan struct{} // closed when the writer has ended
+	failure error         // why the writer gave up; written before stopped is closed
+}
+
+// run ends with the batch that quit found open, or when the writer gives up.
+func (w *writer) run() {
+	defer close(w.stopped)
+	tick := time.Tick(tidyEvery)
+	for open := true; open; {
+		select {
+		case <-w.intake.wake:
+		case <-w.intake.stepped:
+			w.awaitCreate()
+		case <-tick:
+		case <-w.quit:
+			open = false
+		}
+		w.gather()
+		if err := w.turn(w.intake.take()); err != nil {
+			w.giveUp(err)
+			return
+		}
+		w.intake.rest()
+	}
+}
+
+// awaitCreate lets steps, for which nobody waits, share a create's fsync.
+func (w *writer) awaitCreate() {
+	select {
+	case <-w.intake.wake:
+	case <-time.After(maxStepDelay):
+	case <-w.quit:
+	}
+}
+
+// gather yields until the batch stops growing. Under load that fills it with
+// the creates of everyone who is ready to run; when idle it costs no time.
+func (w *writer) gather() {
+	for previous, now := -1, 0; previous < now; {
+		runtime.Gosched()
+		previous, now = now, w.intake.creates()
+	}
+}
+
+// turn commits a batch and tidies up. An error means that the writer must not
+// go on.
+func (w *writer) turn(b *batch) error {
+	if b.operations() > 0 {
+		err := w.commit(b)
+		if errors.Is(err, errNotWritten) {
+			return w.retry(b.steps, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := w.engine.tidy(); errors.Is(err, errNotWritten) {
+		return w.retry(nil, err)
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
+// commit writes a batch, publishes it and answers it, in this order.
+func (w *writer) commit(b *batch) error {
+	began := time.Now()
+	w.number(b.creates)
+	if err := w.engine.commit(b); err != nil {
+		b.answer(publicKind(err))
+		return err
+	}
+	w.publish(b)
+	b.answer(nil)
+	if w.intake.refuse(nil) {
+		w.log.Warn("orders are accepted again")
+	}
+	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
+	return nil
+}
+
+// publicKind is what a client is told of an error of a commit.
+func publicKind(err error) error {
+	if errors.Is(err, errOutcomeUnknown) {
+		return errOutcomeUnknown
+	}
+	return errUnwritable
+}
+
+// number gives new orders their IDs, each later than every earlier one whatever
+// the clock does.
+func (w *writer) number(creates []*create) {
+	ms := w.now().UnixMilli()
+	for _, c := range creates {
+		w.newest = max(w.newest+1, ms<<16)
+		c.id = joinID(w.newest, int64(rand.Uint64()))
+	}
+}
+
+// publish lets readers see a commit: the cache first, then the totals.
+func (w *writer) publish(b *batch) {
+	w.changes = w.changes[:0]
+	for _, c := range b.creates {
+		if c.stored() {
+			w.changes = append(w.changes, change{c.id, pending})
+		}
+	}
+	for _, st := range b.steps {
+		if st.void {
+			w.log.Error("a step did not find its order", "order_id", st.id.String(), "from", st.from.String(), "to", st.to.String())
+			continue
+		}
+		w.changes = append(w.changes, change{st.id, st.to})
+	}
+	w.cache.apply(w.changes)
+	if len(b.removed) > 0 {
+		w.cache.forget(b.removed, b.totals.seq)
+	}
+	t := b.totals // a pointer into the batch would keep all of it
+	w.published.Store(&t)
+}
+
+// retry refuses creates and tries once a second to write the steps of a refused
+// batch, or just the totals, until that succeeds.
+func (w *writer) retry(steps []step, cause error) error {
+	if w.intake.refuse(errUnwritable) {
+		w.log.Warn("orders are refused until the store can be written", "error", cause)
+	}
+	for {
+		select {
+		case <-time.After(retryPause):
+		case <-w.quit:
+			return nil // the next start takes these steps again
+		}
+		if err := w.commit(newBatch(steps)); !errors.Is(err, errNotWritten) {
+			return err
+		}
+	}
+}
+
+// giveUp ends the writer after an outcome that only a new start can find out,
+// or a fault that no retry mends.
+func (w *writer) giveUp(err error) {
+	w.failure = err
+	w.log.Error("the writer gave up", "error", err)
+	w.intake.refuse(errUnwritable)
+}
+
+// ---- The SQLite engine. ----
+
+const ordersVersion = 3 // PRAGMA user_version of orders.db
 
 const ordersSchema = `
 CREATE TABLE orders (
@@ -68,10 +718,12 @@ CREATE TABLE orders (
 	user_id  TEXT    NOT NULL,
 	item_ids TEXT    NOT NULL,    -- comma-separated
 	cents    INTEGER NOT NULL CHECK (cents >= 0),
-	started  INTEGER,             -- Unix ms; of the attempt that completed it, once Completed
-	took     INTEGER              -- µs from started to completion
+	started  INTEGER,             -- Unix ms of the first attempt
+	took     INTEGER,             -- µs from started to completion
+	key      TEXT                 -- idempotency key
 ) STRICT;
 CREATE INDEX orders_unfinished ON orders (status) WHERE status < 2; -- as small as the backlog
+CREATE UNIQUE INDEX orders_by_key ON orders (key) WHERE key IS NOT NULL;
 -- An index on user_id that is cheap to write: sorted anew for every run of
 -- orders, and brought up to date some batches later. It lacks the newest.
 CREATE TABLE orders_by_user (
@@ -80,24 +732,84 @@ CREATE TABLE orders_by_user (
 	id_high INTEGER NOT NULL,
 	PRIMARY KEY (run, user, id_high)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE user_runs (first INTEGER PRIMARY KEY); -- no id_high in the run is below it
-INSERT INTO user_runs VALUES (0);
-CREATE TABLE idempotency_keys (
-	key     TEXT PRIMARY KEY,
-	id_high INTEGER NOT NULL -- the order that the key created
-) STRICT, WITHOUT ROWID;
+CREATE TABLE user_runs (
+	first  INTEGER PRIMARY KEY,        -- no id_high in the run is below it
+	last   INTEGER NOT NULL DEFAULT 0, -- the newest id_high in it
+	orders INTEGER NOT NULL DEFAULT 0  -- indexed into it
+) STRICT;
+INSERT INTO user_runs VALUES (0, 0, 0);
 -- Running totals, written in the transaction that changes them. They are the
 -- outbox to metrics.db: being sums, they can be taken over any number of times.
 CREATE TABLE totals (
-	accepted       INTEGER NOT NULL, -- orders in the table
-	processing     INTEGER NOT NULL, -- of these, being processed
-	completed      INTEGER NOT NULL, -- of these, completed
-	took           INTEGER NOT NULL, -- µs, sum over the completed
+	accepted       INTEGER NOT NULL, -- orders ever
+	processing     INTEGER NOT NULL, -- orders being processed
+	completed      INTEGER NOT NULL, -- orders ever completed
+	took           INTEGER NOT NULL, -- µs, sum over these
 	newest_started INTEGER NOT NULL, -- id_high of the newest order that ever left Pending
-	indexed        INTEGER NOT NULL, -- orders in orders_by_user
-	newest_indexed INTEGER NOT NULL  -- id_high of the newest of them
+	newest         INTEGER NOT NULL DEFAULT 0, -- id_high of the newest order ever
+	removed        INTEGER NOT NULL DEFAULT 0, -- completed orders that are no longer here
+	seq            INTEGER NOT NULL DEFAULT 0, -- commits; each follows on the one before it
+	identity       INTEGER NOT NULL DEFAULT 0  -- of this database
 ) STRICT;
-INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0);`
+INSERT INTO totals (accepted, processing, completed, took, newest_started, identity) VALUES (0, 0, 0, 0, 0, random());`
+
+// ordersUpgrade leads from version 2: a key became a column of its order, so
+// that it is free again once the order is gone, and the user index keeps its
+// bounds itself.
+const ordersUpgrade = `
+ALTER TABLE orders ADD COLUMN key TEXT;
+UPDATE orders SET key = k.key FROM idempotency_keys k WHERE k.id_high = orders.id_high;
+DROP TABLE idempotency_keys;
+CREATE UNIQUE INDEX orders_by_key ON orders (key) WHERE key IS NOT NULL;
+ALTER TABLE user_runs ADD COLUMN last INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE user_runs ADD COLUMN orders INTEGER NOT NULL DEFAULT 0;
+UPDATE user_runs SET last = (SELECT newest_indexed FROM totals), orders = (SELECT indexed % 16384 FROM totals)
+	WHERE first = (SELECT max(first) FROM user_runs);
+ALTER TABLE totals DROP COLUMN indexed;
+ALTER TABLE totals DROP COLUMN newest_indexed;
+ALTER TABLE totals ADD COLUMN newest INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE totals ADD COLUMN removed INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;
+UPDATE totals SET newest = (SELECT coalesce(max(id_high), 0) FROM orders), identity = random();`
+
+// The columns of the totals, and where each is kept: to scan and to bind.
+const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
+
+func (t *totals) fields() []any {
+	return []any{&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
+}
+
+// lookAtTotals reads the same of each version.
+var lookAtTotals = map[int64]string{
+	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
+	3: "SELECT " + totalsColumns + " FROM totals",
+}
+
+// The columns of an order as scanOrder reads them, and those that an INSERT binds.
+const (
+	orderColumns  = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
+	insertColumns = "id_high, id_low, status, user_id, item_ids, cents, key"
+	insertValues  = "(?, ?, 0, ?, ?, ?, ?)"
+	insertArgs    = 6  // placeholders of a row
+	insertRows    = 16 // of one INSERT where there are as many: they share the price of running a statement
+)
+
+func appendOrder(args []any, c *create) []any {
+	var key any // NULL without one
+	if c.key != "" {
+		key = c.key
+	}
+	return append(args, high(c.id), low(c.id), c.userID, c.itemIDs, c.cents, key)
+}
+
+// scanOrder also scans what follows the order's columns.
+func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
+	var idHigh, idLow int64
+	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took}, more...)...)
+	o.id = joinID(idHigh, idLow)
+	return o, err
+}
 
 // ordersView is for people with the sqlite3 command line.
 func ordersView() string {
@@ -122,227 +834,1004 @@ func ordersView() string {
 FROM orders;`
 }
 
-// sums are the part of the totals that metrics.db takes over.
-type sums struct {
-	accepted, completed, took int64
+// sqliteEngine keeps orders in one SQLite file. One connection writes; reads
+// have connections of their own, which WAL mode lets read beside it.
+type sqliteEngine struct {
+	file  *database
+	log   *logger
+	write *statements
+	rows  *reader // one order
+	lists *reader // many
+
+	last  totals // as of the last commit
+	users *userIndex
+	wal   *checkpointer
+	lost  error // why the files must be left alone: an outcome is unknown, or they are not in place
+
+	beforeCommit func(*batch) // a test's, just before COMMIT; or nil
 }
 
-// totals is the row of that name.
-type totals struct {
-	sums
-	processing, newestStarted, indexed, newestIndexed int64
+func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
+	return &sqliteEngine{log: log, file: &database{
+		path: filepath.Join(directory, "orders.db"), appID: 0x6f726472, version: ordersVersion,
+		schema: ordersSchema + ordersView(), upgrades: []string{ordersUpgrade},
+	}}
 }
 
-func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
+func (e *sqliteEngine) look() (t totals, err error) {
+	err = e.file.inspect(lookAtTotals, t.fields()...)
+	return t, err
+}
 
-// Limits of what waits for the writer. Beyond them a create is refused and a
-// worker waits; a batch, and so a transaction, is never larger.
-const (
-	maxCreates = 4096
-	maxSteps   = 8192
-)
+func (e *sqliteEngine) start() (t totals, err error) {
+	upgraded, err := e.file.open()
+	if err != nil {
+		return t, err
+	}
+	if upgraded {
+		e.log.Info("the schema was upgraded", "file", e.file.path, "version", ordersVersion)
+	}
+	if err = e.prepare(); err != nil {
+		return t, explain(e.file.path, err)
+	}
+	if err = e.recount(); err != nil {
+		return t, explain(e.file.path, err)
+	}
+	return e.last, nil
+}
 
-// The index for user_id. More orders to a run make a page of a list cheaper,
-// where a user has few orders, and creates dearer, where there are many users.
+// prepare opens the readers and prepares every statement.
+func (e *sqliteEngine) prepare() (err error) {
+	if e.write, err = prepareStatements(e.file.DB); err != nil {
+		return err
+	}
+	if err = e.file.QueryRow("SELECT " + totalsColumns + " FROM totals").Scan(e.last.fields()...); err != nil {
+		return err
+	}
+	if e.users, err = openUserIndex(e.file.DB); err != nil {
+		return err
+	}
+	if e.wal, err = newCheckpointer(e.file, e.log); err != nil {
+		return err
+	}
+	if e.rows, err = openReader(e.file.path, rowReaders); err != nil {
+		return err
+	}
+	e.lists, err = openReader(e.file.path, listReaders)
+	return err
+}
+
+// recount compares the totals with the orders that are not final, which have an
+// index, and mends them where somebody has changed the table by hand. The
+// lifetime sum of times stays, where some of its orders are gone.
+func (e *sqliteEngine) recount() error {
+	t := e.last
+	var inPending, inProcessing, newest int64
+	if err := e.file.QueryRow(`SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
+		(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders INDEXED BY orders_unfinished WHERE status < 2`).
+		Scan(&inPending, &inProcessing, &newest); err != nil {
+		return err
+	}
+	if inPending == t.pending() && inProcessing == t.processing && newest <= t.newest {
+		return nil
+	}
+	var stored, took int64
+	if err := e.file.QueryRow(`SELECT count(*), coalesce(sum(took), 0), max(?, (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0))
+		FROM orders WHERE status = 2`, t.newestStarted).Scan(&stored, &took, &t.newestStarted); err != nil {
+		return err
+	}
+	t.completed = t.removed + stored
+	t.accepted = t.completed + inPending + inProcessing
+	t.processing = inProcessing
+	t.newest = max(t.newest, newest)
+	if t.removed == 0 {
+		t.took = took
+	}
+	t.seq++
+	e.log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
+		"accepted", t.accepted, "were", e.last.accepted, "completed", t.completed, "completed_were", e.last.completed)
+	return e.writeTotals(t)
+}
+
+// writeTotals is a compare-and-set: it fails where another writer was there.
+func (e *sqliteEngine) writeTotals(t totals) error {
+	result, err := e.write.totals.Exec(append(t.fields(), e.last.seq)...)
+	if err != nil {
+		return err
+	}
+	if n, err := result.RowsAffected(); err != nil || n != 1 {
+		return fmt.Errorf("%w: %s was written by another program: stop it, and start orderd again (two of them on one directory are kept apart by orderd.lock: do not remove that)", errBroken, e.file.path)
+	}
+	e.last = t
+	return nil
+}
+
+// statements are the writer's.
+type statements struct {
+	begin, commit, rollback, insert, insertMany, findKey, step, totals *sql.Stmt
+}
+
+func prepareStatements(db *sql.DB) (s *statements, err error) {
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := db.Prepare(query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
+	}
+	const insert = " INTO orders (" + insertColumns + ") VALUES " + insertValues
+	s = &statements{
+		begin:    prepare("BEGIN IMMEDIATE"),
+		commit:   prepare("COMMIT"),
+		rollback: prepare("ROLLBACK"),
+		insert:   prepare("INSERT" + insert),
+		// OR ROLLBACK spares SQLite a statement journal.
+		insertMany: prepare("INSERT OR ROLLBACK" + insert + strings.Repeat(", "+insertValues, insertRows-1)),
+		findKey:    prepare(findKey),
+		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
+		totals: prepare("UPDATE totals SET (" + totalsColumns + ") = (?" +
+			strings.Repeat(", ?", strings.Count(totalsColumns, ",")) + ") WHERE seq = ?"),
+	}
+	return s, err
+}
+
+// commit runs a batch in one transaction. Where one create is not taken by the
+// table, the transaction is run again with each on its own, and only that
+// create fails.
+func (e *sqliteEngine) commit(b *batch) error {
+	err := e.transaction(b, e.insertTogether)
+	if errors.Is(err, errRejected) {
+		err = e.transaction(b, e.insertEach)
+	}
+	return err
+}
+
+func (e *sqliteEngine) transaction(b *batch, insert func([]*create) error) error {
+	if err := e.inPlace(); err != nil {
+		return err
+	}
+	before := e.last
+	err := e.fill(b, insert)
+	if err != nil {
+		e.last = before
+		e.write.rollback.Exec() // fails where SQLite has rolled back by itself
+		return e.outcome(err)
+	}
+	if e.beforeCommit != nil {
+		e.beforeCommit(b)
+	}
+	if _, err := e.write.commit.Exec(); err != nil {
+		e.last = before
+		return e.commitOutcome(err)
+	}
+	e.users.committed()
+	e.wal.written += b.operations()
+	return nil
+}
+
+// fill runs every statement of a batch except COMMIT.
+func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
+	if _, err := e.write.begin.Exec(); err != nil {
+		return err
+	}
+	if err := insert(b.creates); err != nil {
+		return err
+	}
+	for i := range b.steps {
+		if err := e.step(&b.steps[i]); err != nil {
+			return err
+		}
+	}
+	b.totals = e.last.after(b)
+	if err := e.users.update(b.totals.accepted-e.last.accepted, b.totals.newest, e.log); err != nil {
+		return err
+	}
+	return e.writeTotals(b.totals)
+}
+
+// insertTogether inserts many orders to a statement where there are many. It
+// ends with errRejected where the table does not take one of them.
+func (e *sqliteEngine) insertTogether(creates []*create) error {
+	args := make([]any, 0, insertRows*insertArgs)
+	for _, c := range creates {
+		if c.key != "" {
+			if err := e.insertKeyed(c); err != nil {
+				return rejected(err)
+			}
+			continue
+		}
+		args = appendOrder(args, c)
+		if len(args) == cap(args) {
+			if _, err := e.write.insertMany.Exec(args...); err != nil {
+				return rejected(err)
+			}
+			args = args[:0]
+		}
+	}
+	for ; len(args) > 0; args = args[insertArgs:] {
+		if _, err := e.write.insert.Exec(args[:insertArgs]...); err != nil {
+			return rejected(err)
+		}
+	}
+	return nil
+}
+
+// insertEach keeps what the table does not take from the creates beside it.
+func (e *sqliteEngine) insertEach(creates []*create) error {
+	for _, c := range creates {
+		err := rejected(e.insertKeyed(c))
+		if errors.Is(err, errRejected) {
+			e.log.Error("an order was refused by the table", "error", err)
+			c.err = err
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// insertKeyed inserts an order, or finds the one that its key has created.
+func (e *sqliteEngine) insertKeyed(c *create) error {
+	if c.key != "" {
+		var seq int64
+		earlier, err := scanOrder(e.write.findKey.QueryRow(c.key).Scan, &seq)
+		if err == nil {
+			c.replay(earlier)
+			return nil
+		}
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+	}
+	_, err := e.write.insert.Exec(appendOrder(nil, c)...)
+	return err
+}
+
+func rejected(err error) error {
+	if code(err)&0xff == sqlite3.SQLITE_CONSTRAINT {
+		return fmt.Errorf("%w: %w", errRejected, err)
+	}
+	return err
+}
+
+// step moves an order, unless it is not where the step starts from.
+func (e *sqliteEngine) step(st *step) error {
+	var took any // NULL until final
+	if st.to.final() {
+		took = st.took
+	}
+	result, err := e.write.step.Exec(st.to, st.started, took, high(st.id), st.from)
+	if err != nil {
+		return err
+	}
+	n, err := result.RowsAffected()
+	st.void = n != 1
+	return err
+}
+
+// outcome says how a transaction ended that did not reach COMMIT.
+func (e *sqliteEngine) outcome(err error) error {
+	if errors.Is(err, errRejected) || errors.Is(err, errBroken) {
+		return err
+	}
+	switch c := code(err); c & 0xff {
+	case sqlite3.SQLITE_IOERR:
+		if c == sqlite3.SQLITE_IOERR_FSYNC {
+			return e.unknown(err)
+		}
+		fallthrough
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT,
+		sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM:
+		return fmt.Errorf("%w: %w", errNotWritten, err)
+	}
+	return fmt.Errorf("%w: %w", errBroken, explain(e.file.path, err))
+}
+
+// commitOutcome says how a COMMIT ended that returned an error.
+func (e *sqliteEngine) commitOutcome(err error) error {
+	switch code(err) {
+	// Only these two are known to leave the transaction rolled back:
+	// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
+	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE:
+		e.write.rollback.Exec()
+		return fmt.Errorf("%w: %w", errNotWritten, err)
+	// No room for the WAL's index (-shm), found after the fsync of the WAL: a start
+	// now would find the batch, unless a smaller commit takes its place in the WAL.
+	case sqlite3.SQLITE_IOERR_SHMSIZE:
+		t := e.last
+		t.seq++
+		if e.writeTotals(t) == nil {
+			return fmt.Errorf("%w: %w", errNotWritten, err)
+		}
+	}
+	return e.unknown(err)
+}
+
+// unknown never lets the same fsync be tried again: the kernel may have dropped
+// what it could not write, and would call the next one good
+// (https://wiki.postgresql.org/wiki/Fsync_Errors).
+func (e *sqliteEngine) unknown(err error) error {
+	e.lost = fmt.Errorf("%w: check the disk, then start orderd again to find out; no order it confirmed is lost (%w)", errOutcomeUnknown, err)
+	return e.lost
+}
+
+// inPlace makes sure that the files are still those that a restart would open.
+func (e *sqliteEngine) inPlace() error {
+	if e.lost = e.file.inPlace(); e.lost != nil {
+		return fmt.Errorf("%w: %w", errNotWritten, e.lost)
+	}
+	return nil
+}
+
+func (e *sqliteEngine) tidy() error {
+	if err := e.inPlace(); err != nil {
+		return err
+	}
+	if err := e.wal.run(); code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+		return e.unknown(err)
+	}
+	return nil
+}
+
+// close closes the readers first, so that the writer's connection is the last
+// and removes the WAL.
+func (e *sqliteEngine) close() error {
+	if e.lost != nil {
+		return e.lost
+	}
+	return errors.Join(e.rows.close(), e.lists.close(), e.file.close())
+}
+
+func (e *sqliteEngine) gauges() []gauge {
+	var size int64
+	if info, err := os.Stat(e.file.path + "-wal"); err == nil {
+		size = info.Size()
+	}
+	return []gauge{{"orderd_wal_bytes", "Size of the write-ahead log of orders.db.", float64(size)}}
+}
+
+// userIndex is the index on user_id, which lags behind: so many orders at once,
+// in the few pages of one run, share the pages that they change.
+type userIndex struct {
+	savepoint, release, revert, add, extend, begin *sql.Stmt
+
+	state, next indexState // as of the last commit, and of the one under way
+	retryAt     int64      // orders behind, before the next try after one that failed
+}
+
+type indexState struct {
+	run    int64 // the newest run
+	last   int64 // upper half of the newest ID in it
+	orders int64 // in it
+	behind int64 // orders that are not indexed yet
+}
+
+// More orders to a run make a page of a list cheaper, where a user has few
+// orders, and creates dearer, where there are many users.
 const (
-	indexEvery = 1024  // orders; as many and a batch may be missing from it
-	runOrders  = 16384 // in a run
+	indexEvery = 1024  // orders; the index lags by at most this and one batch
+	runOrders  = 16384 // orders in a run; ordersUpgrade knows it too
 	pageRuns   = 1024  // runs in which one page of a list is looked for
 )
 
-const (
-	walCheckEvery   = 512                    // operations, of a few pages each, between looks at the WAL's length
-	checkpointPages = 4000                   // WAL pages (16 MB) after which the writer checkpoints
-	walKeptPages    = 8000                   // a longer WAL gives its space back
-	readerPause     = 100 * time.Millisecond // longest that a checkpoint waits for readers
-	retryPause      = time.Second            // before another attempt at a write, a checkpoint or a backlog's read that failed
-	stallPause      = 2 * time.Second        // after so long at one batch the store is not ready
-	stepPause       = 5 * time.Millisecond   // longest that a step waits for company
-	busyTimeout     = time.Second            // for another program's lock on a database
-	listReaders     = 4                      // read-only connections
-	readBytes       = 256 << 10              // of text, after which a read of many orders ends
-)
-
-// Why the store does not take a create now. Except after errOutcomeUnknown,
-// nothing of the order is stored.
-var (
-	errBusy           = fmt.Errorf("more than %d orders wait for the disk", maxCreates)
-	errUnwritable     = errors.New("the store cannot be written")
-	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")
-	errClosed         = errors.New("the store is closed")
-	errStalled        = fmt.Errorf("the disk has not taken a write for more than %s", stallPause)
-	errKeyReused      = errors.New("the idempotency key was used with other content")
-	errNotFound       = errors.New("no such order")
-)
-
-// create is an order on its way into the table.
-type create struct {
-	order
-	key      string // idempotency key, or empty
-	replayed bool   // order is the one that the key created earlier
-	err      error  // errKeyReused
-}
-
-// replay answers with the order that the key has already created.
-func (c *create) replay(earlier order) {
-	c.err = errKeyReused
-	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
-		c.order, c.replayed, c.err = earlier, true, nil
+func openUserIndex(db *sql.DB) (u *userIndex, err error) {
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := db.Prepare(query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
 	}
+	u = &userIndex{
+		savepoint: prepare("SAVEPOINT user_index"),
+		release:   prepare("RELEASE user_index"),
+		revert:    prepare("ROLLBACK TO user_index"),
+		// A row that is there already is the same one: the key is all of it.
+		add:    prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
+		extend: prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
+		begin:  prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = db.QueryRow("SELECT first, last, orders, (SELECT count(*) FROM orders WHERE id_high > last) FROM user_runs ORDER BY first DESC LIMIT 1").
+		Scan(&u.state.run, &u.state.last, &u.state.orders, &u.state.behind)
+	return u, err
 }
 
-func (c *create) stored() bool { return !c.replayed && c.err == nil }
-
-// step is one order's move to a later status.
-type step struct {
-	id            ulid.ULID
-	from, to      status
-	started, took int64 // as in order
-	void          bool  // the writer's: it did not find its order
+// update counts new orders and indexes them once there are enough. A failure
+// leaves them for later: an index must not stop an order. It returns an error
+// only where SQLite has ended the transaction.
+func (u *userIndex) update(added, newest int64, log *logger) error {
+	u.next = u.state
+	u.next.behind += added
+	if u.next.behind < max(indexEvery, u.retryAt) {
+		return nil
+	}
+	if _, err := u.savepoint.Exec(); err != nil {
+		return err
+	}
+	err := u.index(newest)
+	if err != nil {
+		if _, revertErr := u.revert.Exec(); revertErr != nil {
+			return err
+		}
+		log.Warn("the index of users could not be written; lists by user are slower until it can", "error", err)
+		u.retryAt = u.next.behind + indexEvery
+	}
+	_, err = u.release.Exec()
+	return err
 }
 
-// batch is what one transaction holds. While it is the store's open batch it
-// is guarded by store.mu; then it belongs to the writer until done is closed,
-// and after that to whoever waited.
-type batch struct {
-	creates []*create
-	steps   []step
-	after   int64 // upper half of the newest ID before this batch
-	done    chan struct{}
-	err     error // of every create in it
+// index adds what is behind to the newest run, and begins another after a full one.
+func (u *userIndex) index(newest int64) error {
+	n := u.next
+	if _, err := u.add.Exec(n.run, n.last); err != nil {
+		return err
+	}
+	n.last, n.orders, n.behind = newest, n.orders+n.behind, 0
+	if _, err := u.extend.Exec(n.last, n.orders, n.run); err != nil {
+		return err
+	}
+	if n.orders >= runOrders {
+		n.run, n.orders = newest+1, 0
+		if _, err := u.begin.Exec(n.run, n.last); err != nil {
+			return err
+		}
+	}
+	u.next, u.retryAt = n, 0
+	return nil
 }
 
-func newBatch(steps []step) *batch { return &batch{steps: steps, done: make(chan struct{})} }
+func (u *userIndex) committed() { u.state = u.next }
 
-// store owns orders.db. One goroutine and one connection do all the writing:
-// it takes whatever waits, runs it in one transaction with one fsync (group
-// commit), and only then updates the cache and answers.
-type store struct {
-	lock    *sql.DB // holds the data directory for this process
-	db      *database
-	write   statements // the writer's
-	reads   *sql.DB
-	readOne *sql.Stmt
-	cache   *cache
+// checkpointer moves the WAL into the database. SQLite's own checkpoints would
+// hold up a commit, and swallow a failed fsync.
+type checkpointer struct {
+	file    *database
 	log     *logger
-	hooks   hooks
-
-	mu       sync.Mutex // guards all up to the blank line
-	open     *batch
-	writing  time.Time // when the writer took the batch that it is at, or after which it checkpoints; or zero
-	refusing error     // why creates are refused now, or nil
-	closing  bool
-
-	quit    chan struct{} // closed by close
-	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
-	stepped chan struct{} // capacity 1: a step does
-	fed     chan *batch   // batches with new orders, for the feeder; it reads the table where one is missing
-	counted chan struct{} // capacity 1: the totals changed; the projector receives
-	stopped chan struct{} // closed when the writer has ended
-	failed  chan struct{} // closed when the writer gave up: errOutcomeUnknown
-
-	resumeAfter int64                  // upper half of an ID: all orders up to it are Completed; set at start
-	totals      atomic.Pointer[totals] // as of the last commit
-	newest      int64                  // the writer's: upper half of the newest ID
-	unchecked   int                    // the writer's: operations since it looked at the WAL's length
-	overdue     <-chan time.Time       // the writer's: when to try the checkpoint again that a reader held back
-	heldAt      int64                  // the writer's: WAL pages moved in that one, or -1; as many again mean the same reader
-	batchSizes  histogram
-	batchTimes  histogram
+	length  *sql.Stmt
+	written int       // operations since the last look at the WAL's length
+	retryAt time.Time // of an incomplete checkpoint; zero where none is
+	moved   int64     // pages that the incomplete one moved
 }
 
-type statements struct {
-	begin, commit, rollback, insert, insertMany, step, total, index, run, key, keyed, probe, walPages *sql.Stmt
-}
-
-// insertRows is how many orders one INSERT takes where there are as many: the
-// price of running a statement is shared, and more rows share hardly better.
 const (
-	insertRows = 16
-	orderArgs  = 5 // placeholders of a row
+	walCheckEvery      = 512  // operations, of a few pages each, between looks at the WAL's length
+	checkpointPages    = 4000 // WAL pages (16 MB) after which the writer checkpoints
+	truncateAbovePages = 8000 // a longer WAL gives its space back
+	readerPause        = 100 * time.Millisecond
 )
 
-const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
-
-const findKeyed = "SELECT " + orderColumns + " FROM orders JOIN idempotency_keys USING (id_high) WHERE key = ?"
-
-// openStore takes the data directory for this process, checks both databases
-// before it writes to either, and opens them.
-func openStore(cfg config, statuses *cache, log *logger) (s *store, m *metrics, err error) {
-	s = &store{
-		cache: statuses, log: log, hooks: cfg.hooks,
-		open: newBatch(nil), heldAt: -1, quit: make(chan struct{}), wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1),
-		fed: make(chan *batch, 16), counted: make(chan struct{}, 1),
-		stopped: make(chan struct{}), failed: make(chan struct{}),
-		batchSizes: newHistogram(batchSizeBounds), batchTimes: newHistogram(latencyBounds),
-	}
-	if s.hooks.now == nil {
-		s.hooks.now = time.Now
-	}
-	if s.lock, err = lockDirectory(cfg.data); err != nil {
-		return nil, nil, err
-	}
-	s.db = &database{path: filepath.Join(cfg.data, "orders.db"), appID: 0x6f726472, version: ordersVersion, schema: ordersSchema + ordersView()}
-	m = newMetrics(cfg, s, log)
-	if err := s.openBoth(m); err != nil {
-		return nil, nil, errors.Join(err, m.db.close(), s.db.close(), s.lock.Close())
-	}
-	return s, m, nil
+func newCheckpointer(file *database, log *logger) (*checkpointer, error) {
+	// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
+	length, err := file.Prepare("PRAGMA wal_checkpoint(NOOP)")
+	return &checkpointer{file: file, log: log, length: length}, err
 }
 
-// openBoth checks everything before it changes anything.
-func (s *store) openBoth(m *metrics) error {
-	var t totals
-	var counted sums
-	if err := s.db.inspect("SELECT * FROM totals",
-		&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted, &t.indexed, &t.newestIndexed); err != nil {
-		return err
+// run checkpoints once the WAL is long enough, so that the next commit begins
+// it anew. It waits readerPause for readers, once for each that holds it back,
+// and is tried again later. See https://sqlite.org/wal.html#ckpt.
+func (c *checkpointer) run() error {
+	retry := !c.retryAt.IsZero()
+	if retry && time.Now().Before(c.retryAt) || !retry && c.written < walCheckEvery {
+		return nil
 	}
-	if err := m.db.inspect("SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took); err != nil {
-		return err
+	c.written = 0
+	_, pages, _, err := progress(c.length.QueryRow())
+	if err != nil {
+		c.log.Warn("the length of the WAL cannot be read", "error", err)
 	}
-	if counted.accepted > t.accepted || counted.completed > t.completed {
-		return fmt.Errorf("%s has lost orders: it holds %d, %d of them completed, but %s has counted %d and %d; put back the newest orders.db together with its -wal file, or delete %[4]s to accept the loss",
-			s.db.path, t.accepted, t.completed, m.db.path, counted.accepted, counted.completed)
+	if err != nil || pages < checkpointPages {
+		c.retryAt = time.Time{}
+		return nil
 	}
-	if err := s.db.prepare(); err != nil {
-		return err
+	busy, pages, moved, err := c.checkpoint("PASSIVE")
+	sameReader := retry && moved < pages && moved == c.moved
+	if err == nil && !sameReader {
+		mode := "RESTART"
+		if pages > truncateAbovePages {
+			mode = "TRUNCATE"
+		}
+		c.file.setBusyTimeout(readerPause)
+		busy, pages, moved, err = c.checkpoint(mode)
+		c.file.setBusyTimeout(busyTimeout)
 	}
-	if err := m.db.prepare(); err != nil {
-		return err
+	c.retryAt, c.moved = time.Time{}, moved
+	if err != nil || busy || moved < pages {
+		c.retryAt = time.Now().Add(retryPause)
 	}
-	s.totals.Store(&t)
-	if err := s.prepareStatements(); err != nil {
-		return explain(s.db.path, err)
+	if err != nil {
+		c.log.Warn("the WAL could not be moved into the database yet", "error", err)
 	}
-	m.counted.Store(&counted)
-	return m.take(t.sums)
+	return err
 }
 
-// lockDirectory makes dir and takes SQLite's own crash-released lock on a
-// small database in it. See https://sqlite.org/lockingv3.html.
-func lockDirectory(dir string) (*sql.DB, error) {
+func (c *checkpointer) checkpoint(mode string) (busy bool, pages, moved int64, err error) {
+	return progress(c.file.QueryRow("PRAGMA wal_checkpoint(" + mode + ")"))
+}
+
+func progress(row *sql.Row) (busy bool, pages, moved int64, err error) {
+	err = row.Scan(&busy, &pages, &moved)
+	return busy, pages, moved, err
+}
+
+// ---- Reads. ----
+
+const (
+	rowReaders  = 2         // connections that read one order
+	listReaders = 4         // connections that read many
+	readBytes   = 256 << 10 // of text, after which a page ends
+)
+
+const (
+	findID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
+	findKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
+)
+
+// reader is a pool of read-only connections. They are opened at start and kept,
+// so that a read needs no descriptor that others may have used up.
+type reader struct {
+	*sql.DB
+	findID, findKey *sql.Stmt
+}
+
+func openReader(path string, connections int) (*reader, error) {
+	db, err := openSQLite(path, "mode=ro", "_pragma=query_only(1)")
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(connections)
+	db.SetMaxIdleConns(connections)
+	r := &reader{DB: db}
+	if r.findID, err = db.Prepare(findID); err == nil {
+		r.findKey, err = db.Prepare(findKey)
+	}
+	open := make([]*sql.Conn, 0, connections)
+	for err == nil && len(open) < connections {
+		var c *sql.Conn
+		if c, err = db.Conn(context.Background()); err == nil {
+			open = append(open, c)
+			err = c.QueryRowContext(context.Background(), "SELECT seq FROM totals").Scan(new(int64)) // opens the -wal too
+		}
+	}
+	for _, c := range open {
+		c.Close()
+	}
+	return r, err
+}
+
+// close waits a moment for reads that are still under way: the last connection
+// to close must be the writer's.
+func (r *reader) close() error {
+	if r == nil {
+		return nil
+	}
+	err := r.Close()
+	for end := time.Now().Add(busyTimeout); r.Stats().OpenConnections > 0 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	return err
+}
+
+func (e *sqliteEngine) find(id ulid.ULID) (order, int64, error) {
+	return e.one(e.rows.findID, high(id), func(o order) bool { return o.id == id })
+}
+
+func (e *sqliteEngine) findKey(key string) (order, int64, error) {
+	return e.one(e.rows.findKey, key, func(order) bool { return true })
+}
+
+// one reads one order; not finding it is also an answer as of a seq.
+func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o order, seq int64, err error) {
+	o, err = scanOrder(query.QueryRow(by).Scan, &seq)
+	if err == nil && matches(o) {
+		return o, seq, nil
+	}
+	if err == nil || errors.Is(err, sql.ErrNoRows) {
+		err = cmp.Or(e.rows.QueryRow("SELECT seq FROM totals").Scan(&seq), errNotFound)
+	}
+	return order{}, seq, err
+}
+
+// backlog reads no content. Behind the feeder's cursor all orders are Pending,
+// so that looking at each of them is cheaper than sorting an index.
+func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
+	rows, err := e.lists.Query("SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var idHigh, idLow int64
+		var q queued
+		if err := rows.Scan(&idHigh, &idLow, &q.status); err != nil {
+			return nil, err
+		}
+		q.id = joinID(idHigh, idLow)
+		found = append(found, q)
+	}
+	return found, rows.Err()
+}
+
+const oldestUnfinished = "SELECT coalesce(min(id_high), 9223372036854775807) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = "
+
+func (e *sqliteEngine) oldest(st status) (idHigh int64, err error) {
+	err = e.rows.QueryRow(oldestUnfinished+"?", st).Scan(&idHigh)
+	return idHigh, err
+}
+
+// list reads a page in one transaction, so that its bounds and all its queries
+// see the same commit.
+func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
+	tx, err := e.lists.Begin()
+	if err != nil {
+		return p, 0, err
+	}
+	defer tx.Rollback()
+	var b listBounds
+	if err := tx.QueryRow("SELECT seq, newest_started, (SELECT max(last) FROM user_runs), ("+oldestUnfinished+"0) FROM totals").
+		Scan(&seq, &b.newestStarted, &b.newestIndexed, &b.oldestPending); err != nil {
+		return p, 0, err
+	}
+	l := &listing{tx: tx, limit: f.limit, room: readBytes}
+	searched, err := l.search(f, b)
+	return l.page(searched), seq, err
+}
+
+// listBounds are upper halves of IDs that bound the cost of a page by its
+// length, not by the table's.
+type listBounds struct {
+	oldestPending int64
+	newestStarted int64 // no later order is Completed
+	newestIndexed int64 // later orders are not in the index of users
+}
+
+// listing collects a page from the results of several queries.
+type listing struct {
+	tx     *sql.Tx
+	limit  int
+	room   int // bytes of text that still fit
+	orders []order
+}
+
+// read appends what a query finds, newest first, up to one order more than the
+// page holds: it tells that there is another page.
+func (l *listing) read(from, where, sort string, args ...any) error {
+	if l.full() {
+		return nil
+	}
+	rows, err := l.tx.Query("SELECT "+orderColumns+" FROM "+from+" WHERE "+where+" ORDER BY "+sort+" LIMIT @limit",
+		append(args, sql.Named("limit", l.limit+1-len(l.orders)))...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for !l.full() && rows.Next() {
+		o, err := scanOrder(rows.Scan)
+		if err != nil {
+			return err
+		}
+		l.orders = append(l.orders, o)
+		l.room -= len(o.userID) + len(o.itemIDs)
+	}
+	return rows.Err()
+}
+
+func (l *listing) full() bool { return l.room <= 0 || len(l.orders) > l.limit }
+
+// page ends what was read. searched is the oldest ID looked for, 0 at the end
+// of the table.
+func (l *listing) page(searched int64) (p page) {
+	p.orders = l.orders[:min(len(l.orders), l.limit)]
+	switch {
+	case l.full():
+		p.next = p.orders[len(p.orders)-1].id
+	case searched > 0:
+		p.next = joinID(searched, 0)
+	}
+	return p
+}
+
+// search runs the queries of a page. Pending orders begin at the oldest one and
+// Completed ones end at the newest that was started; only what pool and queue
+// hold lies among them, and that is all of the Processing ones, which have an
+// index. Orders of a user are searched for among the newest, which are not
+// indexed yet, and then in the index.
+func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
+	oldest, before := int64(0), f.before
+	from, where := "orders NOT INDEXED", "id_high >= @from AND id_high < @before"
+	args := []any{sql.Named("user", f.userID)}
+	if f.userID != "" {
+		where += " AND user_id = @user"
+	}
+	if f.status != nil {
+		where += " AND status = @status"
+		args = append(args, sql.Named("status", *f.status))
+		switch *f.status {
+		case pending:
+			oldest = b.oldestPending
+		case processing:
+			from, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
+		case completed:
+			before = min(before, b.newestStarted+1)
+		}
+	}
+	window := func(from, before int64) []any {
+		return append(args, sql.Named("from", from), sql.Named("before", before))
+	}
+	if f.userID == "" || f.status != nil && *f.status == processing {
+		return 0, l.read(from, where, "id_high DESC", window(oldest, before)...)
+	}
+	if err := l.read(from, where, "id_high DESC", window(max(oldest, b.newestIndexed+1), before)...); err != nil {
+		return 0, err
+	}
+	before = min(before, b.newestIndexed+1)
+	if searched, err = l.oldestRun(oldest, before); err != nil {
+		return 0, err
+	}
+	err = l.read("user_runs CROSS JOIN orders_by_user ON run = first CROSS JOIN orders USING (id_high)",
+		"first >= @searched AND first < @before AND user = @user AND "+where, "first DESC, id_high DESC",
+		append(window(oldest, before), sql.Named("searched", searched))...)
+	if searched <= oldest {
+		searched = 0
+	}
+	return searched, err
+}
+
+// oldestRun is the run at which a page by user ends: after pageRuns runs, or
+// where the orders in question begin.
+func (l *listing) oldestRun(oldest, before int64) (first int64, err error) {
+	err = l.tx.QueryRow(`SELECT max((SELECT max(first) FROM user_runs WHERE first <= @oldest),
+		coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
+		sql.Named("oldest", oldest), sql.Named("before", before), sql.Named("runs", pageRuns)).Scan(&first)
+	return first, err
+}
+
+// ---- SQLite files. ----
+
+const busyTimeout = time.Second // for another program's lock on a database
+
+// database is one SQLite file of ours.
+type database struct {
+	*sql.DB  // one connection; nil until open
+	path     string
+	appID    int64 // PRAGMA application_id
+	version  int64 // PRAGMA user_version
+	schema   string
+	upgrades []string // to version from the one before, and so on backwards: the last leads to version
+	// WAL pages after which SQLite makes a checkpoint by itself, in the commit
+	// and whatever comes of it; 0 where its owner makes them.
+	autoCheckpoint int
+
+	found   int64                  // version of the file as inspected; 0 where there is no schema yet
+	opened  map[string]os.FileInfo // what its paths named when it was opened
+	checked time.Time              // when inPlace last looked
+}
+
+// longestPath is in bytes: SQLite's limit is 512, with what it appends
+// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
+const longestPath = 500
+
+// openSQLite opens lazily: no file is touched before the first statement.
+// See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
+func openSQLite(path string, params ...string) (*sql.DB, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if len(abs) > longestPath {
+		return nil, fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d: choose a shorter one with -data", filepath.Base(abs), len(abs), longestPath)
+	}
+	name := filepath.ToSlash(abs)
+	if !strings.HasPrefix(name, "/") {
+		name = "/" + name // a Windows drive
+	}
+	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()), "_pragma=temp_store(2)") // in memory
+	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err == nil {
+		db.SetMaxOpenConns(1)
+	}
+	return db, err
+}
+
+// resolve follows links once, before anything looks beside the file: SQLite
+// keeps -wal and -shm beside the target of a link.
+func resolve(path string) (string, error) {
+	real, err := filepath.EvalSymlinks(path)
+	if !errors.Is(err, os.ErrNotExist) {
+		return real, err
+	}
+	if _, lstatErr := os.Lstat(path); lstatErr == nil {
+		return "", fmt.Errorf("%s is a link to a file that does not exist: put that back, or remove the link", path)
+	}
+	directory, err := filepath.EvalSymlinks(filepath.Dir(path))
+	return filepath.Join(directory, filepath.Base(path)), err
+}
+
+// inspect opens the file if there is one, makes sure that it is ours and of a
+// version that we know, and reads its totals with that version's query. It
+// writes nothing.
+func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
+	if d.path, err = resolve(d.path); err != nil {
+		return err
+	}
+	info, err := os.Stat(d.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("cannot open %s: %w", d.path, err)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
+	}
+	if err := makeFile(d.path); err != nil { // SQLite would open a read-only file without a word
+		return err
+	}
+	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
+	whole := !exists(d.path + "-wal")
+	switch {
+	case whole && exists(d.path+"-journal"): // of a version that was cut off while it made the file: SQLite rolls it back
+		params = []string{"mode=rw"}
+	case whole:
+		params = append(params, "immutable=1") // makes no -wal and -shm either
+	}
+	db, err := openSQLite(d.path, params...)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	var appID, version, pageSize, objects int64
+	row := db.QueryRow("SELECT a.application_id, v.user_version, p.page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v, pragma_page_size p")
+	if err := row.Scan(&appID, &version, &pageSize, &objects); err != nil {
+		return explain(d.path, err)
+	}
+	query, known := queries[version]
+	switch {
+	case appID == 0 && version == 0 && objects == 0:
+		return nil
+	case appID != d.appID:
+		return fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
+	case !known:
+		return fmt.Errorf("%s has schema version %d and this orderd knows up to %d: use the orderd that wrote it", d.path, version, d.version)
+	case whole && info.Size()%pageSize != 0:
+		return damaged(d.path) // SQLite would take zeros for the rest of the last page
+	}
+	d.found = version
+	err = db.QueryRow(query).Scan(into...)
+	if err != nil && code(err) == 0 { // no row, or no numbers in it
+		return damaged(d.path)
+	}
+	return explain(d.path, err)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// open makes the database if need be, opens it durably, and upgrades an older
+// one. Call inspect first.
+func (d *database) open() (upgraded bool, err error) {
+	if d.found == 0 {
+		if err := d.create(); err != nil {
+			return false, err
+		}
+	}
+	if err := syncFile(d.path + "-wal"); err != nil {
+		return false, fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
+	}
+	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
+		return false, err
+	}
+	if err := d.setDurable(); err != nil {
+		return false, err
+	}
+	d.remember()
+	if d.found == d.version {
+		return false, nil
+	}
+	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.found):], "")
+	_, err = d.Exec(fmt.Sprintf("BEGIN IMMEDIATE; %s; PRAGMA user_version = %d; COMMIT", steps, d.version))
+	return true, explain(d.path, err)
+}
+
+// setDurable sets what a commit must survive, and reads it back.
+func (d *database) setDurable() error {
+	var journal string
+	var synchronous int
+	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
+		return explain(d.path, err)
+	}
+	// fullfsync matters on macOS only. The checkpoint moves to other pages what an
+	// fsync may have failed on, so that the next commit begins the WAL anew.
+	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
+	if _, err := d.Exec(settings); err != nil {
+		return explain(d.path, err)
+	}
+	if err := d.QueryRow("PRAGMA synchronous").Scan(&synchronous); err != nil || journal != "wal" || synchronous != 2 {
+		return fmt.Errorf("%s cannot be made durable (journal_mode %s, synchronous %d, want wal and 2): keep the data directory on a local disk", d.path, journal, synchronous)
+	}
+	return nil
+}
+
+// create makes the database under another name and moves it into place, so
+// that no power cut leaves a part of one.
+func (d *database) create() error {
+	unfinished := d.path + ".new"
+	for _, leftover := range []string{unfinished, unfinished + "-wal", unfinished + "-shm", d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
+		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("cannot remove %s, which holds nothing: %w", leftover, err)
+		}
+	}
+	if err := makeFile(unfinished); err != nil {
+		return err
+	}
+	db, err := openSQLite(unfinished, "mode=rw")
+	if err != nil {
+		return err
+	}
+	_, err = db.Exec(fmt.Sprintf("PRAGMA journal_mode = MEMORY; BEGIN; %s; PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT; PRAGMA journal_mode = WAL", d.schema, d.appID, d.version))
+	if err := errors.Join(explain(d.path, err), db.Close()); err != nil {
+		return err
+	}
+	if err := cmp.Or(syncFile(unfinished), os.Rename(unfinished, d.path)); err != nil {
+		return fmt.Errorf("cannot make %s: %w", d.path, err)
+	}
+	syncDirectory(filepath.Dir(d.path))
+	d.found = d.version
+	return nil
+}
+
+// remember notes what the database's paths name now, for inPlace.
+func (d *database) remember() {
+	d.opened = map[string]os.FileInfo{}
+	for _, path := range []string{d.path, d.path + "-wal"} {
+		if info, err := os.Stat(path); err == nil {
+			d.opened[path] = info
+		}
+	}
+}
+
+const lookEvery = 100 * time.Millisecond // between looks at whether the files are in place
+
+// inPlace tells whether the paths still name the open files. What is written to
+// a file that was removed or replaced is gone at the next start.
+func (d *database) inPlace() error {
+	if time.Since(d.checked) < lookEvery {
+		return nil
+	}
+	for path, opened := range d.opened {
+		if now, err := os.Stat(path); err != nil || !os.SameFile(opened, now) {
+			return fmt.Errorf("%s was removed or replaced while orderd has it open: move it back, or stop orderd and put a backup in its place", path)
+		}
+	}
+	d.checked = time.Now()
+	return nil
+}
+
+// setBusyTimeout needs the one connection: it is the writer's.
+func (d *database) setBusyTimeout(t time.Duration) {
+	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
+}
+
+func (d *database) close() error {
+	if d.DB == nil {
+		return nil
+	}
+	return d.Close()
+}
+
+// lockDirectory makes dir and keeps other processes from it.
+func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
 	}
-	path := filepath.Join(dir, "orderd.lock")
-	if err := makeFile(path); err != nil {
-		return nil, err
-	}
-	db, err := openSQLite(path, "mode=rw")
-	if err != nil {
-		return nil, err
-	}
-	_, err = db.Exec("PRAGMA busy_timeout = 0; BEGIN EXCLUSIVE")
-	if code(err) == sqlite3.SQLITE_BUSY {
-		err = fmt.Errorf("another orderd uses the data directory %s: stop it first, or choose another with -data", dir)
-	} else if err != nil {
-		err = explain(path, err)
+	lock, err := lockFile(filepath.Join(dir, "orderd.lock"))
+	if errors.Is(err, errLocked) {
+		return nil, fmt.Errorf("another orderd uses the data directory %s: stop it first, or choose another with -data", dir)
 	}
 	if err != nil {
-		return nil, errors.Join(err, db.Close())
+		return nil, fmt.Errorf("cannot write to the data directory: %w; check the owner and mode, or choose another with -data", err)
 	}
-	return db, nil
+	return lock, nil
 }
 
 // makeDirectory makes dir and what is missing above it, for their owner only,
@@ -358,775 +1847,17 @@ func makeDirectory(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	parent, err := os.Open(filepath.Dir(dir))
-	if err != nil {
-		return err
-	}
-	defer parent.Close()
-	parent.Sync() // not possible on every system, and no order is in it yet
+	syncDirectory(filepath.Dir(dir))
 	return nil
 }
 
-func (s *store) prepareStatements() (err error) {
-	prepare := func(query string) *sql.Stmt {
-		stmt, prepareErr := s.db.Prepare(query)
-		err = cmp.Or(err, prepareErr)
-		return stmt
+// syncDirectory makes the names in dir durable where the system can do that. No
+// order is in what has just been made.
+func syncDirectory(dir string) {
+	if d, err := os.Open(dir); err == nil {
+		d.Sync()
+		d.Close()
 	}
-	// OR ROLLBACK spares SQLite a statement journal; an error ends the transaction anyhow.
-	const insert = "INSERT OR ROLLBACK INTO orders (id_high, id_low, status, user_id, item_ids, cents) VALUES "
-	const values = "(?, ?, 0, ?, ?, ?)"
-	s.write = statements{
-		begin:      prepare("BEGIN IMMEDIATE"),
-		commit:     prepare("COMMIT"),
-		rollback:   prepare("ROLLBACK"),
-		insert:     prepare(insert + values),
-		insertMany: prepare(insert + values + strings.Repeat(", "+values, insertRows-1)),
-		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
-		total:      prepare("UPDATE totals SET accepted = ?, processing = ?, completed = ?, took = ?, newest_started = ?, indexed = ?, newest_indexed = ?"),
-		index:      prepare("INSERT INTO orders_by_user SELECT (SELECT max(first) FROM user_runs), user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
-		run:        prepare("INSERT INTO user_runs VALUES (?)"),
-		key:        prepare("INSERT INTO idempotency_keys (key, id_high) VALUES (?, ?)"),
-		keyed:      prepare(findKeyed),
-		probe:      prepare(fmt.Sprintf("PRAGMA user_version = %d", ordersVersion)),
-		// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
-		walPages: prepare("PRAGMA wal_checkpoint(NOOP)"),
-	}
-	if err != nil {
-		return err
-	}
-	if err := s.db.QueryRow("SELECT coalesce(max(id_high), 0) FROM orders").Scan(&s.newest); err != nil {
-		return err
-	}
-	if s.reads, err = openSQLite(s.db.path, "mode=ro", "_pragma=query_only(1)"); err != nil {
-		return err
-	}
-	s.reads.SetMaxOpenConns(listReaders)
-	if s.readOne, err = s.reads.Prepare("SELECT " + orderColumns + " FROM orders WHERE id_high = ?"); err != nil {
-		return err
-	}
-	firstPending, err := s.oldest(pending)
-	if err != nil {
-		return err
-	}
-	firstProcessing, err := s.oldest(processing)
-	s.resumeAfter = min(s.newest, firstPending-1, firstProcessing-1)
-	return err
-}
-
-// start begins to write and returns how many orders are unfinished.
-func (s *store) start() int64 {
-	go s.writeLoop()
-	t := s.totals.Load()
-	return t.accepted - t.completed
-}
-
-// create puts an order into the open batch and returns once that batch is on
-// disk. The writer gives c.order its ID.
-func (s *store) create(c *create) error {
-	s.mu.Lock()
-	b, err := s.open, s.refusal()
-	if err == nil {
-		b.creates = append(b.creates, c)
-	}
-	s.mu.Unlock()
-	if err == nil {
-		nudge(s.wake)
-		<-b.done
-		err = b.err
-	}
-	if err != nil && c.key != "" {
-		if earlier, findErr := scanOrder(s.reads.QueryRow(findKeyed, c.key).Scan); findErr == nil {
-			c.replay(earlier)
-			err = nil
-		}
-	}
-	return cmp.Or(err, c.err)
-}
-
-// refusal tells why a create is not taken now. It needs s.mu.
-func (s *store) refusal() error {
-	switch {
-	case s.closing:
-		return errClosed
-	case len(s.open.creates) == maxCreates:
-		return errBusy
-	}
-	return s.refusing
-}
-
-// ready tells why a create would be refused now, or wait too long.
-func (s *store) ready() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	err := s.refusal()
-	if err == nil && !s.writing.IsZero() && time.Since(s.writing) > stallPause {
-		err = errStalled
-	}
-	return err
-}
-
-// ticket is where a step waits. As long as that batch is open, the order's
-// next step takes its place: only the last of a batch need be written.
-type ticket struct {
-	b *batch
-	i int
-}
-
-// step hands a move to the writer without waiting for the commit; it waits
-// only while the open batch is full. earlier is the ticket of the same order's
-// step before, if any.
-func (s *store) step(st step, earlier ticket) ticket {
-	for {
-		s.mu.Lock()
-		b := s.open
-		if earlier.b == b {
-			st.from = b.steps[earlier.i].from
-			b.steps[earlier.i] = st
-			s.mu.Unlock()
-			return earlier
-		}
-		if len(b.steps) < maxSteps {
-			at := ticket{b, len(b.steps)}
-			b.steps = append(b.steps, st)
-			s.mu.Unlock()
-			nudge(s.stepped)
-			return at
-		}
-		s.mu.Unlock()
-		nudge(s.wake)
-		select {
-		case <-b.done:
-		case <-s.stopped:
-			return ticket{}
-		}
-	}
-}
-
-// nudge tells the one receiver of a channel of capacity 1 to look.
-func nudge(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
-}
-
-// take closes the open batch and opens the next.
-func (s *store) take() *batch {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	b := s.open
-	s.open, s.writing = newBatch(nil), time.Now()
-	return b
-}
-
-// writeLoop is the writer. Its last batch is the one that close found open.
-func (s *store) writeLoop() {
-	defer close(s.stopped)
-	for open := true; open; {
-		select {
-		case <-s.wake:
-		case <-s.stepped: // nobody waits for a step: let it share a create's fsync
-			select {
-			case <-s.wake:
-			case <-time.After(stepPause):
-			case <-s.quit:
-			}
-		case <-s.overdue:
-			s.overdue, s.unchecked = nil, walCheckEvery
-		case <-s.quit:
-			open = false
-		}
-		s.gather()
-		b := s.take()
-		err := s.settle(b)
-		if err == nil {
-			err = s.checkpoint(len(b.creates) + len(b.steps))
-		}
-		if err != nil {
-			s.giveUp(err)
-			return
-		}
-		s.mu.Lock()
-		s.writing = time.Time{}
-		s.mu.Unlock()
-	}
-}
-
-// gather lets everyone who is ready to run go first, as long as that brings
-// more creates into the batch. Under load they share its fsync; when idle it
-// costs no time.
-func (s *store) gather() {
-	for before, now := -1, 0; before < now; {
-		runtime.Gosched()
-		s.mu.Lock()
-		before, now = now, len(s.open.creates)
-		s.mu.Unlock()
-	}
-}
-
-// settle brings a batch to disk and answers it. When the disk does not take
-// it, its creates are refused, and all new ones too; its steps, or a probe
-// where it has none, are tried again until there is room. An error means that the writer must not go on.
-func (s *store) settle(b *batch) error {
-	if len(b.creates)+len(b.steps) == 0 {
-		return nil
-	}
-	for err := s.commit(b); err != nil; err = s.commit(b) {
-		reason := errUnwritable
-		if errors.Is(err, errOutcomeUnknown) {
-			reason = errOutcomeUnknown
-		}
-		// No room for the WAL's index (-shm), found after the WAL's fsync: a restart
-		// now would find the batch, but the next commit takes its place.
-		if reason == errOutcomeUnknown && code(err) != sqlite3.SQLITE_IOERR_SHMSIZE {
-			b.answer(reason)
-			return err
-		}
-		if s.refuse(errUnwritable) {
-			s.log.Warn("orders are refused until the store can be written", "error", err)
-		}
-		b.answer(reason)
-		b = newBatch(b.steps)
-		select {
-		case <-time.After(retryPause):
-		case <-s.quit:
-			return nil // the next start takes these steps again
-		}
-	}
-	s.cache.apply(b)
-	b.answer(nil)
-	if len(b.creates) > 0 {
-		s.feed(b)
-	}
-	nudge(s.counted)
-	if s.refuse(nil) {
-		s.log.Warn("orders are accepted again")
-	}
-	return nil
-}
-
-// feed hands a batch to the feeder, in the place of the oldest when too many
-// wait: from the newest one it always sees that it has missed some.
-func (s *store) feed(b *batch) {
-	if len(s.fed) == cap(s.fed) {
-		select {
-		case <-s.fed:
-		default: // the feeder was quicker
-		}
-	}
-	s.fed <- b // has room: nobody else sends
-}
-
-// answer releases everyone who waits for the batch.
-func (b *batch) answer(err error) {
-	b.err = err
-	close(b.done)
-}
-
-// refuse makes creates fail with err from now on, or lets them in again with
-// nil. It reports whether that is a change.
-func (s *store) refuse(err error) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	changed := s.refusing != err
-	s.refusing = err
-	if waiting := s.open; err != nil && len(waiting.creates) > 0 { // they joined while the refused batch was written
-		s.open = newBatch(waiting.steps)
-		waiting.answer(err)
-	}
-	return changed
-}
-
-// giveUp ends the writer after an outcome that only a restart can find out:
-// the kernel may have dropped what an fsync could not write, and would call
-// the next one good (https://wiki.postgresql.org/wiki/Fsync_Errors).
-func (s *store) giveUp(err error) {
-	s.log.Error("the writer gave up: restart orderd to find out what is on disk", "error", err)
-	s.refuse(errUnwritable)
-	close(s.failed)
-}
-
-// commit runs a batch in one transaction. Its error is errOutcomeUnknown, or
-// else nothing of the batch is in the table.
-func (s *store) commit(b *batch) error {
-	began := time.Now()
-	t := *s.totals.Load()
-	b.after = s.newest
-	if err := s.fill(b, &t); err != nil {
-		s.newest = b.after
-		s.write.rollback.Exec() // fails where SQLite has rolled back by itself
-		if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
-			return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
-		}
-		return err
-	}
-	if s.hooks.beforeCommit != nil {
-		s.hooks.beforeCommit(s, b)
-	}
-	if _, err := s.write.commit.Exec(); err != nil {
-		s.newest = b.after
-		// Only these two are known to leave the transaction rolled back:
-		// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
-		if c := code(err); c == sqlite3.SQLITE_FULL || c == sqlite3.SQLITE_IOERR_WRITE {
-			s.write.rollback.Exec()
-			return err
-		}
-		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
-	}
-	s.totals.Store(&t)
-	s.batchSizes.observe(float64(len(b.creates) + len(b.steps)))
-	s.batchTimes.observe(time.Since(began).Seconds())
-	return nil
-}
-
-// fill does everything of a transaction but its end.
-func (s *store) fill(b *batch, t *totals) error {
-	if _, err := s.write.begin.Exec(); err != nil {
-		return err
-	}
-	if err := s.insertAll(b.creates, t); err != nil {
-		return err
-	}
-	for i := range b.steps {
-		if err := s.apply(&b.steps[i], t); err != nil {
-			return err
-		}
-	}
-	if t.accepted-t.indexed >= indexEvery {
-		if err := s.index(t); err != nil {
-			return err
-		}
-	}
-	if len(b.creates)+len(b.steps) == 0 { // SQLite would write nothing where nothing changes
-		_, err := s.write.probe.Exec()
-		return err
-	}
-	_, err := s.write.total.Exec(t.accepted, t.processing, t.completed, t.took, t.newestStarted, t.indexed, t.newestIndexed)
-	return err
-}
-
-// index brings orders_by_user up to date. So many orders at once, in the few
-// pages of one run, share the pages that they change.
-func (s *store) index(t *totals) error {
-	if _, err := s.write.index.Exec(t.newestIndexed); err != nil {
-		return err
-	}
-	if t.indexed/runOrders < t.accepted/runOrders {
-		if _, err := s.write.run.Exec(s.newest + 1); err != nil {
-			return err
-		}
-	}
-	t.indexed, t.newestIndexed = t.accepted, s.newest
-	return nil
-}
-
-// insertAll inserts the new orders, many to a statement where there are many.
-func (s *store) insertAll(creates []*create, t *totals) error {
-	args := make([]any, 0, insertRows*orderArgs)
-	for _, c := range creates {
-		if c.key != "" {
-			if err := s.insertKeyed(c, t); err != nil {
-				return err
-			}
-			continue
-		}
-		args = s.number(c, t, args)
-		if len(args) == cap(args) {
-			if _, err := s.write.insertMany.Exec(args...); err != nil {
-				return err
-			}
-			args = args[:0]
-		}
-	}
-	for ; len(args) > 0; args = args[orderArgs:] {
-		if _, err := s.write.insert.Exec(args[:orderArgs]...); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// insertKeyed inserts an order together with its idempotency key, or finds the
-// order that the key has already created.
-func (s *store) insertKeyed(c *create, t *totals) error {
-	earlier, err := scanOrder(s.write.keyed.QueryRow(c.key).Scan)
-	if err == nil {
-		c.replay(earlier)
-		return nil
-	}
-	if !errors.Is(err, errNotFound) {
-		return err
-	}
-	if _, err := s.write.insert.Exec(s.number(c, t, nil)...); err != nil {
-		return err
-	}
-	_, err = s.write.key.Exec(c.key, high(c.id))
-	return err
-}
-
-// number gives a new order the next ID, later than every ID in the table
-// whatever the clock does, counts it, and appends the arguments of its INSERT.
-func (s *store) number(c *create, t *totals, args []any) []any {
-	s.newest = max(s.newest+1, s.hooks.now().UnixMilli()<<16)
-	c.id = joinID(s.newest, int64(rand.Uint64()))
-	t.accepted++
-	return append(args, s.newest, low(c.id), c.userID, c.itemIDs, c.cents)
-}
-
-// apply writes a step and counts it, unless the order is not where the step
-// starts from: then the step is void.
-func (s *store) apply(st *step, t *totals) error {
-	var took any // NULL until Completed
-	if st.to == completed {
-		took = st.took
-	}
-	result, err := s.write.step.Exec(st.to, st.started, took, high(st.id), st.from)
-	if err != nil {
-		return err
-	}
-	n, err := result.RowsAffected()
-	if st.void = n != 1; err != nil {
-		return err
-	} else if st.void {
-		s.log.Error("a step did not find its order", "order_id", st.id.String(), "from", st.from.String(), "to", st.to.String())
-		return nil
-	}
-	t.newestStarted = max(t.newestStarted, high(st.id))
-	if st.from == processing {
-		t.processing--
-	}
-	if st.to == processing {
-		t.processing++
-		return nil
-	}
-	t.completed++
-	t.took += st.took
-	return nil
-}
-
-// checkpoint moves the WAL into the database once it is long enough, after the
-// batch was answered, so that the next commit begins it anew. It waits a little
-// for readers, once for each that holds it back, and tries again later. written
-// is how many operations came since the last call. An error means that the
-// writer must not go on; SQLite's own checkpoints would swallow it. See
-// https://sqlite.org/wal.html#ckpt.
-func (s *store) checkpoint(written int) error {
-	if s.unchecked += written; s.unchecked < walCheckEvery || s.overdue != nil {
-		return nil
-	}
-	s.unchecked = 0
-	var busy, pages, moved int64
-	if err := s.write.walPages.QueryRow().Scan(&busy, &pages, &moved); err != nil || pages < checkpointPages {
-		return err
-	}
-	run := func(mode string) error {
-		return s.db.QueryRow("PRAGMA wal_checkpoint("+mode+")").Scan(&busy, &pages, &moved)
-	}
-	err := run("PASSIVE")
-	if err == nil && (moved == pages || moved != s.heldAt) {
-		mode := "RESTART"
-		if pages > walKeptPages {
-			mode = "TRUNCATE"
-		}
-		s.db.setBusyTimeout(readerPause)
-		err = run(mode)
-		s.db.setBusyTimeout(busyTimeout)
-	}
-	if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
-		return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
-	}
-	if err != nil {
-		s.log.Warn("the WAL could not be moved into the database yet", "error", err)
-	}
-	s.heldAt = -1
-	if err != nil || busy != 0 || moved < pages {
-		s.overdue, s.heldAt = time.After(retryPause), moved
-	}
-	return nil
-}
-
-func scanOrder(scan func(...any) error) (o order, err error) {
-	var idHigh, idLow int64
-	err = scan(&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took)
-	if errors.Is(err, sql.ErrNoRows) {
-		return o, errNotFound
-	}
-	o.id = joinID(idHigh, idLow)
-	return o, err
-}
-
-// find reads one order from the table.
-func (s *store) find(id ulid.ULID) (order, error) {
-	o, err := scanOrder(s.readOne.QueryRow(high(id)).Scan)
-	if err == nil && o.id != id {
-		err = errNotFound
-	}
-	return o, err
-}
-
-// unfinished returns up to limit orders after the one given, oldest first,
-// that are not Completed. The feeder's: behind what it has read, all are Pending.
-func (s *store) unfinished(after int64, limit int) ([]order, error) {
-	orders, _, err := s.query(readBytes, "SELECT "+orderColumns+" FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
-	return orders, err
-}
-
-// oldest is the upper half of the ID of the oldest order in an unfinished
-// status, or math.MaxInt64 where there is none.
-func (s *store) oldest(st status) (idHigh int64, err error) {
-	err = s.reads.QueryRow("SELECT coalesce(min(id_high), ?) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = ?", int64(math.MaxInt64), st).Scan(&idHigh)
-	return idHigh, err
-}
-
-// filter is what a list asks for.
-type filter struct {
-	before int64 // upper half of an ID; only older orders
-	userID string
-	status *status
-	limit  int
-}
-
-// list returns a page of orders, newest first, and the ID that the next page
-// goes on before; zero on the last one.
-func (s *store) list(f filter) (orders []order, next ulid.ULID, err error) {
-	p, err := s.plan(f)
-	room := readBytes
-	for i := 0; err == nil && room > 0 && i < len(p.queries); i++ {
-		var found []order
-		missing := f.limit + 1 - len(orders) // one more tells whether there is a next page
-		found, room, err = s.query(room, p.queries[i], append(p.args, sql.Named("limit", missing))...)
-		orders = append(orders, found...)
-	}
-	switch {
-	case room <= 0 || len(orders) > f.limit:
-		orders = orders[:min(len(orders), f.limit)]
-		next = orders[len(orders)-1].id
-	case p.end > p.from:
-		next = joinID(p.end, 0)
-	}
-	return orders, next, err
-}
-
-// plan is how a page is looked up: by its queries in turn, the one for newer
-// orders first, in the stretch of the table from @from to @before.
-type plan struct {
-	queries   []string
-	args      []any
-	from, end int64 // no order is older than from; the queries look for none older than end
-}
-
-// plan makes every page cost by its size and not by the table's. Pending
-// orders begin at the oldest one and Completed ones end at the newest that was
-// started; only what pool and queue hold lies among them, and that is all of
-// the Processing ones, which have an index. A user's orders are searched for
-// among the newest, which are not indexed yet, and then in pageRuns runs.
-func (s *store) plan(f filter) (p plan, err error) {
-	t := s.totals.Load()
-	source, where := "orders NOT INDEXED", ""
-	if f.status != nil {
-		where = " AND status = @status"
-		p.args = append(p.args, sql.Named("status", *f.status))
-		switch *f.status {
-		case pending:
-			if p.from, err = s.oldest(pending); err != nil {
-				return p, err
-			}
-		case processing:
-			source, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
-		case completed:
-			f.before = min(f.before, t.newestStarted+1)
-		}
-	}
-	add := func(source, where, order string) {
-		p.queries = append(p.queries, "SELECT "+orderColumns+" FROM "+source+" WHERE "+where+" ORDER BY "+order+"id_high DESC LIMIT @limit")
-	}
-	p.args = append(p.args, sql.Named("from", p.from), sql.Named("before", f.before), sql.Named("user", f.userID), sql.Named("indexed", t.newestIndexed))
-	switch {
-	case f.userID == "":
-		add(source, "id_high >= @from AND id_high < @before"+where, "")
-	case f.status != nil && *f.status == processing:
-		add(source, "id_high >= @from AND id_high < @before AND user_id = @user"+where, "")
-	default:
-		add(source, "id_high >= max(@from, @indexed + 1) AND id_high < @before AND user_id = @user"+where, "")
-		add("user_runs CROSS JOIN orders_by_user ON run = first CROSS JOIN orders USING (id_high)",
-			"first >= @end AND first < @before AND user = @user AND id_high >= @from AND id_high < min(@before, @indexed + 1)"+where, "first DESC, ")
-		err = s.reads.QueryRow(`SELECT max((SELECT max(first) FROM user_runs WHERE first <= @from),
-			coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
-			append(p.args, sql.Named("runs", pageRuns))...).Scan(&p.end)
-		p.args = append(p.args, sql.Named("end", p.end))
-	}
-	return p, err
-}
-
-// query reads orders as long as there is room, in bytes of text, and tells how
-// much is left: none where it ended early.
-func (s *store) query(room int, query string, args ...any) (orders []order, left int, err error) {
-	rows, err := s.reads.Query(query, args...)
-	if err != nil {
-		return nil, room, err
-	}
-	defer rows.Close()
-	for room > 0 && rows.Next() {
-		o, err := scanOrder(rows.Scan)
-		if err != nil {
-			return nil, room, err
-		}
-		orders = append(orders, o)
-		room -= len(o.userID) + len(o.itemIDs)
-	}
-	return orders, room, rows.Err()
-}
-
-// walBytes is the size of the -wal file.
-func (s *store) walBytes() int64 {
-	info, err := os.Stat(s.db.path + "-wal")
-	if err != nil {
-		return 0
-	}
-	return info.Size()
-}
-
-// close writes what waits and closes the files, readers first so that the
-// writer's connection is the last and removes the WAL. After the writer gave
-// up nothing may be synced again: the files are left for the next start.
-func (s *store) close() error {
-	s.mu.Lock()
-	s.closing = true
-	s.mu.Unlock()
-	close(s.quit)
-	<-s.stopped
-	select {
-	case <-s.failed:
-		return errors.New("a write to orders.db failed and its outcome is unknown: check the disk, then start orderd again to find out; no order it confirmed is lost")
-	default:
-	}
-	return errors.Join(s.reads.Close(), s.db.close())
-}
-
-// unlock lets another process have the data directory.
-func (s *store) unlock() error { return s.lock.Close() }
-
-// database is one SQLite file of ours.
-type database struct {
-	*sql.DB // one connection; nil until prepare
-	path    string
-	appID   int64 // PRAGMA application_id
-	version int64 // PRAGMA user_version
-	schema  string
-	// WAL pages after which SQLite makes a checkpoint by itself, in the commit
-	// and whatever comes of it; 0 where its owner makes them.
-	autoCheckpoint int
-	empty          bool // no schema yet
-}
-
-// openSQLite opens lazily: no file is touched before the first statement.
-// See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
-func openSQLite(path string, params ...string) (*sql.DB, error) {
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		return nil, err
-	}
-	name := filepath.ToSlash(abs)
-	if !strings.HasPrefix(name, "/") {
-		name = "/" + name // a Windows drive
-	}
-	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
-	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
-	db, err := sql.Open("sqlite", dsn.String())
-	if err == nil {
-		db.SetMaxOpenConns(1)
-		db.SetMaxIdleConns(listReaders)
-	}
-	return db, err
-}
-
-// inspect opens the file if there is one, makes sure that it is ours and of
-// our version, and reads its totals with query. It writes nothing.
-func (d *database) inspect(query string, into ...any) error {
-	info, err := os.Stat(d.path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		d.empty = true
-		return nil
-	case err != nil:
-		return fmt.Errorf("cannot open %s: %w", d.path, err)
-	case !info.Mode().IsRegular():
-		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
-	}
-	if err := makeFile(d.path); err != nil { // SQLite would open a read-only file without a word
-		return err
-	}
-	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
-	_, err = os.Stat(d.path + "-wal")
-	whole := errors.Is(err, os.ErrNotExist)
-	if whole {
-		params = append(params, "immutable=1") // it makes no -wal and -shm either
-	}
-	db, err := openSQLite(d.path, params...)
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	var appID, version, pageSize, objects int64
-	row := db.QueryRow("SELECT a.application_id, v.user_version, p.page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v, pragma_page_size p")
-	if err := row.Scan(&appID, &version, &pageSize, &objects); err != nil {
-		return explain(d.path, err)
-	}
-	d.empty = appID == 0 && version == 0 && objects == 0
-	switch {
-	case d.empty:
-		return nil
-	case appID != d.appID:
-		return fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
-	case version != d.version:
-		return fmt.Errorf("%s has schema version %d and this orderd knows %d: use the orderd that wrote it", d.path, version, d.version)
-	case whole && info.Size()%pageSize != 0:
-		return damaged(d.path) // SQLite would take zeros for the rest of the last page
-	}
-	err = db.QueryRow(query).Scan(into...)
-	if err != nil && code(err) == 0 { // no row, or no numbers in it
-		return damaged(d.path)
-	}
-	return explain(d.path, err)
-}
-
-// prepare makes the file if need be, sets durability and reads it back, and
-// creates the schema in an empty database.
-func (d *database) prepare() (err error) {
-	if err := makeFile(d.path); err != nil {
-		return err
-	}
-	if err := syncFile(d.path + "-wal"); err != nil {
-		return fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
-	}
-	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
-		return err
-	}
-	var journal string
-	var synchronous int
-	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
-		return explain(d.path, err)
-	}
-	// fullfsync matters on macOS only. The checkpoint moves to other pages what an
-	// fsync may have failed on, so that the next commit begins the WAL anew.
-	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
-	if _, err := d.Exec(settings); err != nil {
-		return explain(d.path, err)
-	}
-	if err := d.QueryRow("PRAGMA synchronous").Scan(&synchronous); err != nil || journal != "wal" || synchronous != 2 {
-		return fmt.Errorf("%s cannot be made durable (journal_mode %s, synchronous %d, want wal and 2): keep the data directory on a local disk", d.path, journal, synchronous)
-	}
-	if !d.empty {
-		return nil
-	}
-	_, err = d.Exec(fmt.Sprintf("BEGIN; %s; PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT;", d.schema, d.appID, d.version))
-	return explain(d.path, err)
-}
-
-// setBusyTimeout needs the one connection: it is the writer's.
-func (d *database) setBusyTimeout(t time.Duration) {
-	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
 }
 
 // makeFile makes an empty file for its owner only, or makes sure that the one
@@ -1141,9 +1872,9 @@ func makeFile(path string) error {
 	return f.Close()
 }
 
-// syncFile brings to disk what a killed process wrote to a -wal file, if there
-// is one, and did not sync: nothing of it may be shown that a power cut could
-// take. The checkpoint would not, where another program reads an older state.
+// syncFile brings a file to disk, if there is one. Of a -wal that a killed
+// process left nothing may be shown before that; the checkpoint at start would
+// not do it, where another program reads an older state.
 func syncFile(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -1153,13 +1884,6 @@ func syncFile(path string) error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
-}
-
-func (d *database) close() error {
-	if d.DB == nil {
-		return nil
-	}
-	return d.Close()
 }
 
 // code is SQLite's extended result code of err, or 0.
@@ -1174,7 +1898,7 @@ func damaged(path string) error {
 	return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
 }
 
-// explain turns an error at start into one sentence with the remedy. Only the
+// explain turns an SQLite error into one sentence with the remedy. Only the
 // low byte is the kind of error: https://sqlite.org/rescode.html.
 func explain(path string, err error) error {
 	if err == nil {
