@@ -539,12 +539,11 @@ type listedOrder struct {
 
 func newListedOrder(o order) listedOrder {
 	at := func(ms int64) *string {
-		return new(time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00"))
+		return new(timestamp(ms))
 	}
 	l := listedOrder{
 		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
-		TotalAmount: json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100)),
-		Status:      o.status.String(), CreatedAt: at(int64(o.id.Time())),
+		TotalAmount: o.amount(), Status: o.status.String(), CreatedAt: at(int64(o.id.Time())),
 	}
 	if o.status >= processing {
 		l.StartedAt = at(o.started)
