@@ -16,6 +16,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -26,6 +27,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 func main() {
@@ -269,9 +271,10 @@ func (a *app) announce() {
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
 	fmt.Fprintf(a.console, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
-	fmt.Fprintf(a.console, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.pool.workers, a.cfg.delay, unfinished)
+	work := a.cfg.describeWork()
+	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
-		"delay", a.cfg.delay.String(), "resumed", unfinished, "version", versionLine())
+		"work", work, "resumed", unfinished, "version", versionLine())
 	if a.cfg.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
@@ -293,17 +296,18 @@ func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopba
 
 // config is what the flags and the environment say, checked.
 type config struct {
-	addr      string
-	tokenFile string
-	data      string
-	delay     time.Duration
-	drain     time.Duration
+	addr          string
+	tokenFile     string
+	workTokenFile string
+	data          string
+	delay         time.Duration
+	drain         time.Duration
 
 	store storeOptions
 	pool  poolOptions
 	log   logOptions
 
-	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value
+	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value; that for -work is in pool
 	unknown []string // variables that look like settings and are none
 	version bool
 	help    bool
@@ -313,8 +317,10 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	if c.tokenFile != "" {
-		o.taken = append(o.taken, c.tokenFile)
+	for _, file := range []string{c.tokenFile, c.workTokenFile} {
+		if file != "" {
+			o.taken = append(o.taken, file)
+		}
 	}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
@@ -328,6 +334,14 @@ func (c config) logOptions() logOptions {
 	return o
 }
 
+// describeWork tells what becomes of an order, without a password in the URL.
+func (c config) describeWork() string {
+	if u, _ := url.Parse(c.pool.endpoint.url); u.Host != "" {
+		return "each order POSTed to " + u.Redacted()
+	}
+	return c.delay.String() + " an order"
+}
+
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
@@ -337,7 +351,7 @@ var flagGroups = []struct {
 	names []string
 }{
 	{"Serving", []string{"addr", "token-file", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "queue", "cache"}},
+	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{"About", []string{"version", "h"}},
 }
@@ -351,12 +365,16 @@ func (c *config) flags() *flag.FlagSet {
 		return inRange("must be a whole number from %d to %d", low, high, strconv.Atoi)
 	}
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
+	oneAttempt := inRange("must be a duration from %s to %s, such as 30s or 5m", time.Second, time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
+	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
+	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
+	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
 	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
@@ -405,6 +423,14 @@ func parseAddr(s string) (string, error) {
 	return s, nil
 }
 
+func parseEndpoint(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+		return "", errors.New("must be an http or https URL with a host, such as http://localhost:9000/work")
+	}
+	return s, nil
+}
+
 func parseLevel(s string) (level slog.Level, err error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
 		return level, errors.New("must be debug, info, warn or error")
@@ -422,7 +448,7 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
-	known := map[string]bool{"ORDERD_TOKEN": true}
+	known := map[string]bool{"ORDERD_TOKEN": true, "ORDERD_WORK_TOKEN": true}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
 		name := variable(f.Name)
@@ -448,17 +474,23 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 		}
 	}
 	slices.Sort(c.unknown)
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	if given["work"] && given["delay"] {
+		return c, usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them")}
+	}
 	c.pool.work = simulate(c.delay)
-	var err error
-	c.token, err = readToken(c.tokenFile, variables)
-	return c, err
+	var err, workErr error
+	c.token, err = readToken("ORDERD_TOKEN", c.tokenFile, variables)
+	c.pool.endpoint.token, workErr = readToken("ORDERD_WORK_TOKEN", c.workTokenFile, variables)
+	return c, cmp.Or(err, workErr)
 }
 
-// readToken prefers a token file over ORDERD_TOKEN, as a flag wins elsewhere.
-// A token that is set but empty is an error: it would leave the door open.
-func readToken(file string, variables map[string]string) (string, error) {
-	token, ok := variables["ORDERD_TOKEN"]
-	source := "ORDERD_TOKEN"
+// readToken prefers a token file over the variable, as a flag wins elsewhere. A
+// token that is set but empty is an error: it would leave the door open.
+func readToken(variable, file string, variables map[string]string) (string, error) {
+	token, ok := variables[variable]
+	source := variable
 	if file != "" {
 		text, err := os.ReadFile(file)
 		if err != nil {
@@ -468,7 +500,10 @@ func readToken(file string, variables map[string]string) (string, error) {
 	}
 	token = strings.TrimSpace(token)
 	if ok && token == "" {
-		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to serve without one", source)}
+		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
+	}
+	if strings.ContainsFunc(token, unicode.IsControl) {
+		return "", usageError{fmt.Errorf("%s has a line break or another control character, which no request can carry: put nothing but the token into it", source)}
 	}
 	return token, nil
 }
@@ -489,13 +524,13 @@ func help() string {
 		for _, name := range group.names {
 			f := fs.Lookup(name)
 			if group.title == "About" {
-				fmt.Fprintf(&b, "  -%-12s %s\n", name, f.Usage)
+				fmt.Fprintf(&b, "  -%-15s %s\n", name, f.Usage)
 				continue
 			}
-			fmt.Fprintf(&b, "  -%-12s %s\n  %13s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
+			fmt.Fprintf(&b, "  -%-15s %s\n  %16s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
-	b.WriteString("\nThe token itself is given in ORDERD_TOKEN or in the token file, never as a flag.\n")
+	b.WriteString("\nA token itself is given in ORDERD_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")
 	return b.String() + examples
 }
 
