@@ -1363,13 +1363,16 @@ const (
 const (
 	findID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
 	findKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
+	// Behind the feeder's cursor all orders are Pending, so that looking at each of
+	// them is cheaper than sorting an index. No content is read.
+	findBacklog = "SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?"
 )
 
 // reader is a pool of read-only connections. They are opened at start and kept,
 // so that a read needs no descriptor that others may have used up.
 type reader struct {
 	*sql.DB
-	findID, findKey *sql.Stmt
+	findID, findKey, backlog *sql.Stmt
 }
 
 func openReader(path string, connections int) (*reader, error) {
@@ -1379,10 +1382,12 @@ func openReader(path string, connections int) (*reader, error) {
 	}
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
-	r := &reader{DB: db}
-	if r.findID, err = db.Prepare(findID); err == nil {
-		r.findKey, err = db.Prepare(findKey)
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := db.Prepare(query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
 	}
+	r := &reader{DB: db, findID: prepare(findID), findKey: prepare(findKey), backlog: prepare(findBacklog)}
 	open := make([]*sql.Conn, 0, connections)
 	for err == nil && len(open) < connections {
 		var c *sql.Conn
@@ -1430,10 +1435,8 @@ func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o
 	return order{}, seq, err
 }
 
-// backlog reads no content. Behind the feeder's cursor all orders are Pending,
-// so that looking at each of them is cheaper than sorting an index.
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.lists.Query("SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	rows, err := e.lists.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}
