@@ -504,17 +504,3 @@ func versionLine() string {
 	version, commit := buildInfo()
 	return fmt.Sprintf("orderd %s, commit %s, %s", version, commit, runtime.Version())
 }
-
-// buildInfo tells the module version and the commit.
-func buildInfo() (version, commit string) {
-	version, commit = "unknown", "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				commit = setting.Value
-			}
-		}
-	}
-	return version, commit
-}

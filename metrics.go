@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"sort"
 	"sync"
@@ -249,4 +250,18 @@ func (e *exposition) histogram(name, help string, h *histogram) {
 	}
 	e.sample(name+"_sum", "", h.sum)
 	e.sample(name+"_count", "", float64(n))
+}
+
+// buildInfo tells the module version and the commit.
+func buildInfo() (version, commit string) {
+	version, commit = "unknown", "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				commit = setting.Value
+			}
+		}
+	}
+	return version, commit
 }
