@@ -11,6 +11,11 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"go/ast"
+	"go/importer"
+	"go/parser"
+	"go/token"
+	"go/types"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -1073,6 +1078,68 @@ func TestOpenAPIListsTheRoutes(t *testing.T) {
 }
 
 // ---- main.go ----
+
+func TestFilesUseOnlyFilesBelow(t *testing.T) {
+	t.Parallel()
+	require.Empty(t, upwardUses(t, nil))
+	planted := map[string]string{"cache.go": "\nvar planted = newServer\n", "store.go": "\nfunc planted(p *pool) int { return p.workers }\n"}
+	require.Equal(t, []string{"cache.go uses newServer of server.go", "store.go uses pool of worker.go", "store.go uses workers of worker.go"}, upwardUses(t, planted))
+}
+
+// fileOrder is the table in main.go's package comment, from the top down.
+func fileOrder(tb testing.TB) (names []string) {
+	source, err := os.ReadFile("main.go")
+	require.NoError(tb, err)
+	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(string(source), -1) {
+		names = append(names, m[1])
+	}
+	return names
+}
+
+// upwardUses type-checks the program, with more text appended to some files,
+// and lists every use of a name that a file above declares.
+func upwardUses(tb testing.TB, more map[string]string) (found []string) {
+	order, fset := fileOrder(tb), token.NewFileSet()
+	var files []*ast.File
+	names, err := filepath.Glob("*.go")
+	require.NoError(tb, err)
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		require.Contains(tb, order, name)
+		source, err := os.ReadFile(name)
+		require.NoError(tb, err)
+		f, err := parser.ParseFile(fset, name, string(source)+more[name], parser.SkipObjectResolution)
+		require.NoError(tb, err)
+		files = append(files, f)
+	}
+	info := &types.Info{Uses: map[*ast.Ident]types.Object{}, Selections: map[*ast.SelectorExpr]*types.Selection{}}
+	config := types.Config{Importer: stubs{importer.Default()}, FakeImportC: true, Error: func(error) {}}
+	pkg, _ := config.Check("orderd", fset, files, info)
+	at := func(p token.Pos) string { return filepath.Base(fset.Position(p).Filename) }
+	for ident, object := range info.Uses {
+		if object.Pkg() != pkg || !object.Pos().IsValid() {
+			continue
+		}
+		user, owner := at(ident.Pos()), at(object.Pos())
+		if slices.Index(order, user) > slices.Index(order, owner) {
+			found = append(found, user+" uses "+ident.Name+" of "+owner)
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found)
+}
+
+// stubs stand in for imports: what the program's own names mean does not
+// depend on them.
+type stubs struct{ types.Importer }
+
+func (stubs) Import(path string) (*types.Package, error) {
+	p := types.NewPackage(path, filepath.Base(path))
+	p.MarkComplete()
+	return p, nil
+}
 
 // flagTable says of each flag all that can be said of it. Accepted values are
 // written as fmt prints them; the first and the last are the limits.
