@@ -168,7 +168,10 @@ func heldApp(t *testing.T, change func(*config), before func(*app)) (a *app, rel
 func onOrders(a *app, look func(context.Context, order) error) work {
 	return func(ctx context.Context, id ulid.ULID) error {
 		o, err := a.store.get(id)
-		return cmp.Or(err, look(ctx, o))
+		if err != nil {
+			return err
+		}
+		return look(ctx, o)
 	}
 }
 
