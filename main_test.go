@@ -6172,6 +6172,370 @@ func TestAMillionPending(t *testing.T) {
 	require.Zero(t, behind, "orders that were started before an older one")
 }
 
+// ---- what people break: the table changed by hand, files taken away ----
+
+// TestAListIsNotBehindAnAnswer asks for an order by each route right after
+// another has told that it is Completed.
+func TestAListIsNotBehindAnAnswer(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, func(cfg *config) { cfg.pool.workers = 4 })
+	done := completed
+	var wrong atomic.Pointer[string]
+	var clients sync.WaitGroup
+	for client := range 8 {
+		clients.Go(func() {
+			user := fmt.Sprintf("user%d", client)
+			for range many(2000) {
+				c := &create{order: order{userID: user, itemIDs: "item"}}
+				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
+					wrong.Store(new("an order was refused"))
+					return
+				}
+				for _, f := range []filter{{status: &done}, {userID: user}, {userID: user, status: &done}} {
+					f.before, f.limit = high(c.id)+1, 1
+					p, err := a.store.list(f)
+					if err != nil || len(p.orders) == 0 || p.orders[0].id != c.id || p.orders[0].status != completed {
+						wrong.Store(new(fmt.Sprintf("%s is Completed by its ID, and by list %+v: %v, %v", c.id, f, p.orders, err)))
+						return
+					}
+				}
+			}
+		})
+		clients.Go(func() { // and the other way round
+			for range many(2000) {
+				p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
+				for _, o := range p.orders {
+					if st, statusErr := a.store.status(o.id); err != nil || statusErr != nil || st < o.status {
+						wrong.Store(new(fmt.Sprintf("%s is %s in a list, then %s by its ID: %v, %v", o.id, o.status, st, err, statusErr)))
+						return
+					}
+				}
+			}
+		})
+	}
+	clients.Wait()
+	if text := wrong.Load(); text != nil {
+		t.Fatal(*text)
+	}
+}
+
+func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	body := orderBody(`"user"`, `"item"`, "1")
+	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	awaitRest(t, a, 0, 1)
+	execOn(t, a.engine.file.path, "DELETE FROM orders")
+	second := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	require.Equal(t, http.StatusCreated, second.status, second.body)
+	require.Empty(t, second.header.Get("Idempotent-Replayed"))
+	require.NotEqual(t, first.body, second.body)
+	third := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	require.Equal(t, second.body, third.body)
+	require.Equal(t, "true", third.header.Get("Idempotent-Replayed"))
+}
+
+// TestAnOrderThatTheTableRefusesFailsAlone has a trigger refuse one order in
+// the middle of a batch that is large enough for statements of many rows.
+func TestAnOrderThatTheTableRefusesFailsAlone(t *testing.T) {
+	t.Parallel()
+	a, _ := openIdle(t, t.TempDir(), nil, nil)
+	execOn(t, a.engine.file.path, "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.user_id = 'poison' BEGIN SELECT RAISE(ABORT, 'poison'); END")
+	for _, key := range []string{"", "cart"} {
+		creates := sampleOrders(3 * insertRows)
+		creates[insertRows].userID, creates[insertRows].key = "poison", key
+		creates[7].key = key + "another"
+		commitTogether(t, a.store, creates)
+		for i, c := range creates {
+			if i == insertRows {
+				require.ErrorIs(t, c.err, errRejected)
+			} else {
+				require.NoError(t, c.err)
+				o, err := a.store.get(c.id)
+				require.NoError(t, err)
+				require.Equal(t, c.userID, o.userID)
+			}
+		}
+	}
+	require.NoError(t, a.store.ready())
+	checkInvariants(t, a)
+}
+
+// TestTheUserIndexStopsNoOrder has its writes fail for a while.
+func TestTheUserIndexStopsNoOrder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openIdle(t, dir, nil, nil)
+	execOn(t, a.engine.file.path, "CREATE TRIGGER broken BEFORE INSERT ON orders_by_user BEGIN SELECT RAISE(ABORT, 'broken'); END")
+	for range 3 {
+		commitTogether(t, a.store, sampleOrders(indexEvery))
+	}
+	orders, _ := walk(t, a.store, filter{userID: "user7", limit: 2})
+	require.Len(t, orders, 3)
+	execOn(t, a.engine.file.path, "DROP TRIGGER broken")
+	commitTogether(t, a.store, sampleOrders(2*indexEvery))
+	checkInvariants(t, a)
+	orders, _ = walk(t, a.store, filter{userID: "user7", limit: 2})
+	require.Len(t, orders, 4)
+	stop()
+	require.NotEmpty(t, logged(t, dir, "the index of users could not be written; lists by user are slower until it can"))
+}
+
+func TestASecondWriterIsNoticed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a := lookedAt(t, dir, nil, nil)
+	require.NoError(t, a.start())
+	ended := make(chan error, 1)
+	go func() { ended <- a.serve(t.Context()) }()
+	place(t, a, "user", "item")
+	require.NoError(t, os.Remove(filepath.Join(dir, "data", "orderd.lock")))
+	b, stop := openIdle(t, dir, func(cfg *config) { cfg.log.file = dir + "/other.log" }, nil)
+	commitTogether(t, b.store, sampleOrders(1))
+
+	got := post(t, a, orderBody(`"user"`, `"item"`, "1"))
+	require.Equal(t, http.StatusServiceUnavailable, got.status)
+	require.Contains(t, decoded[fault](t, got.body).Detail, "was not taken")
+	require.ErrorContains(t, <-ended, "was written by another program")
+	commitTogether(t, b.store, sampleOrders(1)) // the other one goes on
+	require.Len(t, allOrders(t, b.store), 3)
+	stop()
+}
+
+// TestFilesTakenAwayWhileServing moves files and puts them back.
+func TestFilesTakenAwayWhileServing(t *testing.T) {
+	t.Parallel()
+	needsUnix(t) // elsewhere an open file cannot be moved
+	for _, taken := range []string{".", "orders.db", "orders.db-wal"} {
+		t.Run(taken, func(t *testing.T) {
+			t.Parallel()
+			a := newTestApp(t, nil)
+			place(t, a, "user", "item")
+			path, aside := filepath.Join(a.cfg.data, taken), filepath.Join(t.TempDir(), "aside")
+			require.NoError(t, os.Rename(path, aside))
+			until(t, func() bool { return a.store.ready() != nil }, "it is noticed")
+			require.Equal(t, http.StatusServiceUnavailable, post(t, a, orderBody(`"user"`, `"item"`, "1")).status)
+			require.Equal(t, http.StatusOK, get(t, a, "/orders?limit=1").status)
+			require.NoError(t, os.Rename(aside, path))
+			until(t, func() bool { return a.store.ready() == nil }, "it goes on")
+			place(t, a, "user", "item")
+			awaitRest(t, a, 0, 2)
+			checkInvariants(t, a)
+		})
+	}
+}
+
+func TestFilesRemovedWhileServing(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	a := lookedAt(t, t.TempDir(), nil, nil)
+	require.NoError(t, a.start())
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.serve(ctx) }()
+	require.NoError(t, os.RemoveAll(a.cfg.data))
+	until(t, func() bool { return a.store.ready() != nil })
+	cancel()
+	require.ErrorContains(t, <-ended, "orders.db was removed or replaced while orderd has it open")
+}
+
+// TestOrdersBehindALink kills a service whose orders.db is a link: SQLite keeps
+// the -wal beside the target.
+func TestOrdersBehindALink(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "data"), 0o700))
+	link := filepath.Join(dir, "data", "orders.db")
+	require.NoError(t, os.Symlink(filepath.Join(elsewhere, "there.db"), link))
+	_, err := openApp(testConfig(dir), io.Discard)
+	require.ErrorContains(t, err, link+" is a link to a file that does not exist")
+
+	require.NoError(t, os.WriteFile(filepath.Join(elsewhere, "there.db"), nil, 0o600))
+	j := newJournal("link", 0)
+	p := startProcess(t, dir, nil, "-delay", "0s")
+	j.place(t, p.url(), 20)
+	p.kill()
+	require.FileExists(t, filepath.Join(elsewhere, "there.db-wal"))
+	j.recover(t, dir, "-delay", "0s")
+}
+
+// TestPermanentErrorsEndTheService breaks the table under it.
+func TestPermanentErrorsEndTheService(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ damage, says string }{
+		"a lost table":                     {"DROP TABLE totals", "no such table: totals"},
+		"a step that a constraint refuses": {"CREATE TRIGGER no BEFORE UPDATE ON orders BEGIN SELECT RAISE(ABORT, 'no'); END", "no"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := lookedAt(t, t.TempDir(), nil, nil)
+			require.NoError(t, a.start())
+			ended := make(chan error, 1)
+			go func() { ended <- a.serve(t.Context()) }()
+			execOn(t, a.engine.file.path, test.damage)
+			post(t, a, orderBody(`"user"`, `"item"`, "1"))
+			select {
+			case err := <-ended:
+				require.ErrorIs(t, err, errBroken)
+				require.ErrorContains(t, err, test.says)
+			case <-time.After(longest):
+				t.Fatal("it went on")
+			}
+		})
+	}
+}
+
+// TestTotalsAreMendedAtStart changes orders by hand while the service is stopped.
+func TestTotalsAreMendedAtStart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openTestApp(t, dir, nil, nil)
+	for range 3 {
+		place(t, a, "user", "item")
+	}
+	awaitRest(t, a, 0, 3)
+	stop()
+	execOn(t, a.engine.file.path, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
+	a, stop = openIdle(t, dir, nil, nil)
+	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
+		a.metrics.summary(a.store.totals()))
+	stop()
+	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 1)
+	a, _ = openTestApp(t, dir, nil, nil)
+	awaitRest(t, a, 0, 3)
+	checkInvariants(t, a)
+}
+
+func TestAClockThatWasAheadIsTold(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openTestApp(t, dir, func(cfg *config) {
+		cfg.store.now = func() time.Time { return time.Now().Add(24 * time.Hour) }
+	}, nil)
+	place(t, a, "user", "item")
+	stop()
+	a, stop = openTestApp(t, dir, nil, nil)
+	samples, err := parsePrometheus(call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body)
+	require.NoError(t, err)
+	require.InDelta(t, 86400, samples["orderd_clock_behind_seconds"], 600)
+	stop()
+	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
+	require.NoError(t, err)
+	require.Contains(t, string(text), "the clock was once")
+}
+
+// TestNoDescriptorsLeft uses up what the service may open; what it opened at
+// start must do for orders and reads.
+func TestNoDescriptorsLeft(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	p := startWrapped(t, []string{"sh", "-c", `ulimit -n 48 && exec "$@"`, "sh"}, t.TempDir(), nil, "-delay", "0s")
+	client := newClient() // keeps one connection, from before
+	j := newJournal("descriptors", 0)
+	j.place(t, p.url(), 1)
+	_, err := fetchPage(client, p.url()+"/orders")
+	require.NoError(t, err)
+	for range 60 {
+		if c, err := net.Dial("tcp", p.addr); err == nil {
+			t.Cleanup(func() { c.Close() })
+		}
+	}
+	for range 100 {
+		page, err := fetchPage(client, p.url()+"/orders?user_id=nobody")
+		require.NoError(t, err)
+		require.Empty(t, page.Orders)
+		response, err := client.Post(p.url()+"/orders", "application/json", strings.NewReader(exampleOrder))
+		require.NoError(t, err)
+		_, err = io.Copy(io.Discard, response.Body) // or its connection could not be used again
+		require.NoError(t, errors.Join(err, response.Body.Close()))
+		require.Equal(t, http.StatusCreated, response.StatusCode)
+	}
+}
+
+// TestACutFirstStartIsNoDamage finds what a power cut during the very first
+// start can leave.
+func TestACutFirstStartIsNoDamage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cfg := testConfig(dir)
+	require.NoError(t, os.MkdirAll(cfg.data, 0o700))
+	for name, text := range map[string]string{
+		"orders.db.new": "half a page", "orders.db.new-wal": "junk", "metrics.db": "", "metrics.db.new": "", "metrics.db-journal": "junk",
+	} {
+		require.NoError(t, os.WriteFile(filepath.Join(cfg.data, name), []byte(text), 0o600))
+	}
+	a, stop := openTestApp(t, dir, nil, nil)
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 1)
+	checkInvariants(t, a)
+	stop()
+	left, err := os.ReadDir(cfg.data)
+	require.NoError(t, err)
+	var names []string
+	for _, entry := range left {
+		names = append(names, entry.Name())
+	}
+	require.Equal(t, []string{"metrics.db", "orderd.lock", "orders.db"}, names)
+}
+
+// TestReadsAtTheEndLeaveNoWAL lists while the service closes its files.
+func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
+	t.Parallel()
+	for range many(50) {
+		a, stop := openIdle(t, t.TempDir(), nil, nil)
+		commitTogether(t, a.store, sampleOrders(200))
+		var readers sync.WaitGroup
+		for range 8 {
+			readers.Go(func() {
+				for {
+					if _, err := a.store.list(filter{before: math.MaxInt64, limit: 200}); err != nil {
+						return // it is closed
+					}
+				}
+			})
+		}
+		stop()
+		readers.Wait()
+		require.NoFileExists(t, a.engine.file.path+"-wal")
+	}
+}
+
+// TestMemoryIsBoundedInBytes has a backlog of the largest orders that the API
+// takes, in the channel as far as they go.
+func TestMemoryIsBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	if raced() {
+		t.Skip("the race detector takes memory of its own")
+	}
+	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
+	request := postRequest(orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1"))
+	var failed atomic.Pointer[error]
+	var clients sync.WaitGroup
+	for range 16 {
+		clients.Go(func() {
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				failed.Store(&err)
+				return
+			}
+			defer conn.Close()
+			r := bufio.NewReader(conn)
+			for range max(many(20_000), 5_000) / 16 {
+				_, err := conn.Write(request)
+				if err := cmp.Or(err, readAnswer(r, []byte("HTTP/1.1 201 "))); err != nil {
+					failed.Store(&err)
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
+	require.Nil(t, failed.Load())
+	require.Less(t, p.residentMB(t), 100.0)
+	p.stop(t)
+}
+
 // ---- abuse ----
 
 // dialed sends raw bytes to the service and returns what reads the answers.
