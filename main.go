@@ -5,6 +5,16 @@
 // An order is answered with 201 only after the commit that holds it has been
 // fsynced; from then on no crash loses it, and it completes exactly once in
 // the counts. See README.md for the API and the promises.
+//
+// Each file uses only files below it in this table:
+//
+//	main.go    flags and config; the wiring, in the order of lifetimes; start and stop
+//	server.go  HTTP: routes, handlers, validation, problem documents, the Prometheus page
+//	worker.go  feeder, channel, pool, the work
+//	metrics.go metrics.db, its projector, the summary, histogram and exposition types
+//	store.go   orders: the domain, the store with its writer, the SQLite engine
+//	cache.go   status, and the bounded map of statuses
+//	log.go     slog over lumberjack
 package main
 
 import (
@@ -538,18 +548,4 @@ func help() string {
 func versionLine() string {
 	version, commit := buildInfo()
 	return fmt.Sprintf("orderd %s, commit %s, %s", version, commit, runtime.Version())
-}
-
-// buildInfo tells the module version and the commit.
-func buildInfo() (version, commit string) {
-	version, commit = "unknown", "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				commit = setting.Value
-			}
-		}
-	}
-	return version, commit
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"sort"
 	"sync"
@@ -142,9 +143,10 @@ func (m *metrics) project() {
 	}
 }
 
-// take makes metrics.db hold t.
+// take makes metrics.db hold t. The first time after a start it always writes,
+// which mends sums that somebody has changed.
 func (m *metrics) take(t totals) error {
-	if m.counted.Load().seq == t.seq && m.counted.Load().identity == t.identity {
+	if *m.counted.Load() == t {
 		return nil
 	}
 	if m.beforeProject != nil {
@@ -249,4 +251,18 @@ func (e *exposition) histogram(name, help string, h *histogram) {
 	}
 	e.sample(name+"_sum", "", h.sum)
 	e.sample(name+"_count", "", float64(n))
+}
+
+// buildInfo tells the module version and the commit.
+func buildInfo() (version, commit string) {
+	version, commit = "unknown", "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				commit = setting.Value
+			}
+		}
+	}
+	return version, commit
 }

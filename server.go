@@ -322,6 +322,7 @@ func decodeCreate(body []byte) (*create, error) {
 		parse func(json.RawMessage, report)
 	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
 	var bad []fieldError
+	count := len(members)
 	for _, field := range known {
 		to := func(format string, args ...any) {
 			bad = append(bad, fieldError{field.name, fmt.Sprintf(format, args...)})
@@ -336,8 +337,12 @@ func decodeCreate(body []byte) (*create, error) {
 	for _, name := range slices.Sorted(maps.Keys(members)) { // what is left is unknown
 		bad = append(bad, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
 	}
-	for _, name := range repeated(body) {
-		bad = append(bad, fieldError{name, "is given more than once"})
+	// Each member has a colon: only with more of them can a name be there twice.
+	// Looking for it costs a twentieth of a create.
+	if bytes.Count(body, []byte(":")) > count {
+		for _, name := range repeated(body) {
+			bad = append(bad, fieldError{name, "is given more than once"})
+		}
 	}
 	if len(bad) > 0 {
 		f := newFault(http.StatusUnprocessableEntity, "The order was not taken: see errors for what is wrong with its fields.")

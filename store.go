@@ -200,8 +200,8 @@ type engine interface {
 	// start prepares for writing: schema, upgrade, the check of the totals.
 	start() (totals, error)
 	// commit writes a batch whole, and sets its totals, what it removed, and each
-	// create's and step's own outcome. Its error wraps errNotWritten,
-	// errOutcomeUnknown or errBroken.
+	// create's and step's own outcome. Its error wraps errNotWritten (the totals
+	// are then those that the table holds), errOutcomeUnknown or errBroken.
 	commit(*batch) error
 	// tidy does, between batches, what nobody waits for. Its errors are commit's.
 	tidy() error
@@ -637,7 +637,11 @@ func (w *writer) turn(b *batch) error {
 func (w *writer) commit(b *batch) error {
 	began := time.Now()
 	w.number(b.creates)
-	if err := w.engine.commit(b); err != nil {
+	err := w.engine.commit(b)
+	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
+		w.publishTotals(b.totals)
+	}
+	if err != nil {
 		b.answer(publicKind(err))
 		return err
 	}
@@ -687,9 +691,10 @@ func (w *writer) publish(b *batch) {
 	if len(b.removed) > 0 {
 		w.cache.forget(b.removed, b.totals.seq)
 	}
-	t := b.totals // a pointer into the batch would keep all of it
-	w.published.Store(&t)
+	w.publishTotals(b.totals)
 }
+
+func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
 // retry refuses creates and tries once a second to write the steps of a refused
 // batch, or just the totals, until that succeeds.
@@ -992,6 +997,7 @@ func (e *sqliteEngine) commit(b *batch) error {
 	if errors.Is(err, errRejected) {
 		err = e.transaction(b, e.insertEach)
 	}
+	b.totals = e.last
 	return err
 }
 
@@ -1374,13 +1380,16 @@ const (
 const (
 	findID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
 	findKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
+	// Behind the feeder's cursor all orders are Pending, so that looking at each of
+	// them is cheaper than sorting an index. No content is read.
+	findBacklog = "SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?"
 )
 
 // reader is a pool of read-only connections. They are opened at start and kept,
 // so that a read needs no descriptor that others may have used up.
 type reader struct {
 	*sql.DB
-	findID, findKey *sql.Stmt
+	findID, findKey, backlog *sql.Stmt
 }
 
 func openReader(path string, connections int) (*reader, error) {
@@ -1390,10 +1399,12 @@ func openReader(path string, connections int) (*reader, error) {
 	}
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
-	r := &reader{DB: db}
-	if r.findID, err = db.Prepare(findID); err == nil {
-		r.findKey, err = db.Prepare(findKey)
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := db.Prepare(query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
 	}
+	r := &reader{DB: db, findID: prepare(findID), findKey: prepare(findKey), backlog: prepare(findBacklog)}
 	open := make([]*sql.Conn, 0, connections)
 	for err == nil && len(open) < connections {
 		var c *sql.Conn
@@ -1441,10 +1452,8 @@ func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o
 	return order{}, seq, err
 }
 
-// backlog reads no content. Behind the feeder's cursor all orders are Pending,
-// so that looking at each of them is cheaper than sorting an index.
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.lists.Query("SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	rows, err := e.lists.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}
