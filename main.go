@@ -37,7 +37,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unicode"
 )
 
 func main() {
@@ -487,7 +486,7 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	if given["work"] && given["delay"] {
-		return c, usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them")}
+		return c, usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
 	}
 	c.pool.work = simulate(c.delay)
 	var err, workErr error
@@ -511,9 +510,6 @@ func readToken(variable, file string, variables map[string]string) (string, erro
 	token = strings.TrimSpace(token)
 	if ok && token == "" {
 		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
-	}
-	if strings.ContainsFunc(token, unicode.IsControl) {
-		return "", usageError{fmt.Errorf("%s has a line break or another control character, which no request can carry: put nothing but the token into it", source)}
 	}
 	return token, nil
 }
