@@ -3818,6 +3818,13 @@ func (e *userEndpoint) seen() []attempted {
 	return slices.Clone(e.attempts)
 }
 
+// mostAtOnce is how many attempts were under way at a time since answers.
+func (e *userEndpoint) mostAtOnce() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.most
+}
+
 // works has the endpoint do the work of an app.
 func (e *userEndpoint) works(c *config) { c.pool.endpoint.url = "http://" + e.addr + "/work" }
 
@@ -3998,10 +4005,10 @@ func TestConnectionsToTheEndpointAreUsedAgain(t *testing.T) {
 	}
 	awaitRest(t, a, 0, 300)
 	require.Len(t, e.seen(), 300)
+	require.LessOrEqual(t, e.mostAtOnce(), 3)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	require.LessOrEqual(t, e.opened, 3)
-	require.LessOrEqual(t, e.most, 3)
 }
 
 func TestATimeOutPausesOneOrderOnly(t *testing.T) {
@@ -4078,9 +4085,7 @@ func TestOneOrderAtATimeUntilTheEndpointAnswers(t *testing.T) {
 	e.answers(withoutAnswer)
 	failed := a.pool.failed.Load()
 	until(t, func() bool { return a.pool.failed.Load() >= failed+2 }, "two orders get no answer")
-	e.mu.Lock()
-	require.Equal(t, 1, e.most)
-	e.mu.Unlock()
+	require.Equal(t, 1, e.mostAtOnce())
 	require.True(t, inTrouble(a))
 	e.answers(withStatus(500))
 	until(t, func() bool { return !inTrouble(a) }, "any answer is one")
