@@ -1765,11 +1765,7 @@ func (d *database) setDurable() error {
 // that no power cut leaves a part of one.
 func (d *database) create() error {
 	unfinished := d.path + ".new"
-	for _, leftover := range []string{unfinished, unfinished + "-wal", unfinished + "-shm", d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
-		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("cannot remove %s, which holds nothing: %w", leftover, err)
-		}
-	}
+	os.Remove(unfinished) // of a start that was cut off; SQLite drops the -wal beside an empty file
 	if err := makeFile(unfinished); err != nil {
 		return err
 	}
