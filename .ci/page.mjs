@@ -9,16 +9,18 @@ const [url = 'http://localhost:8080', screenshot] = process.argv.slice(2);
 const require = createRequire(resolve(process.env.PLAYWRIGHT_DIR ?? '.', 'from.js'));
 const { chromium } = require('playwright-core');
 
-const browser = await chromium.launch({
+const launch = (...args) => chromium.launch({
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', ...args],
 });
+const browser = await launch();
+const largeFont = await launch('--blink-settings=defaultFontSize=32'); // 200 % in the browser's settings
 let passed = 0, failed = 0;
 
 // check runs one test on a page of its own. Chromium logs every failed request
 // as an error: a test that wants some says which statuses.
-async function check(name, test, { expect = /^$/, ...options } = {}) {
-  const context = await browser.newContext({ viewport: { width: 1200, height: 800 }, colorScheme: 'light', ...options });
+async function check(name, test, { expect = /^$/, from = browser, ...options } = {}) {
+  const context = await from.newContext({ viewport: { width: 1200, height: 800 }, colorScheme: 'light', ...options });
   const page = await context.newPage();
   const errors = [];
   page.on('pageerror', error => errors.push(String(error)));
@@ -146,27 +148,54 @@ await check('the page asks for a token and sends it', async page => {
   assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id');
 }, { expect: /status of 401/ });
 
-for (const [colorScheme, width] of [['light', 360], ['dark', 360], ['light', 320]]) {
-  await check(`nothing is cut off at ${width} pixels, ${colorScheme}`, async page => {
+for (const [colorScheme, width, from] of [['light', 360], ['dark', 360], ['light', 320], ['light', 1280, largeFont], ['dark', 375, largeFont], ['light', 320, largeFont]]) {
+  await check(`nothing is cut off at ${width} pixels, ${colorScheme}${from ? ', at twice the font size' : ''}`, async page => {
     await page.route('**/metrics', route => route.fulfill({ json: {
       total_orders_processed: 98765432, average_processing_time: 2.0012, orders_pending: 12345678, orders_processing: 100000, orders_completed: 98765432 } }));
     await open(page);
     await page.locator('#orders li').first().waitFor();
     const sizes = await page.evaluate(() => {
-      const right = e => {
+      const box = e => {
         const text = document.createRange();
         text.selectNodeContents(e);
-        return Math.max(e.getBoundingClientRect().right, text.getBoundingClientRect().right);
+        const boxes = [e.getBoundingClientRect(), text.getBoundingClientRect()];
+        return { left: Math.min(...boxes.map(b => b.left)), right: Math.max(...boxes.map(b => b.right)) };
       };
-      const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('#dots') &&
-        (right(e) > innerWidth || e.matches('#states li > *') && right(e) > e.parentElement.getBoundingClientRect().right));
-      return { scroll: document.documentElement.scrollWidth, wide: wide.map(e => e.tagName + '#' + e.id), background: getComputedStyle(document.body).backgroundColor };
+      const outside = (e, { left, right }) => box(e).left < left || box(e).right > right;
+      const cut = [...document.querySelectorAll('body *')].filter(e => !e.closest('#dots') &&
+        (outside(e, { left: 0, right: innerWidth }) || e.matches('#states li > *, figure text') && outside(e, e.parentElement.getBoundingClientRect())));
+      const size = selector => parseFloat(getComputedStyle(document.querySelector(selector)).fontSize);
+      return { scroll: document.documentElement.scrollWidth, cut: cut.map(e => e.tagName + '#' + e.id + ' ' + e.textContent.trim().slice(0, 30)),
+        fonts: ['body', 'input', 'button', 'figure text'].map(size), background: getComputedStyle(document.body).backgroundColor };
     });
     assert.equal(sizes.scroll, width);
-    assert.deepEqual(sizes.wide, []);
+    assert.deepEqual(sizes.cut, []);
+    assert.deepEqual(sizes.fonts, [15, 16, 15, 11.2].map(size => from ? 2 * size : size), 'the fonts follow that of the browser, and no phone zooms in on an input');
     assert.equal(/rgb\((\d+)/.exec(sizes.background)[1] < 128, colorScheme === 'dark');
-    if (screenshot && process.env.SCREENSHOTS) await page.screenshot({ path: screenshot.replace(/(\.\w+)$/, `-${width}-${colorScheme}$1`), fullPage: true });
-  }, { viewport: { width, height: 740 }, colorScheme, isMobile: true });
+    if (screenshot && process.env.SCREENSHOTS) await page.screenshot({ path: screenshot.replace(/(\.\w+)$/, `-${width}-${colorScheme}${from ? '-large' : ''}$1`), fullPage: true });
+  }, { viewport: { width, height: 740 }, colorScheme, isMobile: width < 1000, from });
+}
+
+for (const width of [375, 1280]) {
+  await check(`the header never covers what has the focus, at ${width} pixels`, async page => {
+    await page.route('**/metrics', route => route.fulfill({ status: 500, json: { detail: 'The disk is full. '.repeat(5) } }));
+    await page.goto(url);
+    await hasText(page, '#link', /disk is full/);
+    const clear = () => page.evaluate(() => {
+      const element = document.activeElement, top = element.getBoundingClientRect().top;
+      const header = document.querySelector('header');
+      return { id: element.id || element.tagName, clear: header.contains(element) || top >= header.getBoundingClientRect().bottom };
+    });
+    await page.focus('footer a');
+    const seen = [];
+    for (let at = await clear(); at.id !== 'user_id'; at = await clear()) {
+      seen.push(at.id);
+      assert.ok(at.clear, at.id);
+      await page.keyboard.press('Shift+Tab');
+    }
+    assert.ok((await clear()).clear, 'user_id');
+    assert.deepEqual(seen, ['A', 'hundred', 'BUTTON', 'total_amount', 'item_ids']);
+  }, { viewport: { width, height: 300 }, expect: /status of 500/ });
 }
 
 await check('a hundred orders are placed and flow', async page => {
@@ -178,6 +207,6 @@ await check('a hundred orders are placed and flow', async page => {
   if (screenshot) await page.screenshot({ path: screenshot });
 });
 
-await browser.close();
+await Promise.all([browser.close(), largeFont.close()]);
 console.log(`${passed} passed, ${failed} failed`);
 process.exitCode = failed ? 1 : 0;
