@@ -84,7 +84,7 @@ await check('wrong fields are shown at their places and announced', async page =
   await page.fill('#total_amount', '1.999');
   await page.press('#total_amount', 'Enter');
   await hasText(page, '#total_amount-error', /at most two decimals/);
-  await hasText(page, '#user_id-error', /must be 1 to 128 bytes/);
+  await hasText(page, '#user_id-error', /^this field is required$/);
   await hasText(page, '[role=alert]#failed', /The order was not taken/);
   assert.equal(await page.textContent('#item_ids-error'), '');
   for (const field of ['#user_id', '#total_amount']) {
@@ -92,10 +92,11 @@ await check('wrong fields are shown at their places and announced', async page =
     assert.ok((await page.getAttribute(field, 'aria-describedby')).split(' ').includes(field.slice(1) + '-error'));
   }
   assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id', 'the focus is on the first wrong field');
-  await page.fill('#user_id', 'user123');
+  await page.fill('#user_id', 'u'.repeat(129));
   await page.fill('#total_amount', '1,5');
   await page.press('#total_amount', 'Enter');
   await hasText(page, '#total_amount-error', /^must be a number, such as 99\.99$/);
+  await hasText(page, '#user_id-error', /^must be 1 to 128 bytes .* not 129$/);
 }, { expect: /status of 422/ });
 
 await check('a retry repeats the key, a new order gets another', async page => {
@@ -147,6 +148,31 @@ await check('the page asks for a token and sends it', async page => {
   assert.ok(await page.isHidden('footer'));
   assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id');
 }, { expect: /status of 401/ });
+
+await check('a token that may only read can be changed for another', async page => {
+  await page.route(/\/(metrics|orders.*)$/, async route => {
+    const given = await route.request().headerValue('Authorization'), post = route.request().method() === 'POST';
+    if (given === 'Bearer all' || given === 'Bearer reader' && !post) return route.continue();
+    await route.fulfill({ status: given ? 403 : 401, contentType: 'application/problem+json', body: '{"detail":"Forbidden."}' });
+  });
+  await page.addInitScript(() => sessionStorage.setItem('token', 'reader'));
+  await open(page);
+  assert.ok(await page.isHidden('#forget'));
+  for (const button of ['#place [type=submit]', '#hundred']) {
+    await page.click(button);
+    await hasText(page, '[role=alert]#failed', /^This token may only read: use another one to place orders\.$/);
+    await page.waitForSelector('#place[aria-busy=false]');
+  }
+  await page.click('#forget');
+  await hasText(page, '#link', /^Token needed$/);
+  await page.fill('#token', 'all');
+  await page.press('#token', 'Enter');
+  await hasText(page, '#link', /^Live$/);
+  assert.equal(await page.textContent('#failed'), '');
+  assert.ok(await page.isHidden('#forget'));
+  await page.click('#place [type=submit]');
+  await hasText(page, '#done', /is placed/);
+}, { expect: /status of 40[13]/ });
 
 for (const [colorScheme, width, from] of [['light', 360], ['dark', 360], ['light', 320], ['light', 1280, largeFont], ['dark', 375, largeFont], ['light', 320, largeFont]]) {
   await check(`nothing is cut off at ${width} pixels, ${colorScheme}${from ? ', at twice the font size' : ''}`, async page => {
