@@ -50,6 +50,18 @@ async function open(page) {
   await hasText(page, '#link', /^Live$/);
 }
 
+// metrics answers in the server's stead, with Prometheus's text.
+const metrics = (page, { pending = 0, processing = 0, completed = 0, parked = 0, down }) =>
+  page.route('**/metrics', route => route.fulfill({ contentType: 'text/plain; version=0.0.4; charset=utf-8', body: `
+# TYPE orderd_orders_processed_total counter
+orderd_orders_processed_total ${completed}
+orderd_average_processing_seconds 2.0012
+orderd_orders{status="Pending"} ${pending}
+orderd_orders{status="Processing"} ${processing}
+orderd_orders{status="Completed"} ${completed}
+orderd_orders_parked ${parked}
+${down === undefined ? '' : `orderd_endpoint_down ${down}\n`}` }));
+
 await check('the page shows live counts', async page => {
   await open(page);
   assert.deepEqual(await page.locator('#states span').allTextContents(), ['Pending', 'Processing', 'Completed']);
@@ -123,6 +135,20 @@ await check('the page says that the server is gone, and comes back by itself', a
   await hasText(page, '#link', /^Live$/);
 }, { expect: /ERR_FAILED/ });
 
+await check('the page tells of orders that are retried, and of an endpoint that is down', async page => {
+  await open(page);
+  const trouble = (parked, down) => page.waitForFunction(want => JSON.stringify(want) === JSON.stringify([
+    document.querySelector('#parked').innerText, document.querySelector('#down[role=status]').innerText]), [parked, down]);
+  await trouble('', ''); // what the server itself says
+  assert.equal(await page.evaluate(() => document.querySelector('#down').parentElement.offsetHeight), 0, 'no room is kept for nothing');
+  await metrics(page, { parked: 1 });
+  await trouble('1 order is being retried.', '');
+  await metrics(page, { parked: 1234, down: 0 });
+  await trouble('1,234 orders are being retried.', '');
+  await metrics(page, { down: 1 });
+  await trouble('', 'The endpoint that does the work is down; orders wait.');
+});
+
 await check('the page asks for a token and sends it', async page => {
   await page.route(/\/(metrics|orders.*)$/, async route => {
     const given = await route.request().headerValue('Authorization');
@@ -176,8 +202,7 @@ await check('a token that may only read can be changed for another', async page 
 
 for (const [colorScheme, width, from] of [['light', 360], ['dark', 360], ['light', 320], ['light', 1280, largeFont], ['dark', 375, largeFont], ['light', 320, largeFont]]) {
   await check(`nothing is cut off at ${width} pixels, ${colorScheme}${from ? ', at twice the font size' : ''}`, async page => {
-    await page.route('**/metrics', route => route.fulfill({ json: {
-      total_orders_processed: 98765432, average_processing_time: 2.0012, orders_pending: 12345678, orders_processing: 100000, orders_completed: 98765432 } }));
+    await metrics(page, { pending: 12345678, processing: 100000, completed: 98765432, parked: 10000, down: 1 });
     await open(page);
     await page.locator('#orders li').first().waitFor();
     const sizes = await page.evaluate(() => {
