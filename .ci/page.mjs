@@ -149,6 +149,33 @@ await check('the page tells of orders that are retried, and of an endpoint that 
   await trouble('', 'The endpoint that does the work is down; orders wait.');
 });
 
+await check('what moves by itself can be paused', async page => {
+  let requests = 0;
+  await page.route('**/orders?*', route => { requests++; return route.continue(); });
+  await metrics(page, {});
+  await open(page);
+  const dots = page.locator('#dots i');
+  await page.evaluate(() => new MutationObserver((_, observer) => { // pauses as soon as the first of the dots move
+    observer.disconnect();
+    document.querySelector('#pause').click();
+  }).observe(document.querySelector('#dots'), { childList: true }));
+  await metrics(page, { pending: 60 });
+  await hasText(page, '#link[role=status]', /^Paused at \d+:\d\d:\d\d/);
+  await page.waitForTimeout(1000); // for a request under way
+  const state = () => page.evaluate(() => [document.querySelector('#states').textContent, document.querySelector('#dots').innerHTML, document.querySelector('#orders ol').textContent]);
+  const before = [requests, await state()];
+  await page.evaluate(() => dispatchEvent(new Event('online')));
+  await page.waitForTimeout(2500);
+  assert.deepEqual([requests, await state()], before, 'nothing changes');
+  assert.ok(await dots.count() < 60, 'the other dots wait');
+  assert.equal(await page.textContent('#pause'), 'Resume');
+  await page.press('#pause', 'Enter');
+  await hasText(page, '#link', /^Live$/);
+  assert.equal(await page.textContent('#pause'), 'Pause');
+  await dots.nth(59).waitFor();
+  assert.ok(requests > before[0]);
+});
+
 await check('the page asks for a token and sends it', async page => {
   await page.route(/\/(metrics|orders.*)$/, async route => {
     const given = await route.request().headerValue('Authorization');
@@ -217,7 +244,7 @@ for (const [colorScheme, width, from] of [['light', 360], ['dark', 360], ['light
         (outside(e, { left: 0, right: innerWidth }) || e.matches('#states li > *, figure text') && outside(e, e.parentElement.getBoundingClientRect())));
       const size = selector => parseFloat(getComputedStyle(document.querySelector(selector)).fontSize);
       return { scroll: document.documentElement.scrollWidth, cut: cut.map(e => e.tagName + '#' + e.id + ' ' + e.textContent.trim().slice(0, 30)),
-        fonts: ['body', 'input', 'button', 'figure text'].map(size), background: getComputedStyle(document.body).backgroundColor };
+        fonts: ['body', 'input', 'form button', 'figure text'].map(size), background: getComputedStyle(document.body).backgroundColor };
     });
     assert.equal(sizes.scroll, width);
     assert.deepEqual(sizes.cut, []);
