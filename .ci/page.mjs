@@ -176,12 +176,15 @@ await check('what moves by itself can be paused', async page => {
   assert.ok(requests > before[0]);
 });
 
+// guard answers in the server's stead where a request lacks the token.
+const guard = where => where.route(/\/(metrics|orders.*)$/, async route => {
+  const given = await route.request().headerValue('Authorization');
+  if (given === 'Bearer secret') return route.continue();
+  await route.fulfill({ status: 401, contentType: 'application/problem+json', body: '{"detail":"Send the token."}' });
+});
+
 await check('the page asks for a token and sends it', async page => {
-  await page.route(/\/(metrics|orders.*)$/, async route => {
-    const given = await route.request().headerValue('Authorization');
-    if (given === 'Bearer secret') return route.continue();
-    await route.fulfill({ status: 401, contentType: 'application/problem+json', body: '{"detail":"Send the token."}' });
-  });
+  await guard(page);
   await page.goto(url);
   await hasText(page, '#link', /^Token needed$/);
   assert.equal(await page.evaluate(() => document.activeElement.id), 'token');
@@ -201,6 +204,43 @@ await check('the page asks for a token and sends it', async page => {
   assert.ok(await page.isHidden('footer'));
   assert.equal(await page.evaluate(() => document.activeElement.id), 'user_id');
 }, { expect: /status of 401/ });
+
+await check('tabs share the token, and only one that the server took', async page => {
+  await guard(page.context());
+  const tabs = [page, await page.context().newPage()];
+  const token = tab => tab.evaluate(() => sessionStorage.getItem('token'));
+  for (const tab of tabs) {
+    await tab.goto(url);
+    await hasText(tab, '#link', /^Token needed$/);
+    await tab.fill('#token', 'wrong');
+    await tab.press('#token', 'Enter');
+    await hasText(tab, '#token-error', /did not accept/);
+  }
+  const late = await page.context().newPage();
+  await late.goto(url);
+  await hasText(late, '#link', /^Token needed$/);
+  assert.equal(await token(late), null);
+  await page.fill('#token', 'secret');
+  await page.press('#token', 'Enter');
+  tabs.push(late);
+  for (const tab of tabs) await hasText(tab, '#link', /^Live$/); // those that were open too
+  const next = await page.context().newPage();
+  await open(next);
+  tabs.push(next);
+  for (const tab of tabs) {
+    assert.equal(await token(tab), 'secret');
+    assert.ok(await tab.isHidden('#door'));
+  }
+  assert.equal(await page.evaluate(() => localStorage.length + document.cookie.length), 0, 'nothing is kept on disk');
+  for (const tab of tabs) {
+    await tab.route('**/metrics', route => route.abort());
+    await hasText(tab, '#link', /^The server does not answer/);
+  }
+  const last = await page.context().newPage();
+  await last.goto(url);
+  await hasText(last, '#link', /^Token needed$/);
+  assert.equal(await token(last), null);
+}, { expect: /status of 401|ERR_FAILED/ });
 
 await check('a token that may only read can be changed for another', async page => {
   await page.route(/\/(metrics|orders.*)$/, async route => {
