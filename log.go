@@ -53,6 +53,9 @@ func openLog(o logOptions, stderr io.Writer) (*logger, error) {
 		return newLogger(stderr, o.level, io.Discard), nil // stderr gets nothing but JSON
 	}
 	file, err := openLogFile(o)
+	if errors.Is(err, errLocked) {
+		return nil, fmt.Errorf("another orderd uses the log file %s: stop it first, or choose another with -log", o.file)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot write the log file %s: %w; choose another with -log", o.file, err)
 	}

@@ -146,9 +146,10 @@ func (m *metrics) project() {
 	}
 }
 
-// take makes metrics.db hold t.
+// take makes metrics.db hold t. The first time after a start it always writes,
+// which mends sums that somebody has changed.
 func (m *metrics) take(t totals) error {
-	if m.counted.Load().seq == t.seq && m.counted.Load().identity == t.identity {
+	if *m.counted.Load() == t {
 		return nil
 	}
 	if m.beforeProject != nil {

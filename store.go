@@ -189,8 +189,8 @@ type engine interface {
 	// start prepares for writing: schema, upgrade, the check of the totals.
 	start() (totals, error)
 	// commit writes a batch whole, and sets its totals, what it removed, and each
-	// create's and step's own outcome. Its error wraps errNotWritten,
-	// errOutcomeUnknown or errBroken.
+	// create's and step's own outcome. Its error wraps errNotWritten (the totals
+	// are then those that the table holds), errOutcomeUnknown or errBroken.
 	commit(*batch) error
 	// tidy does, between batches, what nobody waits for. Its errors are commit's.
 	tidy() error
@@ -626,7 +626,11 @@ func (w *writer) turn(b *batch) error {
 func (w *writer) commit(b *batch) error {
 	began := time.Now()
 	w.number(b.creates)
-	if err := w.engine.commit(b); err != nil {
+	err := w.engine.commit(b)
+	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
+		w.publishTotals(b.totals)
+	}
+	if err != nil {
 		b.answer(publicKind(err))
 		return err
 	}
@@ -676,9 +680,10 @@ func (w *writer) publish(b *batch) {
 	if len(b.removed) > 0 {
 		w.cache.forget(b.removed, b.totals.seq)
 	}
-	t := b.totals // a pointer into the batch would keep all of it
-	w.published.Store(&t)
+	w.publishTotals(b.totals)
 }
+
+func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
 // retry refuses creates and tries once a second to write the steps of a refused
 // batch, or just the totals, until that succeeds.
@@ -981,6 +986,7 @@ func (e *sqliteEngine) commit(b *batch) error {
 	if errors.Is(err, errRejected) {
 		err = e.transaction(b, e.insertEach)
 	}
+	b.totals = e.last
 	return err
 }
 
