@@ -366,13 +366,13 @@ func (c *config) flags() *flag.FlagSet {
 	}
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
-	fs.Func("host", "more Host names to answer to while listening on loopback, with commas between; asks a proxy on this machine for clients' addresses", func(s string) (err error) {
+	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
 		c.server.names, err = parseHosts(s)
 		return err
 	})
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
 	fs.StringVar(&c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order")
-	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM; a renewed one is taken up")
+	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM")
 	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
