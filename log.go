@@ -256,6 +256,9 @@ func lockFile(path string) (io.Closer, error) {
 		return nil, err
 	}
 	file.Close()
+	if _, err := sqlitePath(path); err != nil {
+		return nil, err
+	}
 	name := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path)}
 	db, err := sql.Open("sqlite", name.String())
 	if err != nil {
@@ -271,6 +274,24 @@ func lockFile(path string) (io.Closer, error) {
 		return nil, errors.Join(fmt.Errorf("cannot lock %s: %w", path, err), db.Close())
 	}
 	return db, nil
+}
+
+// longestPath is in bytes: SQLite's limit is 512, with what it appends
+// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
+const longestPath = 500
+
+// sqlitePath is the path that SQLite makes of a file's: absolute, and with the
+// links of its directory followed.
+func sqlitePath(path string) (string, error) {
+	directory, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return "", err
+	}
+	abs, err := filepath.Abs(filepath.Join(directory, filepath.Base(path)))
+	if err == nil && len(abs) > longestPath {
+		err = fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d", filepath.Base(abs), len(abs), longestPath)
+	}
+	return abs, err
 }
 
 // nudge tells the one receiver of a channel of capacity 1 to look.

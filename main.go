@@ -44,7 +44,10 @@ func main() {
 		signals = append(signals, syscall.SIGHUP)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop)   // a second signal ends the process at once
+	context.AfterFunc(ctx, func() {
+		signal.Ignore(syscall.SIGHUP) // a terminal that closes may send several
+		stop()                        // any other second signal ends the process at once
+	})
 	signal.Ignore(syscall.SIGPIPE) // a reader of stderr that has gone does not
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
@@ -151,8 +154,14 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	return a, nil
 }
 
-// look compares the two databases before anything is written to either.
+// look reads the certificate, and compares the two databases before anything is
+// written to either.
 func (a *app) look() (err error) {
+	if a.cfg.certFile != "" {
+		if a.cfg.server.certificate, err = openCertificate(a.cfg.certFile, a.cfg.keyFile, a.log); err != nil {
+			return err
+		}
+	}
 	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
 		return err
 	}
@@ -182,10 +191,10 @@ func (a *app) start() (err error) {
 	if err = a.pool.start(); err != nil {
 		return err
 	}
-	options := serverOptions{token: a.cfg.token}
+	options := a.cfg.server
 	if a.local() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		options.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
+		options.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, options.names...)
 	}
 	a.server = newServer(options, a.store, a.pool, a.metrics, a.log)
 	a.announce()
@@ -204,7 +213,7 @@ func (a *app) committed(r commitReport) {
 // everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
 	served := make(chan error, 1)
-	go func() { served <- a.server.http.Serve(a.listener) }()
+	go func() { served <- a.server.serve(a.listener) }()
 	var err error
 	select {
 	case <-ctx.Done():
@@ -215,18 +224,22 @@ func (a *app) serve(ctx context.Context) error {
 	return errors.Join(err, a.close())
 }
 
+const sayAfter = 100 * time.Millisecond // a stop that waits longer than this says for what
+
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come
 // after everyone who writes.
 func (a *app) close() error {
-	a.log.Info("stopping", "drain", a.cfg.drain.String())
+	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", a.pool.active.Load())
 	deadline := time.Now().Add(a.cfg.drain)
+	say := time.AfterFunc(sayAfter, func() {
+		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
+			max(a.cfg.drain, answerTime), a.pool.active.Load())
+	})
 	a.pool.stop()
-	if n := a.pool.active.Load(); n > 0 && a.cfg.drain > 0 {
-		fmt.Fprintf(a.console, "stopping: %d orders are at work and have up to %s; interrupt again to end at once\n", n, a.cfg.drain)
-	}
 	a.pool.drain(deadline)
 	a.server.shutdown(deadline)
+	say.Stop()
 	err := a.closeFiles()
 	if err != nil {
 		a.log.Error("stopped", "error", err)
@@ -277,12 +290,12 @@ func listen(addr string) (net.Listener, error) {
 // announce tells a person where everything is, and the log the same.
 func (a *app) announce() {
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
-	fmt.Fprintf(a.console, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
+	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", a.server.scheme(), strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
 	fmt.Fprintf(a.console, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.pool.workers, a.cfg.delay, unfinished)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
 		"delay", a.cfg.delay.String(), "resumed", unfinished, "version", versionLine())
-	if a.cfg.token == "" && !a.local() {
+	if a.cfg.server.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	if len(a.cfg.unknown) > 0 {
@@ -303,17 +316,20 @@ func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopba
 
 // config is what the flags and the environment say, checked.
 type config struct {
-	addr      string
-	tokenFile string
-	data      string
-	delay     time.Duration
-	drain     time.Duration
+	addr          string
+	tokenFile     string
+	readTokenFile string
+	certFile      string // of TLS, in PEM, or empty; so is the key
+	keyFile       string
+	data          string
+	delay         time.Duration
+	drain         time.Duration
 
-	store storeOptions
-	pool  poolOptions
-	log   logOptions
+	store  storeOptions
+	pool   poolOptions
+	server serverOptions
+	log    logOptions
 
-	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value
 	unknown []string // variables that look like settings and are none
 	version bool
 	help    bool
@@ -323,9 +339,7 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	if c.tokenFile != "" {
-		o.taken = append(o.taken, c.tokenFile)
-	}
+	o.taken = []string{c.tokenFile, c.readTokenFile, c.certFile, c.keyFile}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
 		if target, err := filepath.EvalSymlinks(path); err == nil {
@@ -346,7 +360,7 @@ var flagGroups = []struct {
 	title string
 	names []string
 }{
-	{"Serving", []string{"addr", "token-file", "drain"}},
+	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
 	{"Orders", []string{"data", "workers", "delay", "queue", "cache"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{"About", []string{"version", "h"}},
@@ -362,7 +376,14 @@ func (c *config) flags() *flag.FlagSet {
 	}
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
+	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
+		c.server.names, err = parseHosts(s)
+		return err
+	})
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
+	fs.StringVar(&c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order")
+	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM")
+	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
@@ -415,6 +436,16 @@ func parseAddr(s string) (string, error) {
 	return s, nil
 }
 
+func parseHosts(s string) ([]string, error) {
+	names := strings.Split(strings.ToLower(s), ",")
+	for _, name := range names {
+		if name == "" || strings.ContainsAny(name, " :/[]*") {
+			return nil, errors.New("must be names without scheme and port, with commas between, such as orders.example.com")
+		}
+	}
+	return names, nil
+}
+
 func parseLevel(s string) (level slog.Level, err error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
 		return level, errors.New("must be debug, info, warn or error")
@@ -432,7 +463,7 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
-	known := map[string]bool{"ORDERD_TOKEN": true}
+	known := map[string]bool{"ORDERD_TOKEN": true, "ORDERD_READ_TOKEN": true}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
 		name := variable(f.Name)
@@ -459,16 +490,29 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	}
 	slices.Sort(c.unknown)
 	c.pool.work = simulate(c.delay)
-	var err error
-	c.token, err = readToken(c.tokenFile, variables)
-	return c, err
+	var err, readErr error
+	c.server.token, err = readToken("ORDERD_TOKEN", c.tokenFile, variables)
+	c.server.readToken, readErr = readToken("ORDERD_READ_TOKEN", c.readTokenFile, variables)
+	return c, cmp.Or(err, readErr, c.contradiction())
 }
 
-// readToken prefers a token file over ORDERD_TOKEN, as a flag wins elsewhere.
-// A token that is set but empty is an error: it would leave the door open.
-func readToken(file string, variables map[string]string) (string, error) {
-	token, ok := variables["ORDERD_TOKEN"]
-	source := "ORDERD_TOKEN"
+// contradiction finds settings that are right one by one, but not together.
+func (c config) contradiction() error {
+	switch {
+	case (c.certFile == "") != (c.keyFile == ""):
+		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
+	case c.server.readToken != "" && c.server.token == "":
+		return usageError{errors.New("a read token alone would let everyone place orders: set ORDERD_TOKEN or -token-file too")}
+	case c.server.readToken != "" && c.server.readToken == c.server.token:
+		return usageError{errors.New("the read token is the token that places orders: choose another one")}
+	}
+	return nil
+}
+
+// readToken prefers a token file over the variable called source, as a flag wins
+// elsewhere. A token that is set but empty is an error: it would leave the door open.
+func readToken(source, file string, variables map[string]string) (string, error) {
+	token, ok := variables[source]
 	if file != "" {
 		text, err := os.ReadFile(file)
 		if err != nil {
@@ -499,13 +543,13 @@ func help() string {
 		for _, name := range group.names {
 			f := fs.Lookup(name)
 			if group.title == "About" {
-				fmt.Fprintf(&b, "  -%-12s %s\n", name, f.Usage)
+				fmt.Fprintf(&b, "  -%-15s %s\n", name, f.Usage)
 				continue
 			}
-			fmt.Fprintf(&b, "  -%-12s %s\n  %13s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
+			fmt.Fprintf(&b, "  -%-15s %s\n  %16s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
-	b.WriteString("\nThe token itself is given in ORDERD_TOKEN or in the token file, never as a flag.\n")
+	b.WriteString("\nThe tokens themselves are given in ORDERD_TOKEN and ORDERD_READ_TOKEN, or in their files, never as flags.\n")
 	return b.String() + examples
 }
 

@@ -5,9 +5,15 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"database/sql"
 	"database/sql/driver"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -186,14 +192,19 @@ type answer struct {
 // send makes one request over TCP. A Host in the header is sent as such.
 func send(ctx context.Context, addr, method, path string, header http.Header, body string) answer {
 	_, port, _ := net.SplitHostPort(addr)
-	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1:"+port+path, strings.NewReader(body))
+	return exchange(ctx, http.DefaultClient, "http://127.0.0.1:"+port, method, path, header, body)
+}
+
+// exchange is send to what base names, by a client that reaches it.
+func exchange(ctx context.Context, client *http.Client, base, method, path string, header http.Header, body string) answer {
+	request, err := http.NewRequestWithContext(ctx, method, base+path, strings.NewReader(body))
 	if err != nil {
 		return answer{err: err}
 	}
 	if header != nil {
 		request.Header, request.Host = header.Clone(), header.Get("Host")
 	}
-	response, err := http.DefaultClient.Do(request)
+	response, err := client.Do(request)
 	if err != nil {
 		return answer{err: err}
 	}
@@ -999,6 +1010,9 @@ func problemExamples(operation node, status string) (found []any) {
 // mismatches tells where a value departs from the names and types of a schema.
 func mismatches(where string, schema node, value any) (found []string) {
 	wrong := func(format string, args ...any) { found = append(found, where+fmt.Sprintf(format, args...)) }
+	if several, ok := schema["anyOf"].([]any); ok && !slices.ContainsFunc(several, func(one any) bool { return len(mismatches(where, within(one), value)) == 0 }) {
+		wrong(" is none of those that it may be")
+	}
 	kind := "null"
 	switch v := value.(type) {
 	case string:
@@ -1152,12 +1166,20 @@ var flagTable = []struct {
 	initial           string
 	get               func(config) any
 	accepted, refused []string
-	limits            string // in the message
+	limits            string   // in the message
+	beside            []string // the arguments that it needs
 }{
 	{name: "addr", initial: "localhost:8080", get: func(c config) any { return c.addr },
 		accepted: []string{"localhost:0", "[::1]:80", ":65535"}, refused: []string{"localhost", "localhost:-1", ":65536", ":http", ""},
 		limits: "host:port with a port from 0 to 65535"},
+	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.names, ",") },
+		accepted: []string{"orders.example", "a,b-c.example,d_e"}, refused: []string{"", "a,", ",a", "a, b", "a:80", "https://a", "*.example", "[::1]"},
+		limits: "names without scheme and port"},
 	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"go.mod", "go.sum"}},
+	{name: "read-token-file", initial: "", get: func(c config) any { return c.readTokenFile }, accepted: []string{"go.mod", "go.sum"},
+		beside: []string{"-token-file", "LICENSE"}},
+	{name: "tls-cert", initial: "", get: func(c config) any { return c.certFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-key", "k"}},
+	{name: "tls-key", initial: "", get: func(c config) any { return c.keyFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-cert", "c"}},
 	{name: "drain", initial: "10s", get: func(c config) any { return c.drain },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
 	{name: "data", initial: "data", get: func(c config) any { return c.data },
@@ -1197,12 +1219,12 @@ func TestFlags(t *testing.T) {
 		t.Run("-"+f.name, func(t *testing.T) {
 			name := "ORDERD_" + strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
 			parse := func(variables map[string]string, args ...string) (string, error) {
-				c, err := parseConfig(args, variables)
+				c, err := parseConfig(append(args, f.beside...), variables)
 				return fmt.Sprint(f.get(c)), err
 			}
-			value, err := parse(nil)
+			c, err := parseConfig(nil, nil)
 			require.NoError(t, err)
-			require.Equal(t, f.initial, value)
+			require.Equal(t, f.initial, fmt.Sprint(f.get(c)))
 			for _, text := range f.accepted {
 				value, err := parse(nil, "-"+f.name, text)
 				require.NoError(t, err)
@@ -1221,7 +1243,7 @@ func TestFlags(t *testing.T) {
 				require.Contains(t, sentence, f.limits)
 			}
 			low, high := f.accepted[0], f.accepted[len(f.accepted)-1]
-			value, err = parse(map[string]string{name: low})
+			value, err := parse(map[string]string{name: low})
 			require.NoError(t, err)
 			require.Equal(t, low, value, "the variable works")
 			value, err = parse(map[string]string{name: low}, "-"+f.name, high)
@@ -1249,7 +1271,7 @@ func TestHelpAndVersion(t *testing.T) {
 		require.Equal(t, len(flagTable), strings.Count(stdout.String(), ", variable "))
 		require.Regexp(t, `(?m)^  -version +\S`, stdout.String())
 		require.Regexp(t, `(?m)^  -h +\S`, stdout.String())
-		require.Contains(t, stdout.String(), "ORDERD_TOKEN")
+		require.Contains(t, stdout.String(), "ORDERD_TOKEN and ORDERD_READ_TOKEN")
 	}
 	var stdout, stderr transcript
 	require.NoError(t, run(t.Context(), []string{"-version"}, nil, &stdout, &stderr))
@@ -1280,6 +1302,59 @@ func TestWrongArguments(t *testing.T) {
 	}
 }
 
+func TestSettingsThatContradict(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name      string
+		args      []string
+		variables map[string]string
+		named     []string
+	}{
+		{name: "a certificate without its key", args: []string{"-tls-cert", "c"}, named: []string{"-tls-cert", "-tls-key"}},
+		{name: "a key without its certificate", variables: map[string]string{"ORDERD_TLS_KEY": "k"}, named: []string{"-tls-cert", "-tls-key"}},
+		{name: "a read token alone", variables: map[string]string{"ORDERD_READ_TOKEN": "r"}, named: []string{"ORDERD_TOKEN", "-token-file"}},
+		{name: "a read token file alone", args: []string{"-read-token-file", "go.mod"}, named: []string{"ORDERD_TOKEN", "-token-file"}},
+		{name: "one token for both", variables: map[string]string{"ORDERD_TOKEN": "s", "ORDERD_READ_TOKEN": "s"}, named: []string{"read token"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := parseConfig(test.args, test.variables)
+			code, sentence := exited(t, err)
+			require.Equal(t, 2, code)
+			for _, part := range test.named {
+				require.Contains(t, sentence, part)
+			}
+		})
+	}
+}
+
+// TestSettingsInFilesExist holds what is deployed, and what the README says,
+// against the settings that there are.
+func TestSettingsInFilesExist(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("deploy/*")
+	require.NoError(t, err)
+	for _, file := range append(files, "README.md") {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		variables := map[string]string{}
+		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(string(text), -1) {
+			variables[name] = ""
+		}
+		c, _ := parseConfig(nil, variables) // their values are refused
+		require.Empty(t, c.unknown, file)
+	}
+}
+
+func TestUnknownVariablesAreWarnedOf(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t, t.TempDir(), []string{"ORDERD_WORKER=2", "ORDERD_TOKENS=s3cret", "ORDERD_TOKEN=t", "ORDERD_READ_TOKEN=r", "ORDERD_CACHE=10",
+		"ORDERD_PORT=tcp://10.0.0.1:80", "ORDERD_PORT_80_TCP_ADDR=10.0.0.1", "ORDERD_SERVICE_HOST=10.0.0.1", "ORDERD_SERVICE_PORT_HTTP=80"})
+	require.Equal(t, "warning: no setting is called ORDERD_TOKENS or ORDERD_WORKER: see orderd -h for those that are",
+		p.stderr.waitFor(t, "warning: ", p.exited))
+	p.kill()
+	require.NotContains(t, p.stderr.String(), "s3cret")
+}
+
 func TestTokenSource(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1293,6 +1368,7 @@ func TestTokenSource(t *testing.T) {
 		variables map[string]string
 		args      []string
 		token     string
+		readToken string
 		code      int    // exit status if it is refused
 		named     string // in the sentence
 	}{
@@ -1304,13 +1380,18 @@ func TestTokenSource(t *testing.T) {
 		{name: "an empty variable is refused", variables: map[string]string{"ORDERD_TOKEN": ""}, code: 2, named: "ORDERD_TOKEN"},
 		{name: "a blank variable is refused", variables: map[string]string{"ORDERD_TOKEN": " "}, code: 2, named: "ORDERD_TOKEN"},
 		{name: "an empty file is refused", variables: map[string]string{"ORDERD_TOKEN": "x"}, args: []string{"-token-file", file("\n")}, code: 2, named: file("\n")},
+		{name: "the read token is another", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "r"}, token: "secret", readToken: "r"},
+		{name: "a file holds the read token", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "x"},
+			args: []string{"-read-token-file", file("r\n")}, token: "secret", readToken: "r"},
+		{name: "an empty read token is refused", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": ""}, code: 2, named: "ORDERD_READ_TOKEN"},
 		{name: "a missing file is refused", args: []string{"-token-file", filepath.Join(dir, "missing")}, code: 1, named: filepath.Join(dir, "missing")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c, err := parseConfig(test.args, test.variables)
 			if test.code == 0 {
 				require.NoError(t, err)
-				require.Equal(t, test.token, c.token)
+				require.Equal(t, test.token, c.server.token)
+				require.Equal(t, test.readToken, c.server.readToken)
 				return
 			}
 			code, sentence := exited(t, err)
@@ -1326,6 +1407,10 @@ func TestStartRefused(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { taken.Close() })
 	running := newTestApp(t, nil)
+	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
+	require.NoError(t, os.MkdirAll(deep, 0o700))
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(deep, link))
 	file := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
 	for _, test := range []struct {
@@ -1337,6 +1422,11 @@ func TestStartRefused(t *testing.T) {
 		{name: "an address that is not ours", args: []string{"-addr", "192.0.2.1:0"}, named: []string{"192.0.2.1:0", "-addr"}},
 		{name: "a data directory in use", args: []string{"-data", running.cfg.data}, named: []string{running.cfg.data, "-data"}},
 		{name: "a data directory that is a file", args: []string{"-data", file + "/data"}, named: []string{file, "-data"}},
+		{name: "a data directory too deep for SQLite", args: []string{"-data", deep}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
+		{name: "a link to such a one", args: []string{"-data", link}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
+		{name: "a log too deep for SQLite", args: []string{"-log", deep + "/orderd.log"}, named: []string{"bytes and SQLite takes at most 500; choose another with -log"}},
+		{name: "a certificate that is none", args: []string{"-tls-cert", file, "-tls-key", file}, named: []string{"HTTPS", "-tls-cert", "-tls-key"}},
+		{name: "a key as the log", args: []string{"-tls-cert", "c", "-tls-key", file, "-log", file}, named: []string{file, "orderd's own", "-log"}},
 		{name: "a log directory that is a file", args: []string{"-log", file + "/orderd.log"}, named: []string{file, "-log"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -1392,6 +1482,64 @@ func TestExitWhereNobodyReadsStderr(t *testing.T) {
 	require.Equal(t, 1, exitCode(errors.New("the disk failed"), full))
 }
 
+func TestSignals(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	// working starts a process that works on an order for as long as it is let.
+	working := func(t *testing.T, wrapper []string, drain string) *process {
+		t.Parallel()
+		p := startWrapped(t, wrapper, t.TempDir(), nil, "-delay", "24h", "-drain", drain)
+		newJournal("signal", 0).place(t, p.url(), 1)
+		persist(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
+		return p
+	}
+	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
+		p := working(t, nil, "1s")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
+		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
+		p.cmd.Process.Signal(syscall.SIGHUP) // fails where it has ended
+		p.cmd.Process.Signal(syscall.SIGHUP)
+		require.Zero(t, p.wait(t, time.Minute))
+		require.NoFileExists(t, filepath.Join(p.dir, "data", "orders.db-wal"))
+	})
+	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		t.Run("a second one ends at once: "+signal.String(), func(t *testing.T) {
+			p := working(t, nil, "24h")
+			require.NoError(t, p.cmd.Process.Signal(signal))
+			p.stderr.waitFor(t, "stopping: waiting up to 24h0m0s for orders at work (1)", p.exited)
+			require.NoError(t, p.cmd.Process.Signal(signal))
+			require.Equal(t, -1, p.wait(t, time.Minute), "it ended by the signal")
+		})
+	}
+	t.Run("requests are waited for too", func(t *testing.T) {
+		t.Parallel()
+		p := startProcess(t, t.TempDir(), nil)
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		t.Cleanup(func() { conn.Close() })
+		require.NoError(t, conn.SetDeadline(time.Now().Add(longest)))
+		fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(exampleOrder))
+		answers := bufio.NewReader(conn)
+		line, err := answers.ReadString('\n')
+		require.NoError(t, err)
+		require.Contains(t, line, "100 Continue", "its body is being read")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGTERM))
+		p.stderr.waitFor(t, "stopping: waiting up to 10s for orders at work (0) and for requests", p.exited)
+		answers.ReadString('\n')
+		conn.Write([]byte(exampleOrder))
+		line, err = answers.ReadString('\n')
+		require.NoError(t, err)
+		require.Contains(t, line, "201 Created")
+		require.Zero(t, p.wait(t, time.Minute))
+	})
+	t.Run("nohup goes on to work", func(t *testing.T) {
+		needs(t, "nohup")
+		p := working(t, []string{"nohup"}, "0s")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
+		require.Zero(t, p.terminate(t, time.Minute), "SIGTERM is the first that counts")
+	})
+}
+
 func TestOpenDoorIsWarnedOf(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -1403,7 +1551,7 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 		{addr: "127.0.0.1:0"},
 	} {
 		cfg := testConfig(t.TempDir())
-		cfg.addr, cfg.token = test.addr, test.token
+		cfg.addr, cfg.server.token = test.addr, test.token
 		stderr := &transcript{}
 		a, err := openApp(cfg, stderr)
 		require.NoError(t, err)
@@ -1795,6 +1943,40 @@ func TestGetOrder(t *testing.T) {
 	for _, id := range []string{first, second, third} {
 		require.Equal(t, "Completed", statusOf(t, a, id))
 	}
+	for _, test := range []struct {
+		query  string
+		status int
+		full   bool
+	}{
+		{query: "?view=full", status: 200, full: true},
+		{query: "?a=b&view=full&c", status: 200, full: true},
+		{query: "?%76iew=f%75ll", status: 200, full: true},
+		{query: "?", status: 200},
+		{query: "?a=b&limit=0&VIEW=full&view[]=full&%zz=1&c=%zz;view=full", status: 200},
+		{query: "?view=", status: 400},
+		{query: "?view", status: 400},
+		{query: "?view=Full", status: 400},
+		{query: "?view=full+", status: 400},
+		{query: "?view=status", status: 400},
+		{query: "?view=full&view=full", status: 400},
+		{query: "?view=full&view=", status: 400},
+		{query: "?view=%zz", status: 400},
+		{query: "?view=full;a", status: 400},
+	} {
+		t.Run("view in "+test.query, func(t *testing.T) {
+			got := get(t, a, "/orders/"+third+test.query)
+			require.Equal(t, test.status, got.status)
+			switch {
+			case test.full:
+				page := decoded[struct{ Orders []json.RawMessage }](t, get(t, a, "/orders?limit=1").body)
+				require.Equal(t, string(page.Orders[0])+"\n", got.body, "as the list holds it, to the byte")
+				require.Equal(t, "application/json", got.header.Get("Content-Type"))
+				require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+			case test.status == 200:
+				require.JSONEq(t, `{"order_id": "`+third+`", "status": "Completed"}`, got.body)
+			}
+		})
+	}
 	t.Run("lower case finds it and is answered in capitals", func(t *testing.T) {
 		got := get(t, a, "/orders/"+strings.ToLower(third))
 		require.Equal(t, http.StatusOK, got.status)
@@ -1818,6 +2000,7 @@ func TestGetOrder(t *testing.T) {
 	} {
 		t.Run(test.name+" is not found", func(t *testing.T) {
 			require.Equal(t, http.StatusNotFound, get(t, a, "/orders/"+test.id).status)
+			require.Equal(t, http.StatusNotFound, get(t, a, "/orders/"+test.id+"?view=full").status)
 			waited := call(t, a, http.MethodGet, "/orders/"+test.id, prefer("wait=60"), "")
 			require.Equal(t, http.StatusNotFound, waited.status)
 			require.Empty(t, waited.header.Get("Preference-Applied"))
@@ -1878,6 +2061,19 @@ func TestWait(t *testing.T) {
 		require.Equal(t, "wait=50", got.header.Get("Preference-Applied"))
 		require.Equal(t, "no-store", got.header.Get("Cache-Control"))
 		require.Zero(t, watchers(a))
+	})
+	t.Run("answers the whole order", func(t *testing.T) {
+		t.Parallel()
+		a, release, _ := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		require.Equal(t, http.StatusBadRequest, arrived(t, later(t.Context(), a, id+"?view=x", "60")).status, "at once")
+		answers := later(t.Context(), a, id+"?view=full", "60")
+		until(t, func() bool { return waiting(a) == 1 })
+		release()
+		got := arrived(t, answers)
+		require.Equal(t, "wait=60", got.header.Get("Preference-Applied"))
+		require.Equal(t, list(t, a, "?limit=1").Orders[0], decoded[listedOrder](t, got.body))
+		require.Equal(t, "Completed", decoded[listedOrder](t, got.body).Status)
 	})
 	t.Run("ends with its time", func(t *testing.T) {
 		t.Parallel()
@@ -1948,6 +2144,7 @@ func TestAnswersWhileItWaitsForRunningWork(t *testing.T) {
 	go stop()
 	until(t, func() bool { return get(t, a, "/readyz").status == http.StatusServiceUnavailable }, "readyz says no")
 	require.Contains(t, get(t, a, "/readyz").body, "The server is stopping")
+	require.Zero(t, metric(t, "http://"+a.listener.Addr().String(), "orderd_ready"))
 	require.Equal(t, "Processing", statusOf(t, a, id))
 	late := place(t, a, "u", "x")
 	got := arrived(t, later(t.Context(), a, id, "60"))
@@ -2382,8 +2579,8 @@ func TestMetricsText(t *testing.T) {
 
 	kinds, samples := map[string]string{}, map[string]float64{}
 	helped, family := "", ""
-	comment := regexp.MustCompile(`^# (HELP|TYPE) (orderd_[a-z_]+) (.+)$`)
-	sample := regexp.MustCompile(`^(orderd_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
+	comment := regexp.MustCompile(`^# (HELP|TYPE) ((?:orderd|process|go)_[a-z_]+) (.+)$`)
+	sample := regexp.MustCompile(`^((?:orderd|process|go)_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
 	for line := range strings.Lines(text) {
 		line = strings.TrimSuffix(line, "\n")
 		if m := comment.FindStringSubmatch(line); m != nil && m[1] == "HELP" {
@@ -2408,8 +2605,9 @@ func TestMetricsText(t *testing.T) {
 		require.NotContains(t, samples, m[1]+m[2], "a sample is given once")
 		samples[m[1]+m[2]] = value
 	}
+	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
 	require.Equal(t, map[string]string{
-		"orderd_orders_processed_total": "counter", "orderd_average_processing_seconds": "gauge", "orderd_orders_accepted_total": "counter",
+		"orderd_orders_processed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
 		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
 		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge",
 		"orderd_cache_entries": "gauge", "orderd_cache_hits_total": "counter", "orderd_cache_misses_total": "counter",
@@ -2457,10 +2655,11 @@ var everyRoute = []struct {
 	method, path, body string
 	status             int
 	contentType        string
-	open               bool // without a token
+	open               bool // to everyone: without a token, and from pages of other sites
+	public             bool // without a token only
 }{
 	{method: "GET", path: "/", status: 200, contentType: "text/html; charset=UTF-8", open: true},
-	{method: "GET", path: "/openapi.json", status: 200, contentType: "application/json"},
+	{method: "GET", path: "/openapi.json", status: 200, contentType: "application/json", public: true},
 	{method: "POST", path: "/orders", body: exampleOrder, status: 201, contentType: "application/json"},
 	{method: "GET", path: "/orders", status: 200, contentType: "application/json"},
 	{method: "GET", path: "/orders/ID", status: 200, contentType: "application/json"},
@@ -2512,13 +2711,239 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// makeCertificate writes a pair for orders.example.com and localhost into dir,
+// signed by itself, and returns its serial number.
+func makeCertificate(t *testing.T, dir string) (certFile, keyFile, serial string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	require.NoError(t, err)
+	text := x509.Certificate{SerialNumber: big.NewInt(rand.Int64()), DNSNames: []string{"orders.example.com", "localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	signed, err := x509.CreateCertificate(cryptorand.Reader, &text, &text, key.Public(), key)
+	require.NoError(t, err)
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	require.NoError(t, os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: signed}), 0o600))
+	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600))
+	return certFile, keyFile, text.SerialNumber.String()
+}
+
+// clientOf trusts the certificate in a file, and takes every name for addr.
+func clientOf(t *testing.T, certFile, addr string) *http.Client {
+	t.Helper()
+	text, err := os.ReadFile(certFile)
+	require.NoError(t, err)
+	roots := x509.NewCertPool()
+	require.True(t, roots.AppendCertsFromPEM(text))
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: dial, ForceAttemptHTTP2: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+func TestHTTPS(t *testing.T) {
+	t.Parallel()
+	dir, files := t.TempDir(), t.TempDir()
+	certFile, keyFile, serial := makeCertificate(t, files)
+	cfg := testConfig(dir)
+	cfg.certFile, cfg.keyFile = certFile, keyFile
+	stderr := &transcript{}
+	a, err := openApp(cfg, stderr)
+	require.NoError(t, err)
+	require.NoError(t, a.start())
+	stop := serveTestApp(t, a)
+	addr := a.listener.Addr().String()
+	require.Contains(t, stderr.String(), "orderd is open at https://"+addr+"\n")
+
+	client := clientOf(t, certFile, addr)
+	for _, path := range []string{"/", "/metrics"} {
+		got := exchange(t.Context(), client, "https://localhost", http.MethodGet, path, nil, "")
+		requireGood(t, http.MethodGet, path, got)
+		require.Equal(t, http.StatusOK, got.status)
+	}
+	created := exchange(t.Context(), client, "https://localhost", http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(t, http.StatusCreated, created.status)
+	require.Equal(t, http.StatusBadRequest, send(t.Context(), addr, http.MethodGet, "/livez", nil, "").status, "plain HTTP")
+
+	// served is the serial number of the certificate that a new connection gets.
+	served := func() string {
+		conn, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true})
+		require.NoError(t, err)
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
+	}
+	// wait lets the time pass until the files are looked at again.
+	wait := func() {
+		c := a.cfg.server.certificate
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.read = c.read.Add(-renewEvery)
+	}
+	require.Less(t, renewEvery, 10*time.Second)
+	require.Equal(t, serial, served())
+	_, _, renewed := makeCertificate(t, files)
+	a.cfg.server.certificate.read = time.Now()
+	require.Equal(t, serial, served(), "not looked at yet")
+	wait()
+	require.Equal(t, renewed, served())
+
+	spoil := func(file, text string) {
+		require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+		for range 3 { // is logged once
+			wait()
+			require.Equal(t, renewed, served())
+		}
+	}
+	good, err := os.ReadFile(keyFile)
+	require.NoError(t, err)
+	_, otherKey, _ := makeCertificate(t, t.TempDir())
+	other, err := os.ReadFile(otherKey)
+	require.NoError(t, err)
+	spoil(keyFile, "")
+	spoil(keyFile, string(other))
+	spoil(keyFile, string(good))
+	spoil(keyFile, "") // is logged again
+	require.NoError(t, os.Remove(certFile))
+	wait()
+	require.Equal(t, renewed, served())
+	_, _, last := makeCertificate(t, files)
+	wait()
+	require.Equal(t, last, served())
+	stop()
+	require.Len(t, logged(t, dir, "the renewed certificate cannot be used; the one before stays"), 4)
+	require.Len(t, logged(t, dir, "the renewed certificate is in use"), 2)
+}
+
+// TestBehindNginx runs the configuration that the README shows.
+func TestBehindNginx(t *testing.T) {
+	t.Parallel()
+	needs(t, "nginx")
+	gate := make(chan struct{})
+	dir, files := t.TempDir(), t.TempDir()
+	a, stop := openTestApp(t, dir, func(c *config) {
+		c.server.token, c.server.readToken, c.server.names, c.drain = "s3cret", "r3ad", []string{"orders.example.com"}, 0
+		c.pool.work = hold(gate)
+	}, nil)
+	release := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(release)
+	certFile, keyFile, _ := makeCertificate(t, files)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	addr := free.Addr().String()
+	free.Close()
+
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	_, shown, _ := strings.Cut(string(readme), "\n```nginx\n")
+	shown, _, _ = strings.Cut(shown, "\n```\n")
+	require.Equal(t, 1, strings.Count(shown, "127.0.0.1:8080"), shown)
+	shown = strings.Replace(shown, "127.0.0.1:8080", a.listener.Addr().String(), 1)
+	server := fmt.Sprintf("server {\nlisten %s ssl;\nserver_name orders.example.com;\nssl_certificate %s;\nssl_certificate_key %s;\n%s\n}\n", addr, certFile, keyFile, shown)
+	around := "daemon off; pid nginx.pid;\nevents {}\nhttp {\naccess_log off;\n"
+	if os.Geteuid() == 0 {
+		around = "user root;\n" + around
+	}
+	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		around += name + "_temp_path " + name + ";\n"
+	}
+	require.NoError(t, os.WriteFile(files+"/nginx.conf", []byte(around+server+"}\n"), 0o600))
+	nginx, output := exec.Command("nginx", "-e", "stderr", "-p", files, "-c", files+"/nginx.conf"), &transcript{}
+	nginx.Stderr, nginx.WaitDelay = output, 5*time.Second
+	require.NoError(t, nginx.Start())
+	ended := make(chan struct{})
+	go func() {
+		nginx.Wait()
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		nginx.Process.Signal(syscall.SIGTERM)
+		<-ended
+	})
+	until(t, func() bool {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}, output)
+
+	client := clientOf(t, certFile, addr)
+	const base, trace = "https://orders.example.com", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	ask := func(method, path, body string, names ...string) answer {
+		header := http.Header{"Content-Type": {"application/json"}, "X-Forwarded-For": {"203.0.113.9"}, "Traceparent": {trace}}
+		for i := 0; i < len(names); i += 2 {
+			header.Set(names[i], names[i+1])
+		}
+		got := exchange(t.Context(), client, base, method, path, header, body)
+		requireGood(t, method, path, got)
+		return got
+	}
+	page := ask("GET", "/", "")
+	require.Equal(t, string(pageHTML), page.body)
+	require.Equal(t, pagePolicy, page.header.Get("Content-Security-Policy"))
+	require.Equal(t, http.StatusUnauthorized, ask("POST", "/orders", exampleOrder).status)
+	require.Equal(t, http.StatusForbidden, ask("POST", "/orders", exampleOrder, "Authorization", "Bearer r3ad").status)
+	created := ask("POST", "/orders", exampleOrder, "Authorization", "Bearer s3cret", "Idempotency-Key", "k")
+	require.Equal(t, http.StatusCreated, created.status)
+	location := created.header.Get("Location")
+	require.Regexp(t, `^/orders/\w{26}$`, location)
+	require.Equal(t, "true", ask("POST", "/orders", exampleOrder, "Authorization", "Bearer s3cret", "Idempotency-Key", "k").header.Get("Idempotent-Replayed"))
+	require.Equal(t, http.StatusRequestEntityTooLarge, ask("POST", "/orders", strings.Repeat(" ", maxBody+1), "Authorization", "Bearer s3cret").status)
+	for path, status := range map[string]int{"/orders?limit=1": 200, location: 200, location + "?view=full": 200, "/%6frders": 200, "/nowhere": 404, "/metrics": 200, "/openapi.json": 200} {
+		require.Equal(t, status, ask("GET", path, "", "Authorization", "Bearer r3ad").status, path)
+	}
+	require.Equal(t, http.StatusMisdirectedRequest, ask("GET", "/livez", "", "Host", "localhost.example").status)
+
+	seconds := 1
+	if *long {
+		seconds = 60
+	}
+	began := time.Now()
+	got := ask("GET", location, "", "Authorization", "Bearer r3ad", "Prefer", fmt.Sprintf("wait=%d", seconds))
+	require.GreaterOrEqual(t, time.Since(began), time.Duration(seconds)*time.Second)
+	require.Equal(t, http.StatusOK, got.status, got.body)
+	require.Equal(t, "Processing", decoded[map[string]string](t, got.body)["status"])
+
+	waits := func(ctx context.Context) <-chan answer {
+		answers := make(chan answer, 1)
+		go func() {
+			answers <- exchange(ctx, client, base, "GET", location, http.Header{"Authorization": {"Bearer r3ad"}, "Prefer": {"wait=60"}}, "")
+		}()
+		until(t, func() bool { return waiting(a) == 1 })
+		return answers
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	left := waits(ctx)
+	cancel()
+	require.ErrorIs(t, (<-left).err, context.Canceled)
+	until(t, func() bool { return watchers(a) == 0 }, "nginx hangs up for a client that has")
+	answers := waits(t.Context())
+	release()
+	got = arrived(t, answers)
+	require.Equal(t, "Completed", decoded[map[string]string](t, got.body)["status"])
+	require.Equal(t, "wait=60", got.header.Get("Preference-Applied"))
+	stop()
+	for _, line := range logged(t, dir, "request") {
+		require.Equal(t, "127.0.0.1", line["client"], "whom nginx saw, not what the client said, and not nginx")
+		if line["path"] == "/" {
+			require.Equal(t, trace, line["traceparent"])
+		}
+	}
+}
+
 func TestHost(t *testing.T) {
 	t.Parallel()
 	loopback := newTestApp(t, nil)
-	anywhere := newTestApp(t, func(c *config) { c.addr = "0.0.0.0:0" })
+	named := newTestApp(t, func(c *config) { c.server.names = []string{"orders.example", "example.com"} })
+	anywhere := newTestApp(t, func(c *config) { c.addr, c.server.names = "0.0.0.0:0", []string{"orders.example"} })
 	for _, test := range []struct {
 		host   string
-		status int // on loopback
+		status int  // on loopback
+		named  bool // by -host
 	}{
 		{host: "localhost", status: 200},
 		{host: "localhost:8080", status: 200},
@@ -2526,8 +2951,10 @@ func TestHost(t *testing.T) {
 		{host: "127.0.0.1:1", status: 200},
 		{host: "[::1]", status: 200},
 		{host: "[::1]:8080", status: 200},
-		{host: "orders.example", status: 421},
-		{host: "example.com:8080", status: 421},
+		{host: "orders.example", status: 421, named: true},
+		{host: "example.com:8080", status: 421, named: true},
+		{host: "Example.COM", status: 421, named: true},
+		{host: "www.example.com", status: 421},
 		{host: "localhost.example.com", status: 421},
 		{host: "127.0.0.1.example.com", status: 421},
 		{host: "192.0.2.1", status: 421},
@@ -2541,6 +2968,8 @@ func TestHost(t *testing.T) {
 			}
 			order := call(t, loopback, http.MethodGet, "/orders/01M82P53T20003ZZE2RJ5B5TRM", http.Header{"Host": {test.host}}, "")
 			require.Equal(t, map[int]int{200: 404, 421: 421}[test.status], order.status)
+			got := call(t, named, http.MethodGet, "/orders", http.Header{"Host": {test.host}}, "")
+			require.Equal(t, test.status == 200 || test.named, got.status == 200, got.body)
 			require.Equal(t, 200, call(t, anywhere, http.MethodGet, "/orders", http.Header{"Host": {test.host}}, "").status)
 		})
 	}
@@ -2548,7 +2977,7 @@ func TestHost(t *testing.T) {
 
 func TestToken(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, func(c *config) { c.token = "s3cret" })
+	a := newTestApp(t, func(c *config) { c.server.token, c.server.readToken = "s3cret", "r3ad" })
 	header := func(authorization ...string) http.Header {
 		return http.Header{"Content-Type": {"application/json"}, "Authorization": authorization}
 	}
@@ -2561,7 +2990,7 @@ func TestToken(t *testing.T) {
 			for _, wrong := range [][]string{nil, {""}, {"Bearer"}, {"Bearer "}, {"Bearer s3cre"}, {"Bearer s3crets"}, {"Bearer S3CRET"},
 				{"s3cret"}, {"Basic s3cret"}, {"Bearer  s3cret"}} {
 				got := call(t, a, r.method, path, header(wrong...), r.body)
-				if r.open {
+				if r.open || r.public {
 					require.Equal(t, r.status, got.status)
 					continue
 				}
@@ -2569,8 +2998,29 @@ func TestToken(t *testing.T) {
 				require.Regexp(t, `^Bearer\b`, got.header.Get("WWW-Authenticate"))
 				require.NotContains(t, got.body, "s3cret")
 			}
+			accepted := a.store.totals().accepted
+			got := call(t, a, r.method, path, header("bearer r3ad"), r.body)
+			if r.method == http.MethodGet {
+				require.Equal(t, r.status, got.status)
+				require.Equal(t, r.status, call(t, a, http.MethodHead, path, header("Bearer r3ad"), "").status)
+			} else {
+				require.Equal(t, http.StatusForbidden, got.status)
+				require.Contains(t, got.body, "This token may only read")
+				require.Equal(t, accepted, a.store.totals().accepted)
+			}
 		})
 	}
+	t.Run("the read token does what is harmless", func(t *testing.T) {
+		for method, status := range map[string]int{"OPTIONS": 204, "PUT": 403, "DELETE": 403, "BREW": 403} {
+			require.Equal(t, status, call(t, a, method, "/orders", header("Bearer r3ad"), "").status, method)
+		}
+	})
+	t.Run("without a read token nobody has it", func(t *testing.T) {
+		a := newTestApp(t, func(c *config) { c.server.token = "s3cret" })
+		for _, wrong := range []string{"", "Bearer", "Bearer "} {
+			require.Equal(t, http.StatusUnauthorized, call(t, a, http.MethodGet, "/orders", header(wrong), "").status)
+		}
+	})
 	t.Run("what is not there is not told apart", func(t *testing.T) {
 		require.Equal(t, http.StatusUnauthorized, get(t, a, "/nowhere").status)
 		require.Equal(t, http.StatusUnauthorized, get(t, a, "/orders/1").status)
@@ -2578,9 +3028,119 @@ func TestToken(t *testing.T) {
 	})
 }
 
+func TestPagesOfOtherSites(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	for _, r := range everyRoute {
+		for site, refused := range map[string]bool{"cross-site": !r.open, "same-site": false, "same-origin": false, "none": false} {
+			t.Run(r.method+" "+r.path+" from "+site, func(t *testing.T) {
+				header := http.Header{"Content-Type": {"application/json"}, "Sec-Fetch-Site": {site}, "Sec-Fetch-Mode": {"no-cors"}}
+				accepted := a.store.totals().accepted
+				got := call(t, a, r.method, strings.Replace(r.path, "ID", id, 1), header, r.body)
+				if refused {
+					require.Equal(t, http.StatusForbidden, got.status)
+					require.Equal(t, accepted, a.store.totals().accepted)
+				} else {
+					require.Equal(t, r.status, got.status)
+				}
+			})
+		}
+	}
+}
+
+// TestOneResourceUnderEveryName asks for the same by names that RFC 3986,
+// section 6.2, calls equivalent.
+func TestOneResourceUnderEveryName(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	encoded := ""
+	for _, c := range []byte(id) {
+		encoded += fmt.Sprintf("%%%02x", c)
+	}
+	for _, test := range []struct {
+		target string // of the request line
+		status int
+	}{
+		{target: "/%6frders", status: 200},
+		{target: "/%6Frders?limit=1", status: 200},
+		{target: "/orders/" + encoded, status: 200},
+		{target: "/%6f%72ders/" + encoded + "?view=full", status: 200},
+		{target: "http://localhost", status: 200},
+		{target: "http://localhost?x=1", status: 200},
+		{target: "http://localhost/%6frders", status: 200},
+		{target: "/orders%2F" + id, status: 404},
+		{target: "/orders/%2e%2e/metrics", status: 404},
+		{target: "/%2Forders", status: 404},
+		{target: "//orders", status: 404},
+		{target: "/orders/" + id + "%3F", status: 404},
+		{target: "/orders%00", status: 404},
+		{target: "/orders/%", status: 400},
+	} {
+		t.Run(test.target, func(t *testing.T) {
+			_, answers := dialed(t, a, "GET "+test.target+" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+			response, err := http.ReadResponse(answers, nil)
+			require.NoError(t, err)
+			defer response.Body.Close()
+			require.Equal(t, test.status, response.StatusCode)
+		})
+	}
+}
+
+func TestClientInTheRequestLog(t *testing.T) {
+	t.Parallel()
+	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	peer := regexp.MustCompile(`^127\.0\.0\.1:\d+$`)
+	for _, test := range []struct {
+		name      string
+		names     []string // from -host
+		addr      string
+		header    http.Header
+		client    string // the peer, if empty
+		traceless bool
+	}{
+		{name: "without a proxy the header means nothing", header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}},
+		{name: "a proxy adds the address", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}, client: "192.0.2.1"},
+		{name: "what comes before was made up", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"203.0.113.9, 10.0.0.1 , 192.0.2.1 "}}, client: "192.0.2.1"},
+		{name: "in a header before, too", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"203.0.113.9", "2001:DB8::1"}}, client: "2001:db8::1"},
+		{name: "on every address of this machine", names: []string{"a"}, addr: "0.0.0.0:0", header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}, client: "192.0.2.1"},
+		{name: "a zone is none of ours", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"fe80::1%<any\">"}}, client: "fe80::1"},
+		{name: "no header", names: []string{"a"}},
+		{name: "an empty header", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {""}}},
+		{name: "an empty element", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1,"}}},
+		{name: "a name", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1, unknown"}}},
+		{name: "a port", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1:80"}}},
+		{name: "a trace without a proxy", header: http.Header{"Traceparent": {trace}}},
+		{name: "a trace that is none", header: http.Header{"Traceparent": {trace + " " + trace}}, traceless: true},
+		{name: "an old trace", header: http.Header{"Traceparent": {"00-0AF7651916CD43DD8448EB211C80319C-B7AD6B7169203331-01"}}, traceless: true},
+		{name: "two traces", header: http.Header{"Traceparent": {trace, trace}}, traceless: true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			a, stop := openTestApp(t, dir, func(c *config) { c.server.names, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
+			call(t, a, http.MethodGet, "/livez", test.header, "")
+			stop()
+			lines := logged(t, dir, "request")
+			require.Len(t, lines, 1)
+			if test.client == "" {
+				require.Regexp(t, peer, lines[0]["client"])
+			} else {
+				require.Equal(t, test.client, lines[0]["client"])
+			}
+			if test.header["Traceparent"] == nil || test.traceless {
+				require.NotContains(t, lines[0], "traceparent")
+			} else {
+				require.Equal(t, trace, lines[0]["traceparent"])
+			}
+		})
+	}
+}
+
 func TestRequestLog(t *testing.T) {
 	t.Parallel()
-	a, stop := openTestApp(t, t.TempDir(), func(c *config) { c.token, c.log.level = "s3cret", slog.LevelDebug },
+	a, stop := openTestApp(t, t.TempDir(), func(c *config) { c.server.token, c.log.level = "s3cret", slog.LevelDebug },
 		func(a *app) { a.store.cache = nil }) // GET /orders/:order_id panics
 	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"},
 		"X-Forwarded-For": {"203.0.113.9"}, "X-Real-Ip": {"203.0.113.9"}, "Forwarded": {"for=203.0.113.9"}}
@@ -3937,6 +4497,35 @@ x_seconds_count 8
 			require.True(t, slices.IsSortedFunc(bounds, func(a, b float64) int { return cmp.Or(cmp.Compare(a, b), 1) }))
 		}
 	})
+}
+
+// TestProcessFigures compares them with what the system tells of the process.
+func TestProcessFigures(t *testing.T) {
+	t.Parallel()
+	needs(t, "sh")
+	before := time.Now()
+	p := startWrapped(t, []string{"sh", "-c", `ulimit -n 200; exec "$@"`, "sh"}, t.TempDir(), nil)
+	figure := func(name string) float64 { return metric(t, p.url(), name) }
+	require.InDelta(t, float64(before.Unix()), figure("process_start_time_seconds"), time.Since(before).Seconds()+1)
+	require.GreaterOrEqual(t, figure("go_goroutines"), 10.0)
+	require.Equal(t, 1.0, figure(fmt.Sprintf(`go_info{version="%s"}`, runtime.Version())))
+	require.Equal(t, 1.0, figure("orderd_ready"))
+	if _, err := os.Stat("/proc/self/fd"); err != nil {
+		t.Skip("needs /proc: ", err)
+	}
+	require.Equal(t, 200.0, figure("process_max_fds"))
+	open := figure("process_open_fds")
+	for range 20 {
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		defer conn.Close()
+	}
+	persist(t, func() bool { return figure("process_open_fds") >= open+20 }, "they are accepted")
+	require.InDelta(t, open+20, figure("process_open_fds"), 3)
+	newJournal("load", 0).place(t, p.url(), 300)
+	used, _ := p.cpu()
+	require.InDelta(t, used.Seconds(), figure("process_cpu_seconds_total"), 0.5)
+	require.InEpsilon(t, p.residentMB(t)*(1<<20), figure("process_resident_memory_bytes"), 0.2)
 }
 
 func TestPrometheusTextIsValid(t *testing.T) {

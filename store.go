@@ -1614,19 +1614,12 @@ type database struct {
 	checked time.Time              // when inPlace last looked
 }
 
-// longestPath is in bytes: SQLite's limit is 512, with what it appends
-// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
-const longestPath = 500
-
 // openSQLite opens lazily: no file is touched before the first statement.
 // See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
 func openSQLite(path string, params ...string) (*sql.DB, error) {
-	abs, err := filepath.Abs(path)
+	abs, err := sqlitePath(path)
 	if err != nil {
-		return nil, err
-	}
-	if len(abs) > longestPath {
-		return nil, fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d: choose a shorter one with -data", filepath.Base(abs), len(abs), longestPath)
+		return nil, fmt.Errorf("cannot open %s: %w", path, err)
 	}
 	name := filepath.ToSlash(abs)
 	if !strings.HasPrefix(name, "/") {
@@ -1828,6 +1821,10 @@ func (d *database) close() error {
 func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
+	}
+	longest := filepath.Join(dir, "metrics.db.new") // of all that create makes
+	if _, err := sqlitePath(longest); err != nil {
+		return nil, fmt.Errorf("cannot use the data directory: %w; choose another with -data", err)
 	}
 	lock, err := lockFile(filepath.Join(dir, "orderd.lock"))
 	if errors.Is(err, errLocked) {
