@@ -26,6 +26,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -36,6 +37,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 func main() {
@@ -292,9 +294,10 @@ func (a *app) announce() {
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
 	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", a.server.scheme(), strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
-	fmt.Fprintf(a.console, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.pool.workers, a.cfg.delay, unfinished)
+	work := a.cfg.describeWork()
+	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
-		"delay", a.cfg.delay.String(), "resumed", unfinished, "version", versionLine())
+		"work", work, "resumed", unfinished, "version", versionLine())
 	if a.cfg.server.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
@@ -321,6 +324,7 @@ type config struct {
 	readTokenFile string
 	certFile      string // of TLS, in PEM, or empty; so is the key
 	keyFile       string
+	workTokenFile string
 	data          string
 	delay         time.Duration
 	drain         time.Duration
@@ -339,7 +343,7 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	o.taken = []string{c.tokenFile, c.readTokenFile, c.certFile, c.keyFile}
+	o.taken = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
 		if target, err := filepath.EvalSymlinks(path); err == nil {
@@ -352,6 +356,14 @@ func (c config) logOptions() logOptions {
 	return o
 }
 
+// describeWork tells what becomes of an order, without a password in the URL.
+func (c config) describeWork() string {
+	if u, _ := url.Parse(c.pool.endpoint.url); u.Host != "" {
+		return "each order POSTed to " + u.Redacted()
+	}
+	return c.delay.String() + " an order"
+}
+
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
@@ -361,7 +373,7 @@ var flagGroups = []struct {
 	names []string
 }{
 	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "queue", "cache"}},
+	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{"About", []string{"version", "h"}},
 }
@@ -375,6 +387,7 @@ func (c *config) flags() *flag.FlagSet {
 		return inRange("must be a whole number from %d to %d", low, high, strconv.Atoi)
 	}
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
+	oneAttempt := inRange("must be a duration from %s to %s, such as 30s or 5m", time.Second, time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
 	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
 		c.server.names, err = parseHosts(s)
@@ -388,6 +401,9 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
+	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
+	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
+	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
 	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
@@ -446,6 +462,14 @@ func parseHosts(s string) ([]string, error) {
 	return names, nil
 }
 
+func parseEndpoint(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+		return "", errors.New("must be an http or https URL with a host, such as http://localhost:9000/work")
+	}
+	return s, nil
+}
+
 func parseLevel(s string) (level slog.Level, err error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
 		return level, errors.New("must be debug, info, warn or error")
@@ -463,7 +487,10 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
-	known := map[string]bool{"ORDERD_TOKEN": true, "ORDERD_READ_TOKEN": true}
+	known := map[string]bool{}
+	for _, s := range c.secrets() {
+		known[s.variable] = true
+	}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
 		name := variable(f.Name)
@@ -489,16 +516,22 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 		}
 	}
 	slices.Sort(c.unknown)
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	c.pool.work = simulate(c.delay)
-	var err, readErr error
-	c.server.token, err = readToken("ORDERD_TOKEN", c.tokenFile, variables)
-	c.server.readToken, readErr = readToken("ORDERD_READ_TOKEN", c.readTokenFile, variables)
-	return c, cmp.Or(err, readErr, c.contradiction())
+	for _, s := range c.secrets() {
+		if err := s.read(variables); err != nil {
+			return c, err
+		}
+	}
+	return c, c.contradiction(given["work"] && given["delay"])
 }
 
 // contradiction finds settings that are right one by one, but not together.
-func (c config) contradiction() error {
+func (c config) contradiction(workAndDelay bool) error {
 	switch {
+	case workAndDelay:
+		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them")}
 	case (c.certFile == "") != (c.keyFile == ""):
 		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
 	case c.server.readToken != "" && c.server.token == "":
@@ -509,22 +542,40 @@ func (c config) contradiction() error {
 	return nil
 }
 
-// readToken prefers a token file over the variable called source, as a flag wins
-// elsewhere. A token that is set but empty is an error: it would leave the door open.
-func readToken(source, file string, variables map[string]string) (string, error) {
-	token, ok := variables[source]
-	if file != "" {
-		text, err := os.ReadFile(file)
+// secret is where a bearer token comes from, and whose it is.
+type secret struct {
+	variable, file string
+	into           *string
+}
+
+func (c *config) secrets() []secret {
+	return []secret{
+		{"ORDERD_TOKEN", c.tokenFile, &c.server.token},
+		{"ORDERD_READ_TOKEN", c.readTokenFile, &c.server.readToken},
+		{"ORDERD_WORK_TOKEN", c.workTokenFile, &c.pool.endpoint.token},
+	}
+}
+
+// read prefers the file over the variable, as a flag wins elsewhere. A token
+// that is set but empty is an error: it would leave the door open.
+func (s secret) read(variables map[string]string) error {
+	text, ok := variables[s.variable]
+	source := s.variable
+	if s.file != "" {
+		content, err := os.ReadFile(s.file)
 		if err != nil {
-			return "", fmt.Errorf("cannot read the token file: %w", err)
+			return fmt.Errorf("cannot read the token file: %w", err)
 		}
-		token, ok, source = string(text), true, "the token file "+file
+		text, ok, source = string(content), true, "the token file "+s.file
 	}
-	token = strings.TrimSpace(token)
-	if ok && token == "" {
-		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to serve without one", source)}
+	*s.into = strings.TrimSpace(text)
+	if ok && *s.into == "" {
+		return usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
 	}
-	return token, nil
+	if strings.ContainsFunc(*s.into, unicode.IsControl) {
+		return usageError{fmt.Errorf("%s has a line break or another control character, which no request can carry: put nothing but the token into it", source)}
+	}
+	return nil
 }
 
 const examples = `
@@ -549,7 +600,7 @@ func help() string {
 			fmt.Fprintf(&b, "  -%-15s %s\n  %16s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
-	b.WriteString("\nThe tokens themselves are given in ORDERD_TOKEN and ORDERD_READ_TOKEN, or in their files, never as flags.\n")
+	b.WriteString("\nA token itself is given in ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")
 	return b.String() + examples
 }
 

@@ -707,12 +707,11 @@ type listedOrder struct {
 
 func newListedOrder(o order) listedOrder {
 	at := func(ms int64) *string {
-		return new(time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00"))
+		return new(timestamp(ms))
 	}
 	l := listedOrder{
 		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
-		TotalAmount: json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100)),
-		Status:      o.status.String(), CreatedAt: at(int64(o.id.Time())),
+		TotalAmount: o.amount(), Status: o.status.String(), CreatedAt: at(int64(o.id.Time())),
 	}
 	if o.status >= processing {
 		l.StartedAt = at(o.started)
@@ -849,7 +848,15 @@ func (s *server) prometheus() []byte {
 	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where orders.db cannot be read.", s.oldestPending())
 	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(s.pool.queue)))
 	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(s.pool.queue)))
+	e.one("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(s.pool.failed.Load()))
 	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(s.pool.parked.len()))
+	if s.pool.endpoint.url != "" {
+		down := 0.0
+		if shut, _ := s.pool.gate.state(); shut {
+			down = 1
+		}
+		e.one("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
+	}
 	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
 	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
 	e.one("orderd_cache_misses_total", "counter", "Status reads that went to orders.db.", float64(cache.misses.Load()))

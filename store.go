@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -35,6 +36,16 @@ type order struct {
 	status  status
 	started int64 // Unix ms, by the wall clock; 0 until Processing
 	took    int64 // µs from start to completion, by the monotonic clock
+}
+
+// amount is the total as JSON shows it, exact.
+func (o *order) amount() json.Number {
+	return json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100))
+}
+
+// timestamp is how JSON shows Unix ms.
+func timestamp(ms int64) string {
+	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
 
 // high is the half of an ID that is the primary key: 48 bits of Unix ms and
