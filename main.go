@@ -37,7 +37,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unicode"
 )
 
 func main() {
@@ -531,7 +530,7 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 func (c config) contradiction(workAndDelay bool) error {
 	switch {
 	case workAndDelay:
-		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them")}
+		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
 	case (c.certFile == "") != (c.keyFile == ""):
 		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
 	case c.server.readToken != "" && c.server.token == "":
@@ -572,9 +571,6 @@ func (s secret) read(variables map[string]string) error {
 	if ok && *s.into == "" {
 		return usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
 	}
-	if strings.ContainsFunc(*s.into, unicode.IsControl) {
-		return usageError{fmt.Errorf("%s has a line break or another control character, which no request can carry: put nothing but the token into it", source)}
-	}
 	return nil
 }
 
@@ -594,10 +590,10 @@ func help() string {
 		for _, name := range group.names {
 			f := fs.Lookup(name)
 			if group.title == "About" {
-				fmt.Fprintf(&b, "  -%-15s %s\n", name, f.Usage)
+				fmt.Fprintf(&b, "  -%-16s %s\n", name, f.Usage)
 				continue
 			}
-			fmt.Fprintf(&b, "  -%-15s %s\n  %16s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
+			fmt.Fprintf(&b, "  -%-16s %s\n  %17s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
 	b.WriteString("\nA token itself is given in ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")

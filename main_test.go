@@ -56,6 +56,8 @@ import (
 	"github.com/oklog/ulid/v2"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"log"
+	"net/http/httptest"
 )
 
 var (
@@ -172,7 +174,7 @@ func heldApp(t *testing.T, change func(*config), before func(*app)) (a *app, rel
 
 // onOrders is work that looks at what is in the order.
 func onOrders(a *app, look func(context.Context, order) error) work {
-	return func(ctx context.Context, id ulid.ULID) error {
+	return func(ctx context.Context, id ulid.ULID, _ int) error {
 		o, err := a.store.get(id)
 		if err != nil {
 			return err
@@ -408,7 +410,7 @@ func (d *diary) read() []ulid.ULID {
 
 // hold is work that lasts until release is closed.
 func hold(release <-chan struct{}) work {
-	return func(ctx context.Context, _ ulid.ULID) error {
+	return func(ctx context.Context, _ ulid.ULID, _ int) error {
 		select {
 		case <-release:
 			return nil
@@ -1188,6 +1190,12 @@ var flagTable = []struct {
 		accepted: []string{"1", "100000"}, refused: []string{"0", "100001", "-1", "1.5", "many", ""}, limits: "a whole number from 1 to 100000"},
 	{name: "delay", initial: "2s", get: func(c config) any { return c.delay },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
+	{name: "work", initial: "", get: func(c config) any { return c.pool.endpoint.url },
+		accepted: []string{"http://a", "https://[::1]:8443/b?c=d"}, refused: []string{"", "a", "a:80", "//a/b", "ftp://a", "http://", "http:///b", "http://:80", "http://a b"},
+		limits: "an http or https URL with a host"},
+	{name: "work-timeout", initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
+		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
+	{name: "work-token-file", initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"go.mod", "go.sum"}},
 	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.queue },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
@@ -1271,7 +1279,7 @@ func TestHelpAndVersion(t *testing.T) {
 		require.Equal(t, len(flagTable), strings.Count(stdout.String(), ", variable "))
 		require.Regexp(t, `(?m)^  -version +\S`, stdout.String())
 		require.Regexp(t, `(?m)^  -h +\S`, stdout.String())
-		require.Contains(t, stdout.String(), "ORDERD_TOKEN and ORDERD_READ_TOKEN")
+		require.Contains(t, stdout.String(), "ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN")
 	}
 	var stdout, stderr transcript
 	require.NoError(t, run(t.Context(), []string{"-version"}, nil, &stdout, &stderr))
@@ -1282,10 +1290,13 @@ func TestHelpAndVersion(t *testing.T) {
 func TestWrongArguments(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name  string
-		args  []string
-		named string
+		name    string
+		args    []string
+		environ []string
+		named   string
 	}{
+		{name: "an endpoint and a delay", args: []string{"-work", "http://a", "-delay", "2s"}, named: "-work and -delay"},
+		{name: "an endpoint and a delay by variables", environ: []string{"ORDERD_WORK=http://a", "ORDERD_DELAY=0s"}, named: "ORDERD_WORK and ORDERD_DELAY"},
 		{name: "an argument that is no flag", args: []string{"-workers", "2", "serve"}, named: `"serve"`},
 		{name: "a flag that does not exist", args: []string{"-worker", "2"}, named: "-worker"},
 		{name: "a flag without its value", args: []string{"-workers"}, named: "-workers"},
@@ -1293,7 +1304,7 @@ func TestWrongArguments(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var stdout, stderr transcript
-			code, sentence := exited(t, run(t.Context(), test.args, nil, &stdout, &stderr))
+			code, sentence := exited(t, run(t.Context(), test.args, test.environ, &stdout, &stderr))
 			require.Equal(t, 2, code)
 			require.Contains(t, sentence, test.named)
 			require.Contains(t, sentence, "orderd -h")
@@ -1369,6 +1380,7 @@ func TestTokenSource(t *testing.T) {
 		args      []string
 		token     string
 		readToken string
+		workToken string // that the endpoint is sent
 		code      int    // exit status if it is refused
 		named     string // in the sentence
 	}{
@@ -1384,6 +1396,9 @@ func TestTokenSource(t *testing.T) {
 		{name: "a file holds the read token", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "x"},
 			args: []string{"-read-token-file", file("r\n")}, token: "secret", readToken: "r"},
 		{name: "an empty read token is refused", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": ""}, code: 2, named: "ORDERD_READ_TOKEN"},
+		{name: "the endpoint's is another", variables: map[string]string{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b"}, token: "a", workToken: "b"},
+		{name: "a file holds the endpoint's", args: []string{"-work-token-file", file("b\n")}, workToken: "b"},
+		{name: "an empty one for the endpoint is refused", variables: map[string]string{"ORDERD_WORK_TOKEN": ""}, code: 2, named: "ORDERD_WORK_TOKEN"},
 		{name: "a missing file is refused", args: []string{"-token-file", filepath.Join(dir, "missing")}, code: 1, named: filepath.Join(dir, "missing")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -1392,6 +1407,7 @@ func TestTokenSource(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, test.token, c.server.token)
 				require.Equal(t, test.readToken, c.server.readToken)
+				require.Equal(t, test.workToken, c.pool.endpoint.token)
 				return
 			}
 			code, sentence := exited(t, err)
@@ -2609,7 +2625,7 @@ func TestMetricsText(t *testing.T) {
 	require.Equal(t, map[string]string{
 		"orderd_orders_processed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
 		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
-		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge",
+		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge", "orderd_attempts_failed_total": "counter",
 		"orderd_cache_entries": "gauge", "orderd_cache_hits_total": "counter", "orderd_cache_misses_total": "counter",
 		"orderd_create_seconds": "histogram", "orderd_read_seconds": "histogram", "orderd_http_requests_total": "counter",
 		"orderd_commit_operations": "histogram", "orderd_commit_seconds": "histogram", "orderd_wal_bytes": "gauge",
@@ -3471,9 +3487,9 @@ func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
 	work := hold(release)
 	a, _ = openTestApp(t, dir, func(c *config) {
 		c.pool.workers = 1
-		c.pool.work = func(ctx context.Context, id ulid.ULID) error {
+		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 			worked.note(id)
-			return work(ctx, id)
+			return work(ctx, id, 1)
 		}
 	}, func(a *app) { a.engine.beforeCommit = steps.note })
 
@@ -4018,9 +4034,9 @@ func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
 			a := newTestApp(t, func(c *config) {
 				c.pool.workers, c.pool.queue = 1, tc.queue
 				work := hold(release)
-				c.pool.work = func(ctx context.Context, id ulid.ULID) error {
+				c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 					worked.note(id)
-					return work(ctx, id)
+					return work(ctx, id, 1)
 				}
 			})
 			var ids []ulid.ULID
@@ -4049,7 +4065,7 @@ func TestBacklogFoundAtStartIsTakenInOrder(t *testing.T) {
 	var worked diary
 	a, _ = openTestApp(t, dir, func(c *config) {
 		c.pool.workers, c.pool.queue = 1, 16
-		c.pool.work = func(_ context.Context, id ulid.ULID) error {
+		c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
 			worked.note(id)
 			return nil
 		}
@@ -4080,7 +4096,7 @@ func TestAPanicCostsOneAttempt(t *testing.T) {
 			queued := make(chan struct{})
 			a, stop := openTestApp(t, dir, func(c *config) {
 				c.pool.workers = 1
-				c.pool.work = func(_ context.Context, id ulid.ULID) error {
+				c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
 					worked.note(id)
 					if len(worked.read()) == 1 {
 						<-queued
@@ -4113,15 +4129,14 @@ func TestAPanicCostsOneAttempt(t *testing.T) {
 func TestParkedOrdersAreBounded(t *testing.T) {
 	t.Parallel()
 	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		a.pool.parked.jobs = make(jobHeap, maxParked)
-		for i := range a.pool.parked.jobs {
-			a.pool.parked.jobs[i].due = time.Hour
+		for range maxParked {
+			a.pool.parked.park(job{}, time.Now().Add(time.Hour))
 		}
 	})
 	ids := commitTogether(t, a.store, sampleOrders(5))
 	require.Never(t, func() bool { return len(a.pool.queue) > 0 || a.store.totals().pending() < 5 }, 2*firstRetry, firstRetry/10)
 	a.pool.parked.mu.Lock()
-	a.pool.parked.jobs = nil
+	a.pool.parked.jobs = jobHeap{}
 	a.pool.parked.mu.Unlock()
 	awaitRest(t, a, 0, int64(len(ids)))
 	checkInvariants(t, a)
@@ -4168,11 +4183,11 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 	var failing atomic.Pointer[ulid.ULID]
 	a, stop := openTestApp(t, dir, func(c *config) {
 		c.pool.workers, c.pool.queue, c.store.cache, c.drain = 2, 4, 3, 0
-		c.pool.work = func(ctx context.Context, id ulid.ULID) error {
+		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 			if failing.CompareAndSwap(nil, &id) {
 				return errors.New("no")
 			}
-			return hold(nil)(ctx, id)
+			return hold(nil)(ctx, id, 1)
 		}
 	}, nil)
 
@@ -4198,9 +4213,9 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 	a, stop = openTestApp(t, dir, func(c *config) {
 		c.pool.workers, c.pool.queue, c.store.cache = 1, 4, 3
 		work := hold(release)
-		c.pool.work = func(ctx context.Context, id ulid.ULID) error {
+		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 			worked.note(id)
-			return work(ctx, id)
+			return work(ctx, id, 1)
 		}
 	}, func(a *app) { a.engine.beforeCommit = steps.note })
 
@@ -4268,6 +4283,561 @@ func TestDrain(t *testing.T) {
 			checkInvariants(t, a)
 		})
 	}
+}
+
+// noteFirstAttempts lets a diary have the orders in the sequence in which an
+// app starts on them.
+func noteFirstAttempts(a *app, d *diary) {
+	work := a.pool.work
+	a.pool.work = func(ctx context.Context, id ulid.ULID, attempt int) error {
+		if attempt == 1 {
+			d.note(id)
+		}
+		return work(ctx, id, attempt)
+	}
+}
+
+// userEndpoint is a user's server that orders are POSTed to. It can go away and
+// come back at its address.
+type userEndpoint struct {
+	addr   string
+	server *httptest.Server
+
+	mu       sync.Mutex // guards the rest
+	answer   http.HandlerFunc
+	attempts []attempted
+	opened   int // connections
+	now      int // attempts under way
+	most     int // of these at a time
+}
+
+// attempted is an attempt as the endpoint saw it.
+type attempted struct {
+	id     string
+	number string
+	at     time.Time
+	header http.Header
+	body   string
+}
+
+func newUserEndpoint(tb testing.TB, answer http.HandlerFunc) *userEndpoint {
+	tb.Helper()
+	e := &userEndpoint{addr: "127.0.0.1:0", answer: answer}
+	e.comeBack(tb)
+	tb.Cleanup(e.goAway)
+	return e
+}
+
+func (e *userEndpoint) comeBack(tb testing.TB) {
+	tb.Helper()
+	listener, err := net.Listen("tcp", e.addr)
+	require.NoError(tb, err)
+	e.addr = listener.Addr().String()
+	e.server = &httptest.Server{Listener: listener, Config: &http.Server{Handler: e, ConnState: func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.opened++
+		}
+	}}}
+	e.server.Start()
+}
+
+func (e *userEndpoint) goAway() {
+	e.server.CloseClientConnections()
+	e.server.Close()
+}
+
+func (e *userEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	e.mu.Lock()
+	e.attempts = append(e.attempts, attempted{r.Header.Get("Idempotency-Key"), r.Header.Get("Orderd-Attempt"), time.Now(), r.Header, string(body)})
+	e.now++
+	e.most = max(e.most, e.now)
+	answer := e.answer
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.now--
+	}()
+	answer(w, r)
+}
+
+// answers with another handler from now on.
+func (e *userEndpoint) answers(with http.HandlerFunc) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.answer, e.most = with, 0
+}
+
+func (e *userEndpoint) seen() []attempted {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.attempts)
+}
+
+// works has the endpoint do the work of an app.
+func (e *userEndpoint) works(c *config) { c.pool.endpoint.url = "http://" + e.addr + "/work" }
+
+// withStatus answers with headers, which are names and values in turn.
+func withStatus(code int, headers ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for pair := range slices.Chunk(headers, 2) {
+			w.Header().Set(pair[0], pair[1])
+		}
+		w.WriteHeader(code)
+	}
+}
+
+func withoutAnswer(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
+func brokenOff(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+
+func inTrouble(a *app) bool {
+	shut, _ := a.pool.gate.state()
+	return shut
+}
+
+// sample is the value of one sample in the text of GET /metrics, or "".
+func sample(t *testing.T, a *app, name string) string {
+	t.Helper()
+	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
+	_, rest, _ := strings.Cut(text, "\n"+name+" ")
+	value, _, _ := strings.Cut(rest, "\n")
+	return value
+}
+
+// The messages about an endpoint.
+const (
+	troubleBegins = "the endpoint is in trouble: orders wait until it answers"
+	troubleEnds   = "the endpoint answers again: orders go on"
+	attemptFailed = "an attempt at an order failed"
+)
+
+func TestTheEndpointGetsTheOrderExactly(t *testing.T) {
+	t.Parallel()
+	e := newUserEndpoint(t, withStatus(200))
+	a := newTestApp(t, func(c *config) {
+		e.works(c)
+		c.pool.endpoint.token = "s3cret"
+	})
+	created := post(t, a, orderBody(`"a \"<b>\" \u2028 é"`, `"x , y"`, "9999999999999.90"))
+	awaitRest(t, a, 0, 1)
+	listed := decoded[struct{ Orders []map[string]any }](t, get(t, a, "/orders").body).Orders[0]
+	got := e.seen()[0]
+	want := map[string]any{}
+	for _, name := range []string{"order_id", "user_id", "item_ids", "total_amount", "created_at"} {
+		want[name] = listed[name]
+	}
+	require.Equal(t, want, decoded[map[string]any](t, got.body))
+	require.Contains(t, got.body, `"total_amount":9999999999999.90,`)
+	require.Equal(t, "/orders/"+got.id, created.header.Get("Location"))
+	require.Equal(t, "1", got.number)
+	require.Equal(t, "application/json", got.header.Get("Content-Type"))
+	require.Equal(t, "Bearer s3cret", got.header.Get("Authorization"))
+	require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
+	require.Empty(t, sample(t, newTestApp(t, nil), "orderd_endpoint_down"), "there is no endpoint")
+	checkInvariants(t, a)
+}
+
+func TestAnswersOfTheEndpoint(t *testing.T) {
+	t.Parallel()
+	withBody := func(code int, rest http.HandlerFunc) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(code)
+			w.(http.Flusher).Flush()
+			rest(w, r)
+		}
+	}
+	endless := func(w http.ResponseWriter, r *http.Request) {
+		for r.Context().Err() == nil {
+			w.Write(make([]byte, 1<<16))
+		}
+	}
+	for _, tc := range []struct {
+		name    string
+		first   http.HandlerFunc
+		done    bool
+		trouble bool
+	}{
+		{name: "200", first: withStatus(200), done: true},
+		{name: "201", first: withStatus(201), done: true},
+		{name: "204", first: withStatus(204), done: true},
+		{name: "299", first: withStatus(299), done: true},
+		{name: "200 and a body without end", first: withBody(200, endless), done: true},
+		{name: "200 and a body that hangs", first: withBody(200, withoutAnswer), done: true},
+		{name: "202 and a body that is broken off", first: withBody(202, brokenOff), done: true},
+		{name: "a redirect to a page that answers 200", first: withStatus(302, "Location", "/login")},
+		{name: "a redirect that repeats the request", first: withStatus(307, "Location", "/work")},
+		{name: "300", first: withStatus(300)},
+		{name: "400", first: withStatus(400)},
+		{name: "409, whose Retry-After is nobody's", first: withStatus(409, "Retry-After", "60")},
+		{name: "500 and a body without end", first: withBody(500, endless)},
+		{name: "501", first: withStatus(501)},
+		{name: "429", first: withStatus(429), trouble: true},
+		{name: "502", first: withStatus(502), trouble: true},
+		{name: "503 and a body that hangs", first: withBody(503, withoutAnswer), trouble: true},
+		{name: "504", first: withStatus(504, "Retry-After", "0"), trouble: true},
+		{name: "a connection broken before the answer", first: brokenOff, trouble: true},
+		{name: "what is not HTTP", first: func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, _ := w.(http.Hijacker).Hijack()
+			conn.Write([]byte("hello\r\n\r\n"))
+			conn.Close()
+		}, trouble: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Orderd-Attempt") == "1" && r.URL.Path == "/work" {
+					tc.first(w, r)
+				}
+			})
+			a, stop := openTestApp(t, dir, e.works, nil)
+			id := commitTogether(t, a.store, sampleOrders(1))[0].String()
+			awaitRest(t, a, 0, 1)
+			attempts, failed, begins := []string{id + " 1"}, 0, 0
+			if !tc.done {
+				attempts, failed = append(attempts, id+" 2"), 1
+			}
+			if tc.trouble {
+				begins = 1
+			}
+			var seen []string
+			for _, got := range e.seen() {
+				seen = append(seen, got.id+" "+got.number)
+			}
+			require.Equal(t, attempts, seen)
+			require.Equal(t, strconv.Itoa(failed), sample(t, a, "orderd_attempts_failed_total"))
+			until(t, func() bool { return !inTrouble(a) })
+			checkInvariants(t, a)
+			stop()
+			require.Len(t, logged(t, dir, troubleBegins), begins)
+			require.Len(t, logged(t, dir, troubleEnds), begins)
+			require.Len(t, logged(t, dir, attemptFailed), failed-begins)
+		})
+	}
+}
+
+// TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
+// net/http by itself sends a request with an Idempotency-Key again.
+func TestOnlyThePoolRepeatsAnAttempt(t *testing.T) {
+	t.Parallel()
+	var calls atomic.Int64
+	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+		if calls.Add(1)%2 == 0 {
+			brokenOff(w, r)
+		}
+	})
+	a := newTestApp(t, func(c *config) {
+		e.works(c)
+		c.pool.workers = 1
+	})
+	commitTogether(t, a.store, sampleOrders(4))
+	awaitRest(t, a, 0, 4)
+	seen := map[string]int{}
+	for _, got := range e.seen() {
+		seen[got.id+" "+got.number]++
+	}
+	require.Len(t, seen, int(calls.Load()), "each attempt comes once: %v", seen)
+	require.EqualValues(t, 4+a.pool.failed.Load(), calls.Load(), "each that the endpoint saw is one of the pool's")
+	checkInvariants(t, a)
+}
+
+func TestConnectionsToTheEndpointAreUsedAgain(t *testing.T) {
+	t.Parallel()
+	e := newUserEndpoint(t, func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, maxAnswer-1)) })
+	a := newTestApp(t, func(c *config) {
+		e.works(c)
+		c.pool.workers = 3
+	})
+	for range 3 {
+		commitTogether(t, a.store, sampleOrders(100))
+	}
+	awaitRest(t, a, 0, 300)
+	require.Len(t, e.seen(), 300)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	require.LessOrEqual(t, e.opened, 3)
+	require.LessOrEqual(t, e.most, 3)
+}
+
+func TestATimeOutPausesOneOrderOnly(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var first sync.Once
+	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+		first.Do(func() { withoutAnswer(w, r) })
+	})
+	a, stop := openTestApp(t, dir, func(c *config) {
+		e.works(c)
+		c.pool.workers, c.pool.endpoint.timeout = 1, 2*time.Second
+	}, nil)
+	ids := commitTogether(t, a.store, sampleOrders(5))
+	awaitRest(t, a, 0, 5)
+	checkInvariants(t, a)
+	stop()
+	require.Empty(t, logged(t, dir, troubleBegins))
+	lines := logged(t, dir, attemptFailed)
+	require.Len(t, lines, 1)
+	require.Equal(t, ids[0].String(), lines[0]["order_id"])
+	require.Equal(t, "no answer within 2s", lines[0]["error"])
+}
+
+func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
+	t.Parallel()
+	for _, workers := range []int{1, 8} {
+		t.Run(fmt.Sprintf("%d workers", workers), func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var worked diary
+			e := newUserEndpoint(t, withStatus(200))
+			a, stop := openTestApp(t, dir, func(c *config) {
+				e.works(c)
+				c.pool.workers, c.pool.queue = workers, 16
+			}, func(a *app) { noteFirstAttempts(a, &worked) })
+			ids := commitTogether(t, a.store, sampleOrders(20))
+			awaitRest(t, a, 0, 20)
+			e.goAway()
+			ids = append(ids, commitTogether(t, a.store, sampleOrders(feedRows))...)
+			until(t, func() bool { return a.pool.failed.Load() >= int64(workers)+5 }, "the endpoint is tried again and again")
+			require.Equal(t, "1", sample(t, a, "orderd_endpoint_down"))
+			require.LessOrEqual(t, a.store.totals().processing, int64(workers)+5, "only what was tried is Processing")
+			require.LessOrEqual(t, a.pool.parked.len(), workers+5)
+			require.LessOrEqual(t, a.pool.active.Load(), int64(1))
+			require.Equal(t, http.StatusOK, get(t, a, "/readyz").status)
+			ids = append(ids, ulid.MustParse(place(t, a, "u", "i")))
+			e.comeBack(t)
+			awaitRest(t, a, 0, int64(len(ids)))
+			require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
+			if workers == 1 {
+				require.Equal(t, ids, worked.read(), "first in, first out, while it was away too")
+			}
+			checkInvariants(t, a)
+			stop()
+			require.Len(t, logged(t, dir, troubleBegins), 1)
+			require.Len(t, logged(t, dir, troubleEnds), 1)
+			require.Empty(t, logged(t, dir, attemptFailed))
+		})
+	}
+}
+
+// TestOneOrderAtATimeUntilTheEndpointAnswers has an endpoint refuse all orders,
+// then take them without an answer, which is not the end of its trouble.
+func TestOneOrderAtATimeUntilTheEndpointAnswers(t *testing.T) {
+	t.Parallel()
+	e := newUserEndpoint(t, withStatus(503))
+	a := newTestApp(t, func(c *config) {
+		e.works(c)
+		c.pool.endpoint.timeout = time.Second
+	})
+	commitTogether(t, a.store, sampleOrders(100))
+	until(t, func() bool { return inTrouble(a) && a.pool.active.Load() == 0 }, "the last of the attempts at once has ended")
+	e.answers(withoutAnswer)
+	failed := a.pool.failed.Load()
+	until(t, func() bool { return a.pool.failed.Load() >= failed+2 }, "two orders get no answer")
+	e.mu.Lock()
+	require.Equal(t, 1, e.most)
+	e.mu.Unlock()
+	require.True(t, inTrouble(a))
+	e.answers(withStatus(500))
+	until(t, func() bool { return !inTrouble(a) }, "any answer is one")
+	e.answers(withStatus(200))
+	awaitRest(t, a, 0, 100)
+	checkInvariants(t, a)
+}
+
+func TestPausesOfTheEndpointsTrouble(t *testing.T) {
+	t.Parallel()
+	since := time.Now()
+	for failures, want := range []time.Duration{100, 200, 400, 800, 1600, 3200, 5000, 5000} {
+		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).over(int32(failures)).Sub(since))
+	}
+	require.Equal(t, longestPause, (&trouble{since: since}).over(math.MaxInt32).Sub(since))
+	date := func(after time.Duration) string { return time.Now().Add(after).UTC().Format(http.TimeFormat) }
+	for _, tc := range []struct {
+		header      string
+		least, most time.Duration
+	}{
+		{header: ""}, {header: "0"}, {header: "-1"}, {header: "1.5"}, {header: "soon"}, {header: date(-time.Hour)},
+		{header: "1", least: time.Second, most: time.Second},
+		{header: "60", least: time.Minute, most: time.Minute},
+		{header: "61", least: time.Minute, most: time.Minute},
+		{header: "99999999999999999999", least: time.Minute, most: time.Minute},
+		{header: date(50 * time.Second), least: time.Second, most: 50 * time.Second},
+		{header: date(time.Hour), least: time.Minute, most: time.Minute},
+	} {
+		got := retryAfter(tc.header)
+		require.True(t, tc.least <= got && got <= tc.most, "%q is %s", tc.header, got)
+	}
+}
+
+func TestThePoolPausesAsLongAsTheEndpointAsks(t *testing.T) {
+	t.Parallel()
+	var first sync.Once
+	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+		first.Do(func() { withStatus(503, "Retry-After", "2")(w, r) })
+	})
+	a := newTestApp(t, func(c *config) {
+		e.works(c)
+		c.pool.workers = 1
+	})
+	commitTogether(t, a.store, sampleOrders(10))
+	awaitRest(t, a, 0, 10)
+	seen := e.seen()
+	require.GreaterOrEqual(t, seen[1].at.Sub(seen[0].at), 2*time.Second-100*time.Millisecond) // it saw the first before it answered
+	require.NotEqual(t, seen[0].id, seen[1].id, "another order shows whether it was this one's trouble only")
+	checkInvariants(t, a)
+}
+
+func TestTheTroubleOfOneOrderStopsNoOther(t *testing.T) {
+	t.Parallel()
+	var mended atomic.Bool
+	e := newUserEndpoint(t, nil)
+	e.answers(func(w http.ResponseWriter, r *http.Request) {
+		if seen := e.seen(); !mended.Load() && r.Header.Get("Idempotency-Key") == seen[0].id {
+			brokenOff(w, r)
+		}
+	})
+	a := newTestApp(t, e.works)
+	for range 20 {
+		commitTogether(t, a.store, sampleOrders(5))
+	}
+	awaitRest(t, a, 1, 99)
+	until(t, func() bool { return a.pool.failed.Load() >= 4 }, "it is tried again")
+	mended.Store(true)
+	awaitRest(t, a, 0, 100)
+	checkInvariants(t, a)
+}
+
+func TestAnAttemptThatTheStopCutsOffIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	e := newUserEndpoint(t, withoutAnswer)
+	a, stop := openTestApp(t, dir, func(c *config) {
+		e.works(c)
+		c.drain = 100 * time.Millisecond
+	}, nil)
+	commitTogether(t, a.store, sampleOrders(3))
+	until(t, func() bool { return len(e.seen()) == 3 })
+	stop()
+	require.Zero(t, a.pool.failed.Load())
+	require.Empty(t, logged(t, dir, troubleBegins))
+	require.Empty(t, logged(t, dir, attemptFailed))
+	e.answers(withStatus(200))
+	a, _ = openTestApp(t, dir, e.works, nil)
+	awaitRest(t, a, 0, 3)
+	require.Len(t, e.seen(), 6)
+	for _, got := range e.seen() {
+		require.Equal(t, "1", got.number, "attempts count from the start of the process")
+	}
+	checkInvariants(t, a)
+}
+
+func TestStopWhileTheEndpointIsInTrouble(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	e := newUserEndpoint(t, withStatus(503, "Retry-After", "60"))
+	a, stop := openTestApp(t, dir, e.works, nil)
+	commitTogether(t, a.store, sampleOrders(50))
+	until(t, func() bool { return inTrouble(a) })
+	began := time.Now()
+	stop()
+	require.Less(t, time.Since(began), 30*time.Second, "it does not wait for the pause")
+	require.Empty(t, logged(t, dir, troubleEnds))
+	e.answers(withStatus(200))
+	a, _ = openTestApp(t, dir, e.works, nil)
+	awaitRest(t, a, 0, 50)
+	checkInvariants(t, a)
+}
+
+// TestTheEndpointByTLS takes everything from flags and variables.
+func TestTheEndpointByTLS(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("needs a system that takes certificates from SSL_CERT_FILE")
+	}
+	var mu sync.Mutex
+	var seen []string
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen = append(seen, r.Proto+" "+r.URL.String()+" "+r.Header.Get("Authorization"))
+	}))
+	server.EnableHTTP2 = true
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	dir := t.TempDir()
+	trusted := filepath.Join(dir, "trusted.pem")
+	require.NoError(t, os.WriteFile(trusted, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600))
+
+	p := startProcess(t, dir, nil, "-work", server.URL+"/a?b=c")
+	require.Equal(t, http.StatusCreated, send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status)
+	until(t, func() bool {
+		return strings.Contains(send(t.Context(), p.addr, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body, "\norderd_endpoint_down 1\n")
+	}, "a certificate that nobody vouches for is trouble")
+	p.stop(t)
+	require.Empty(t, seen)
+	require.Contains(t, logged(t, dir, troubleBegins)[0]["error"], "x509")
+
+	p = startProcess(t, dir, []string{"SSL_CERT_FILE=" + trusted, "ORDERD_WORK_TOKEN=s3cret"}, "-work", server.URL+"/a?b=c")
+	until(t, func() bool { sum, err := getSummary(p.url()); return err == nil && sum.TotalOrdersProcessed == 1 })
+	p.stop(t)
+	require.Equal(t, []string{"HTTP/2.0 /a?b=c Bearer s3cret"}, seen)
+}
+
+func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
+	t.Parallel()
+	p := newParking()
+	const n = 3*heapChunk + 5
+	for range n {
+		p.park(job{}, p.made.Add(time.Duration(rand.Int64N(int64(time.Minute)))))
+	}
+	require.Equal(t, n, p.len())
+	_, ok := p.take(p.made)
+	require.False(t, ok, "none is due")
+	var last tick
+	for range n {
+		j, ok := p.take(p.made.Add(2 * time.Minute))
+		require.True(t, ok)
+		require.GreaterOrEqual(t, j.due, last)
+		last = j.due
+	}
+	require.Zero(t, p.len())
+	require.Empty(t, p.jobs.chunks, "the memory is given back")
+
+	wrapped := p.made.Add(math.MaxUint32 * tickLength)
+	p.park(job{attempts: 2}, wrapped.Add(time.Minute))
+	p.park(job{attempts: 1}, wrapped.Add(-time.Minute))
+	for want := range int32(2) {
+		j, ok := p.take(wrapped.Add(2 * time.Minute))
+		require.True(t, ok)
+		require.Equal(t, want+1, j.attempts, "also where ticks start anew")
+	}
+}
+
+func TestFailuresFillNoLog(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	a, stop := openTestApp(t, dir, func(c *config) {
+		c.pool.work = func(context.Context, ulid.ULID, int) error { return errors.New("no stock") }
+	}, nil)
+	began := time.Now()
+	for range 10 {
+		commitTogether(t, a.store, sampleOrders(100))
+	}
+	until(t, func() bool { return a.pool.failed.Load() >= 3000 })
+	stop()
+	lines := logged(t, dir, attemptFailed)
+	require.LessOrEqual(t, len(lines), linesASecond*(2+int(time.Since(began).Seconds())))
+	told := 0.0
+	for _, line := range lines {
+		told += 1 + line["left_out"].(float64)
+	}
+	require.Greater(t, told, 100.0)
+	require.LessOrEqual(t, told, float64(a.pool.failed.Load()))
 }
 
 // ---- metrics.go ----
@@ -6637,7 +7207,7 @@ func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
 	var worked []ulid.ULID
 	a := newTestApp(t, func(cfg *config) {
 		cfg.pool.workers, cfg.pool.queue = 1, 1
-		cfg.pool.work = func(_ context.Context, id ulid.ULID) error {
+		cfg.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
 			<-release
 			mu.Lock()
 			defer mu.Unlock()
