@@ -372,7 +372,7 @@ var flagGroups = []struct {
 	names []string
 }{
 	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache"}},
+	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{"About", []string{"version", "h"}},
 }
@@ -405,6 +405,7 @@ func (c *config) flags() *flag.FlagSet {
 	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
 	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
+	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
 	define(fs, &c.log.maxMB, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
@@ -434,6 +435,14 @@ func inRange[T cmp.Ordered](message string, low, high T, parse func(string) (T, 
 		}
 		return v, err
 	}
+}
+
+func parseKeep(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d != 0 && (d < time.Second || d > 87600*time.Hour) {
+		err = errors.New("must be 0, or a duration from 1s to 87600h, such as 2160h")
+	}
+	return d, err
 }
 
 func parseName(s string) (string, error) {

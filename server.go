@@ -840,6 +840,7 @@ func (s *server) prometheus() []byte {
 	sum := s.metrics.summary(t)
 	e.one("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
 	e.one("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
+	e.one("orderd_orders_removed_total", "counter", "Completed orders removed from orders.db by -keep.", float64(t.removed))
 	e.family("orderd_orders", "gauge", "Orders in orders.db by status.")
 	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
 		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
