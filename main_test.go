@@ -4687,7 +4687,6 @@ func TestThePoolPausesAsLongAsTheEndpointAsks(t *testing.T) {
 	awaitRest(t, a, 0, 10)
 	seen := e.seen()
 	require.GreaterOrEqual(t, seen[1].at.Sub(seen[0].at), 2*time.Second-100*time.Millisecond) // it saw the first before it answered
-	require.NotEqual(t, seen[0].id, seen[1].id, "another order shows whether it was this one's trouble only")
 	checkInvariants(t, a)
 }
 
