@@ -15,121 +15,163 @@ import (
 )
 
 const (
-	logBuffer   = 512 << 10              // bytes that wait for the disk at most; also the largest single write
-	logFlushAt  = 64 << 10               // bytes that wake the flusher at once
-	logInterval = 200 * time.Millisecond // longest time that a line waits
+	logBuffer   = 512 << 10              // most bytes in the buffer, and so in one write; lines beyond them are dropped and counted
+	logFlushAt  = 64 << 10               // bytes in the buffer that start a write at once
+	logInterval = 200 * time.Millisecond // longest time that a line stays in the buffer
 	logEnd      = 500 * time.Millisecond // longest wait at the end, for the last lines and for stderr
 )
 
-// logger is slog's JSON handler over a buffer that one goroutine carries to
-// the file. A caller never waits for the disk: lines that do not fit the
-// buffer, or that the disk refuses, are dropped and counted.
-type logger struct {
-	*slog.Logger
-	dropped atomic.Int64 // lines lost to a full buffer or a failing disk
+// logToStderr as the name of the log file makes stderr the log.
+const logToStderr = "-"
 
-	mu     sync.Mutex // guards buffer
-	buffer []byte
-	spare  []byte // the flusher's: the next buffer
-
-	wake chan struct{} // capacity 1: there is much to write
-	done chan struct{} // closed by close
-	idle chan struct{} // closed when the flusher has written its last
-
-	out     io.Writer // lumberjack, or stderr; only the flusher writes
-	file    *lumberjack.Logger
-	stderr  io.Writer
-	failing bool // the flusher's: the last write failed and stderr was told
+type logOptions struct {
+	file    string // or logToStderr
+	maxMB   int    // size after which the file is rotated
+	backups int    // old files kept, compressed
+	days    int    // how long they are kept; 0 is no limit
+	level   slog.Level
 }
 
-// openLog opens the log file, or stderr for "-". A file that cannot be written
-// is an error here; once the service runs it is one line on stderr.
-func openLog(cfg config, stderr io.Writer) (*logger, error) {
-	l := &logger{wake: make(chan struct{}, 1), done: make(chan struct{}), idle: make(chan struct{}), out: stderr, stderr: stderr}
-	if cfg.log != "-" {
-		l.file = &lumberjack.Logger{Filename: cfg.log, MaxSize: cfg.logSize, MaxBackups: cfg.logBackups, MaxAge: cfg.logDays, Compress: true}
-		l.out = l.file
-		err := os.MkdirAll(filepath.Dir(cfg.log), 0o700)
-		if err == nil {
-			_, err = l.file.Write(nil) // makes the file, for its owner only
-		}
-		if err != nil {
-			return nil, fmt.Errorf("cannot write the log file: %w; choose another with -log", err)
-		}
+// logger is slog's JSON handler over a line buffer.
+type logger struct {
+	*slog.Logger
+	*lineBuffer
+	file *logFile // nil where stderr is the log
+}
+
+// openLog opens the log. A file that cannot be written is an error here; once
+// the service runs it is one line on stderr.
+func openLog(o logOptions, stderr io.Writer) (*logger, error) {
+	if o.file == logToStderr {
+		return newLogger(stderr, o.level, io.Discard), nil // stderr gets nothing but JSON
 	}
-	var level slog.Level
-	level.UnmarshalText([]byte(cfg.logLevel)) // parseLevel has checked it
-	l.Logger = slog.New(slog.NewJSONHandler(l, &slog.HandlerOptions{Level: level}))
-	go l.flushLoop()
+	file, err := openLogFile(o)
+	if err != nil {
+		return nil, fmt.Errorf("cannot write the log file %s: %w; choose another with -log", o.file, err)
+	}
+	l := newLogger(file, o.level, stderr)
+	l.file = file
 	return l, nil
 }
 
-// Write takes one encoded line. It never blocks and never fails.
-func (l *logger) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.buffer)+len(line) > logBuffer {
-		l.dropped.Add(1)
-		return len(line), nil
-	}
-	l.buffer = append(l.buffer, line...)
-	if len(l.buffer) >= logFlushAt {
-		nudge(l.wake)
-	}
-	return len(line), nil
+// newLogger logs to out. When that begins to fail, notices gets one plain line.
+func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
+	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), done: make(chan struct{}), idle: make(chan struct{})}
+	go b.flushLoop()
+	return &logger{Logger: slog.New(slog.NewJSONHandler(b, &slog.HandlerOptions{Level: level})), lineBuffer: b}
 }
 
-func (l *logger) flushLoop() {
-	defer close(l.idle)
-	tick := time.Tick(logInterval)
-	for open := true; open; {
-		select {
-		case <-tick:
-		case <-l.wake:
-		case <-l.done:
-			open = false
-		}
-		l.flush()
-	}
-}
-
-// flush swaps the buffer for the spare one and writes it.
-func (l *logger) flush() {
-	l.mu.Lock()
-	full := l.buffer
-	l.buffer, l.spare = l.spare[:0], full
-	l.mu.Unlock()
-	if len(full) == 0 {
-		return
-	}
-	if l.file != nil {
-		if _, err := os.Stat(l.file.Filename); err != nil {
-			l.file.Close() // deleted under us: the write below makes it anew
-		}
-	}
-	_, err := l.out.Write(full)
-	if err != nil {
-		l.dropped.Add(int64(bytes.Count(full, []byte("\n"))))
-		if !l.failing {
-			fmt.Fprintf(l.stderr, "orderd: cannot write the log: %v; orders go on, lines are dropped until it works again\n", err)
-		}
-	}
-	l.failing = err != nil
-}
-
-// close writes what waits and closes the file. It does not wait long for a disk
-// that hangs, or for whoever should read stderr.
+// close writes the last lines and closes the file. It does not wait long for a
+// disk that hangs, or for whoever should read stderr.
 func (l *logger) close() error {
 	close(l.done)
 	select {
 	case <-l.idle:
 		if l.file != nil {
-			return l.file.Close()
+			return l.file.rotated.Close()
 		}
 	case <-time.After(logEnd):
-		if l.file != nil {
-			fmt.Fprintln(l.stderr, "orderd: the last log lines are lost: the log file could not be written in time")
-		}
+		fmt.Fprintln(l.notices, "orderd: the last log lines are lost: the log file could not be written in time")
 	}
 	return nil
+}
+
+// lineBuffer collects lines, which one goroutine, the flusher, writes to out. A
+// caller never waits for out: lines that do not fit the buffer, or that out
+// refuses, are dropped and counted.
+type lineBuffer struct {
+	dropped atomic.Int64
+
+	mu     sync.Mutex // guards buffer
+	buffer []byte
+	wake   chan struct{} // capacity 1: there is much to write
+	done   chan struct{} // closed by close
+	idle   chan struct{} // closed when the flusher has written its last
+
+	// The flusher's:
+	out     io.Writer
+	notices io.Writer
+	spare   []byte // the next buffer
+	failing bool   // the last write failed and notices was told
+}
+
+// Write takes one encoded line. It never blocks and never fails.
+func (b *lineBuffer) Write(line []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.buffer)+len(line) > logBuffer {
+		b.dropped.Add(1)
+		return len(line), nil
+	}
+	b.buffer = append(b.buffer, line...)
+	if len(b.buffer) >= logFlushAt {
+		nudge(b.wake)
+	}
+	return len(line), nil
+}
+
+func (b *lineBuffer) flushLoop() {
+	defer close(b.idle)
+	tick := time.Tick(logInterval)
+	for open := true; open; {
+		select {
+		case <-tick:
+		case <-b.wake:
+		case <-b.done:
+			open = false
+		}
+		b.flush()
+	}
+}
+
+// flush swaps the buffer for the spare one and writes it.
+func (b *lineBuffer) flush() {
+	b.mu.Lock()
+	full := b.buffer
+	b.buffer, b.spare = b.spare[:0], full
+	b.mu.Unlock()
+	if len(full) == 0 {
+		return
+	}
+	n, err := b.out.Write(full)
+	if err != nil {
+		b.dropped.Add(int64(bytes.Count(full[n:], []byte("\n"))))
+		if !b.failing {
+			fmt.Fprintf(b.notices, "orderd: cannot write the log: %v; orders go on, lines are dropped until it works again\n", err)
+		}
+	}
+	b.failing = err != nil
+}
+
+// logFile is a file that lumberjack rotates. lumberjack alone does not notice
+// that its file was deleted.
+type logFile struct {
+	rotated lumberjack.Logger
+}
+
+func openLogFile(o logOptions) (*logFile, error) {
+	path := filepath.Clean(o.file)
+	f := &logFile{rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
+	err := os.MkdirAll(filepath.Dir(path), 0o700)
+	if err != nil {
+		return nil, err
+	}
+	_, err = f.Write(nil) // makes the file, for its owner only
+	return f, err
+}
+
+// Write opens the file again if it was deleted.
+func (f *logFile) Write(text []byte) (int, error) {
+	if _, err := os.Stat(f.rotated.Filename); err != nil {
+		f.rotated.Close()
+	}
+	return f.rotated.Write(text)
+}
+
+// nudge tells the one receiver of a channel of capacity 1 to look.
+func nudge(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
 }

@@ -98,7 +98,7 @@ type app struct {
 // After it, the address is bound but not yet served.
 func openApp(cfg config, stderr io.Writer) (_ *app, err error) {
 	a := &app{cfg: cfg, cache: newCache(cfg.cache)}
-	if a.log, err = openLog(cfg, stderr); err != nil {
+	if a.log, err = openLog(cfg.logOptions(), stderr); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -203,6 +203,12 @@ type config struct {
 	version bool
 	help    bool
 	hooks   hooks
+}
+
+func (c config) logOptions() logOptions {
+	o := logOptions{file: c.log, maxMB: c.logSize, backups: c.logBackups, days: c.logDays}
+	o.level.UnmarshalText([]byte(c.logLevel)) // parseLevel has checked it
+	return o
 }
 
 // hooks are nil outside tests, which break the service through them on purpose.

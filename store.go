@@ -503,14 +503,6 @@ func (s *store) step(st step, earlier ticket) ticket {
 	}
 }
 
-// nudge tells the one receiver of a channel of capacity 1 to look.
-func nudge(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
-}
-
 // take closes the open batch and opens the next.
 func (s *store) take() *batch {
 	s.mu.Lock()
