@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,6 +31,7 @@ type logOptions struct {
 	backups int    // old files kept, compressed
 	days    int    // how long they are kept; 0 is no limit
 	level   slog.Level
+	taken   []string // files with other contents, there or not yet: none may become the log
 }
 
 // logger is slog's JSON handler over a line buffer.
@@ -143,17 +145,21 @@ func (b *lineBuffer) flush() {
 	b.failing = err != nil
 }
 
-// logFile is a file that lumberjack rotates. lumberjack alone does not notice
-// that its file was deleted.
+// logFile is a file that lumberjack rotates. lumberjack alone renames whatever
+// it is given, and does not notice that its file was deleted.
 type logFile struct {
 	rotated lumberjack.Logger
+	taken   []string
 }
 
 func openLogFile(o logOptions) (*logFile, error) {
 	path := filepath.Clean(o.file)
-	f := &logFile{rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
+	f := &logFile{taken: o.taken, rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
 	err := os.MkdirAll(filepath.Dir(path), 0o700)
 	if err != nil {
+		return nil, err
+	}
+	if err = f.check(); err != nil {
 		return nil, err
 	}
 	_, err = f.Write(nil) // makes the file, for its owner only
@@ -164,8 +170,37 @@ func openLogFile(o logOptions) (*logFile, error) {
 func (f *logFile) Write(text []byte) (int, error) {
 	if _, err := os.Stat(f.rotated.Filename); err != nil {
 		f.rotated.Close()
+		if err := f.check(); err != nil {
+			return 0, err
+		}
 	}
 	return f.rotated.Write(text)
+}
+
+// check refuses what must not become the log.
+func (f *logFile) check() error {
+	found, err := os.Lstat(f.rotated.Filename)
+	if err == nil && !found.Mode().IsRegular() {
+		return fmt.Errorf(`it is not a regular file ("-log -" logs to stderr, "-log - 2>%s" nowhere)`, os.DevNull)
+	}
+	for _, path := range f.taken {
+		if samePlace(f.rotated.Filename, path) {
+			return fmt.Errorf("it is orderd's own %s", filepath.Base(path))
+		}
+	}
+	return nil
+}
+
+// samePlace reports whether both paths lead to one file, now or once it is made
+// (there are file systems that do not tell capitals from small letters).
+func samePlace(path, other string) bool {
+	same := func(path, other string) bool {
+		a, _ := os.Stat(path)
+		b, _ := os.Stat(other)
+		return os.SameFile(a, b)
+	}
+	return same(path, other) ||
+		strings.EqualFold(filepath.Base(path), filepath.Base(other)) && same(filepath.Dir(path), filepath.Dir(other))
 }
 
 // nudge tells the one receiver of a channel of capacity 1 to look.

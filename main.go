@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -205,9 +206,23 @@ type config struct {
 	hooks   hooks
 }
 
+// logOptions names every file that the log would spoil. SQLite keeps the files
+// beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := logOptions{file: c.log, maxMB: c.logSize, backups: c.logBackups, days: c.logDays}
 	o.level.UnmarshalText([]byte(c.logLevel)) // parseLevel has checked it
+	if c.tokenFile != "" {
+		o.taken = append(o.taken, c.tokenFile)
+	}
+	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
+		path := filepath.Join(c.data, name)
+		if target, err := filepath.EvalSymlinks(path); err == nil {
+			path = target
+		}
+		for _, suffix := range []string{"", "-wal", "-shm", "-journal"} {
+			o.taken = append(o.taken, path+suffix)
+		}
+	}
 	return o
 }
 

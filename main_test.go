@@ -4110,6 +4110,84 @@ func TestLogFileIsMadeAnew(t *testing.T) {
 	require.Zero(t, l.dropped.Load())
 }
 
+// TestLogRefuses what is not a file that the log may rotate, and leaves it as
+// it was.
+func TestLogRefuses(t *testing.T) {
+	t.Parallel()
+	const stream = `: it is not a regular file \("-log -" logs to stderr, "-log - 2>\S+" nowhere\); choose another with -log$`
+	const own = `: it is orderd's own orders\.db; choose another with -log$`
+	link := func(t *testing.T, err error) {
+		if err != nil {
+			t.Skip("cannot make links: ", err)
+		}
+	}
+	for _, test := range []struct {
+		name  string
+		there bool // orders.db is
+		log   func(t *testing.T, dir string) string
+		says  string
+	}{
+		{name: "a device", says: stream, log: func(*testing.T, string) string { return os.DevNull }},
+		{name: "a directory", says: stream, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data") }},
+		{name: "a pipe", says: stream, log: func(t *testing.T, dir string) string {
+			needs(t, "mkfifo")
+			require.NoError(t, exec.Command("mkfifo", filepath.Join(dir, "pipe")).Run())
+			return filepath.Join(dir, "pipe")
+		}},
+		{name: "a link to a file", says: stream, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink(filepath.Join(dir, "file"), filepath.Join(dir, "link")))
+			return filepath.Join(dir, "link")
+		}},
+		{name: "a link to nothing", says: stream, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink(filepath.Join(dir, "nothing"), filepath.Join(dir, "link")))
+			return filepath.Join(dir, "link")
+		}},
+		{name: "orders.db", says: own, there: true, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
+		{name: "orders.db to be", says: own, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
+		{name: "orders.db with a slash behind", says: own, log: func(_ *testing.T, dir string) string { return dir + "/data/orders.db/" }},
+		{name: "orders.db in capitals, to be", says: `: it is orderd's own orders\.db;`, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "ORDERS.DB") }},
+		{name: "orders.db by a hard link", says: own, there: true, log: func(t *testing.T, dir string) string {
+			link(t, os.Link(filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "orders.log")))
+			return filepath.Join(dir, "orders.log")
+		}},
+		{name: "orders.db by another way", says: own, there: true, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink("data", filepath.Join(dir, "way")))
+			return filepath.Join(dir, "way", "..", "way", "orders.db")
+		}},
+		{name: "orders.db to be, by another way", says: own, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink("data", filepath.Join(dir, "way")))
+			return dir + "/way/./orders.db"
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			orders := filepath.Join(dir, "data", "orders.db")
+			require.NoError(t, os.Mkdir(filepath.Dir(orders), 0o700))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), []byte("text"), 0o600))
+			if test.there {
+				require.NoError(t, os.WriteFile(orders, []byte("orders"), 0o600))
+			}
+			log := test.log(t, dir)
+			listed := func() (found []string) {
+				require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+					text := ""
+					if entry.Type().IsRegular() {
+						text = bytesOf(t, path)
+					}
+					found = append(found, fmt.Sprint(path, entry.Type(), text))
+					return err
+				}))
+				return found
+			}
+			before := listed()
+			_, err := openLog(logOptions{file: log, maxMB: 1, taken: []string{filepath.Join(dir, "data", "metrics.db"), orders}}, io.Discard)
+			require.Regexp(t, `^cannot write the log file `+regexp.QuoteMeta(log)+test.says, err)
+			require.Equal(t, before, listed())
+		})
+	}
+}
+
 // brokenWriter refuses or holds what it is given.
 type brokenWriter struct {
 	transcript
@@ -5460,6 +5538,24 @@ func TestStartIsRefused(t *testing.T) {
 		{"the log directory is a file", stopped, func(t *testing.T, dir string) []string {
 			return []string{"-log", filepath.Join(dir, "data", "orders.db", "log")}
 		}, "cannot write the log file .*; choose another with -log"},
+		{"the log is orders.db", stopped, func(t *testing.T, dir string) []string {
+			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
+		}, "cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
+		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
+			elsewhere := t.TempDir()
+			for _, name := range []string{"orders.db", "orders.db-wal"} {
+				require.NoError(t, os.Rename(filepath.Join(dir, "data", name), filepath.Join(elsewhere, name)))
+			}
+			if err := os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")); err != nil {
+				t.Skip("cannot make symbolic links: ", err)
+			}
+			return []string{"-log", filepath.Join(elsewhere, "orders.db-wal")}
+		}, "cannot write the log file .*: it is orderd's own orders.db-wal; choose another with -log"},
+		{"the log is the token file", stopped, func(t *testing.T, dir string) []string {
+			token := filepath.Join(dir, "token")
+			require.NoError(t, os.WriteFile(token, []byte("s3cret"), 0o600))
+			return []string{"-token-file", token, "-log", token}
+		}, "cannot write the log file .*: it is orderd's own token; choose another with -log"},
 		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
 			taken, err := net.Listen("tcp", "127.0.0.1:0")
 			require.NoError(t, err)
