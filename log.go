@@ -146,10 +146,11 @@ func (b *lineBuffer) flush() {
 }
 
 // logFile is a file that lumberjack rotates. lumberjack alone renames whatever
-// it is given, and does not notice that its file was deleted.
+// it is given, and does not notice that its file was moved or deleted.
 type logFile struct {
 	rotated lumberjack.Logger
 	taken   []string
+	named   os.FileInfo // the open file, if the path named it before and after the last write
 }
 
 func openLogFile(o logOptions) (*logFile, error) {
@@ -159,36 +160,46 @@ func openLogFile(o logOptions) (*logFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = f.check(); err != nil {
+	if _, err = f.locate(); err != nil {
 		return nil, err
 	}
 	_, err = f.Write(nil) // makes the file, for its owner only
 	return f, err
 }
 
-// Write opens the file again if it was deleted.
+// Write opens the file again if the path no longer names the open one. Where
+// that changed during a write, since lumberjack rotated or someone moved the
+// file, it is unknown which file is open: the next write opens it again.
 func (f *logFile) Write(text []byte) (int, error) {
-	if _, err := os.Stat(f.rotated.Filename); err != nil {
-		f.rotated.Close()
-		if err := f.check(); err != nil {
-			return 0, err
-		}
+	before, err := f.locate()
+	if err != nil {
+		return 0, err
 	}
-	return f.rotated.Write(text)
+	n, err := f.rotated.Write(text)
+	f.named = nil
+	if after, _ := os.Lstat(f.rotated.Filename); os.SameFile(before, after) {
+		f.named = after
+	}
+	return n, err
 }
 
-// check refuses what must not become the log.
-func (f *logFile) check() error {
-	found, err := os.Lstat(f.rotated.Filename)
-	if err == nil && !found.Mode().IsRegular() {
-		return fmt.Errorf(`it is not a regular file ("-log -" logs to stderr, "-log - 2>%s" nowhere)`, os.DevNull)
+// locate returns what the path names, if anything. Unless that is the open file,
+// it closes the open one and refuses what must not become the log.
+func (f *logFile) locate() (os.FileInfo, error) {
+	found, _ := os.Lstat(f.rotated.Filename) // the write finds the same error
+	if os.SameFile(found, f.named) {
+		return found, nil
+	}
+	f.rotated.Close()
+	if found != nil && !found.Mode().IsRegular() {
+		return nil, fmt.Errorf(`it is not a regular file ("-log -" logs to stderr, "-log - 2>%s" nowhere)`, os.DevNull)
 	}
 	for _, path := range f.taken {
 		if samePlace(f.rotated.Filename, path) {
-			return fmt.Errorf("it is orderd's own %s", filepath.Base(path))
+			return nil, fmt.Errorf("it is orderd's own %s", filepath.Base(path))
 		}
 	}
-	return nil
+	return found, nil
 }
 
 // samePlace reports whether both paths lead to one file, now or once it is made

@@ -4089,25 +4089,55 @@ func TestLogRotation(t *testing.T) {
 	}
 }
 
-func TestLogFileIsMadeAnew(t *testing.T) {
+// TestLogFileMoved moves the file away in every way, each time in the middle of
+// a write. The write after that must follow the name.
+func TestLogFileMoved(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
-		t.Skip("an open file cannot be deleted there")
+		t.Skip("an open file cannot be moved there")
 	}
-	l, path := openTestLog(t)
-	written := func(text string) func() bool {
-		return func() bool {
-			content, err := os.ReadFile(path)
-			return err == nil && strings.Contains(string(content), text)
+	o := testLogOptions(t)
+	f, err := openLogFile(o)
+	require.NoError(t, err)
+	kept, written := t.TempDir(), 0
+	write := func() {
+		_, err := fmt.Fprintln(f, written)
+		require.NoError(t, err)
+		written++
+	}
+	ways := []func(away string) error{
+		func(away string) error { return os.Rename(o.file, away) },
+		func(away string) error { return os.Rename(filepath.Dir(o.file), away) },
+		func(away string) error { // logrotate's "create"
+			err := os.Rename(o.file, away)
+			made, createErr := os.OpenFile(o.file, os.O_CREATE|os.O_WRONLY, 0o600)
+			return errors.Join(err, createErr, made.Close())
+		},
+	}
+	write()
+	for i := range 900 {
+		moved := make(chan error)
+		go func() {
+			for range i % 20 { // another moment each time
+				runtime.Gosched()
+			}
+			moved <- ways[i%len(ways)](filepath.Join(kept, strconv.Itoa(i)))
+		}()
+		write()
+		require.NoError(t, <-moved)
+		write()
+		require.True(t, strings.HasSuffix(bytesOf(t, o.file), fmt.Sprintln(written-1)), "round %d", i)
+	}
+	require.NoError(t, f.rotated.Close())
+	found := strings.Fields(bytesOf(t, o.file))
+	require.NoError(t, filepath.WalkDir(kept, func(path string, entry fs.DirEntry, err error) error {
+		if entry.Type().IsRegular() && filepath.Ext(path) != ".gz" {
+			found = append(found, strings.Fields(bytesOf(t, path))...)
 		}
-	}
-	l.Warn("before")
-	until(t, written("before"))
-	require.NoError(t, os.Remove(path))
-	l.Warn("after")
-	until(t, written("after"))
-	require.NoError(t, l.close())
-	require.Zero(t, l.dropped.Load())
+		return err
+	}))
+	slices.Sort(found)
+	require.Len(t, slices.Compact(found), written, "every line is somewhere")
 }
 
 // TestLogRefuses what is not a file that the log may rotate, and leaves it as
@@ -4186,6 +4216,25 @@ func TestLogRefuses(t *testing.T) {
 			require.Equal(t, before, listed())
 		})
 	}
+}
+
+// TestLogBecomesALink where it was a file: its lines are dropped, and what the
+// link leads to is left alone.
+func TestLogBecomesALink(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	l, path := openTestLog(t)
+	other := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(other, []byte("text"), 0o600))
+	require.NoError(t, os.Remove(path))
+	require.NoError(t, os.Symlink(other, path))
+	l.Info("dropped")
+	until(t, func() bool { return l.dropped.Load() == 1 })
+	require.NoError(t, os.Remove(path))
+	l.Info("written")
+	require.NoError(t, l.close())
+	require.Equal(t, "written", decoded[map[string]any](t, bytesOf(t, path))["msg"])
+	require.Equal(t, "text", bytesOf(t, other))
 }
 
 // brokenWriter refuses or holds what it is given.
@@ -5758,6 +5807,10 @@ func TestLogTakenAway(t *testing.T) {
 	for _, away := range []func() error{
 		func() error { return os.Remove(filepath.Join(logs, "orderd.log")) },
 		func() error { return os.RemoveAll(logs) },
+		func() error { // logrotate's "create"
+			return errors.Join(os.Rename(filepath.Join(logs, "orderd.log"), filepath.Join(dir, "moved.log")),
+				os.WriteFile(filepath.Join(logs, "orderd.log"), nil, 0o600))
+		},
 	} {
 		persist(t, logged, "the log is written")
 		require.NoError(t, away())
