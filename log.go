@@ -2,9 +2,12 @@ package main
 
 import (
 	"bytes"
+	"database/sql"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +16,8 @@ import (
 	"time"
 
 	"gopkg.in/natefinch/lumberjack.v2"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 const (
@@ -70,7 +75,7 @@ func (l *logger) close() error {
 	select {
 	case <-l.idle:
 		if l.file != nil {
-			return l.file.rotated.Close()
+			return l.file.close()
 		}
 	case <-time.After(logEnd):
 		fmt.Fprintln(l.notices, "orderd: the last log lines are lost: the log file could not be written in time")
@@ -146,10 +151,12 @@ func (b *lineBuffer) flush() {
 }
 
 // logFile is a file that lumberjack rotates. lumberjack alone renames whatever
-// it is given, and does not notice that its file was moved or deleted.
+// it is given, does not notice that its file was moved or deleted, and loses
+// lines where two processes rotate one file.
 type logFile struct {
 	rotated lumberjack.Logger
 	taken   []string
+	lock    io.Closer   // keeps other processes from the file
 	named   os.FileInfo // the open file, if the path named it before and after the last write
 }
 
@@ -163,8 +170,13 @@ func openLogFile(o logOptions) (*logFile, error) {
 	if _, err = f.locate(); err != nil {
 		return nil, err
 	}
-	_, err = f.Write(nil) // makes the file, for its owner only
-	return f, err
+	if f.lock, err = lockFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".lock")); err != nil {
+		return nil, err
+	}
+	if _, err = f.Write(nil); err != nil { // makes the file, for its owner only
+		return nil, errors.Join(err, f.lock.Close())
+	}
+	return f, nil
 }
 
 // Write opens the file again if the path no longer names the open one. Where
@@ -202,6 +214,19 @@ func (f *logFile) locate() (os.FileInfo, error) {
 	return found, nil
 }
 
+// close leaves the lock to the end of the process where an old file may still be
+// in compression: another process would compress it too, find it gone at the
+// end, and delete the result.
+func (f *logFile) close() error {
+	err := f.rotated.Close()
+	ext := filepath.Ext(f.rotated.Filename)
+	old, _ := filepath.Glob(strings.TrimSuffix(f.rotated.Filename, ext) + "-*" + ext)
+	if len(old) > 0 {
+		return err
+	}
+	return errors.Join(err, f.lock.Close())
+}
+
 // samePlace reports whether both paths lead to one file, now or once it is made
 // (there are file systems that do not tell capitals from small letters).
 func samePlace(path, other string) bool {
@@ -212,6 +237,38 @@ func samePlace(path, other string) bool {
 	}
 	return same(path, other) ||
 		strings.EqualFold(filepath.Base(path), filepath.Base(other)) && same(filepath.Dir(path), filepath.Dir(other))
+}
+
+var errLocked = errors.New("another orderd uses it")
+
+// lockFile makes an empty file, if there is none, and takes SQLite's lock on it,
+// which Linux, macOS and Windows all have without cgo, and which ends with its
+// process, after kill -9 too. The file is never deleted: two processes could
+// then each lock one of that name. See https://sqlite.org/lockingv3.html.
+func lockFile(path string) (io.Closer, error) {
+	// SQLite would open a read-only file without a word. This comes first, since
+	// closing any descriptor of a file drops the process's locks on it.
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	file.Close()
+	name := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path)}
+	db, err := sql.Open("sqlite", name.String())
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(1) // the one that holds the lock
+	// Of two processes that start at once and do not wait, each may see the other
+	// half way to the lock, and neither gets it.
+	_, err = db.Exec("PRAGMA busy_timeout = 100; PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
+	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_BUSY {
+		return nil, errors.Join(errLocked, db.Close())
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot lock %s: %w", path, err), db.Close())
+	}
+	return db, nil
 }
 
 // nudge tells the one receiver of a channel of capacity 1 to look.

@@ -1363,7 +1363,7 @@ func TestEndToEnd(t *testing.T) {
 		}
 		return err
 	}))
-	require.ElementsMatch(t, []string{"orders.db", "metrics.db", "orderd.lock", "orderd.log"}, files, "no -wal is left behind")
+	require.ElementsMatch(t, []string{"orders.db", "metrics.db", "orderd.lock", "orderd.log", ".orderd.log.lock"}, files, "no -wal is left behind")
 
 	r = startRun(t, dir)
 	require.Equal(t, "Completed", found(r))
@@ -4128,7 +4128,7 @@ func TestLogFileMoved(t *testing.T) {
 		write()
 		require.True(t, strings.HasSuffix(bytesOf(t, o.file), fmt.Sprintln(written-1)), "round %d", i)
 	}
-	require.NoError(t, f.rotated.Close())
+	require.NoError(t, f.close())
 	found := strings.Fields(bytesOf(t, o.file))
 	require.NoError(t, filepath.WalkDir(kept, func(path string, entry fs.DirEntry, err error) error {
 		if entry.Type().IsRegular() && filepath.Ext(path) != ".gz" {
@@ -4235,6 +4235,76 @@ func TestLogBecomesALink(t *testing.T) {
 	require.NoError(t, l.close())
 	require.Equal(t, "written", decoded[map[string]any](t, bytesOf(t, path))["msg"])
 	require.Equal(t, "text", bytesOf(t, other))
+}
+
+func TestLogHasOneWriter(t *testing.T) {
+	t.Parallel()
+	o := testLogOptions(t)
+	refused := `^cannot write the log file \S+: another orderd uses it; choose another with -log$`
+	l, err := openLog(o, io.Discard)
+	require.NoError(t, err)
+	again := o
+	for _, path := range []string{o.file, filepath.Join(filepath.Dir(o.file), "..", "logs", "orderd.log")} {
+		again.file = path
+		_, err = openLog(again, io.Discard)
+		require.Regexp(t, refused, err)
+	}
+	name := "other #1%20?.log"
+	if runtime.GOOS == "windows" {
+		name = "other #1%20.log"
+	}
+	again.file = filepath.Join(filepath.Dir(o.file), name)
+	beside, err := openLog(again, io.Discard)
+	require.NoError(t, err, "another name in the same directory")
+	require.NoError(t, beside.close())
+	found, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*"))
+	require.NoError(t, err)
+	for i := range found {
+		found[i] = filepath.Base(found[i])
+	}
+	require.ElementsMatch(t, []string{"orderd.log", ".orderd.log.lock", name, "." + name + ".lock"}, found)
+	require.NoError(t, l.close())
+	require.Equal(t, "", bytesOf(t, o.file), "who was refused wrote nothing")
+	l, err = openLog(o, io.Discard)
+	require.NoError(t, err, "it is free again")
+	require.NoError(t, l.close())
+	const rounds, most = 5, 8
+	for range rounds {
+		opened := make(chan *logger, most)
+		for range most {
+			go func() {
+				l, _ := openLog(o, io.Discard)
+				opened <- l
+			}()
+		}
+		var winners []*logger
+		for range most {
+			if l := <-opened; l != nil {
+				winners = append(winners, l)
+			}
+		}
+		require.Len(t, winners, 1, "of those that start at once")
+		require.NoError(t, winners[0].close())
+	}
+}
+
+// TestLogStaysLockedWhileAnOldFileIsCompressed gives lumberjack an old file that
+// it cannot read to the end: a pipe.
+func TestLogStaysLockedWhileAnOldFileIsCompressed(t *testing.T) {
+	t.Parallel()
+	needs(t, "mkfifo")
+	o := testLogOptions(t)
+	old := filepath.Join(filepath.Dir(o.file), "orderd-2026-01-01T00-00-00.000.log")
+	require.NoError(t, os.Mkdir(filepath.Dir(o.file), 0o700))
+	require.NoError(t, exec.Command("mkfifo", old).Run())
+	l, err := openLog(o, io.Discard)
+	require.NoError(t, err)
+	require.NoError(t, l.close())
+	_, err = openLog(o, io.Discard)
+	require.ErrorIs(t, err, errLocked)
+	pipe, err := os.OpenFile(old, os.O_RDWR, 0)
+	require.NoError(t, err)
+	require.NoError(t, pipe.Close()) // lumberjack reads its end
 }
 
 // brokenWriter refuses or holds what it is given.
@@ -5605,6 +5675,10 @@ func TestStartIsRefused(t *testing.T) {
 			require.NoError(t, os.WriteFile(token, []byte("s3cret"), 0o600))
 			return []string{"-token-file", token, "-log", token}
 		}, "cannot write the log file .*: it is orderd's own token; choose another with -log"},
+		{"the log is another orderd's", stopped, func(t *testing.T, dir string) []string {
+			other := startProcess(t, t.TempDir(), nil)
+			return []string{"-log", filepath.Join(other.dir, "logs", "orderd.log")}
+		}, "cannot write the log file .*: another orderd uses it; choose another with -log"},
 		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
 			taken, err := net.Listen("tcp", "127.0.0.1:0")
 			require.NoError(t, err)
@@ -5613,7 +5687,7 @@ func TestStartIsRefused(t *testing.T) {
 		}, "address .* is taken by another program: choose another with -addr"},
 		{"a second instance", stopped, func(t *testing.T, dir string) []string {
 			startProcess(t, dir, nil)
-			return nil
+			return []string{"-log", filepath.Join(dir, "logs", "second.log")}
 		}, "another orderd uses the data directory .*: stop it first"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -5636,8 +5710,8 @@ func TestStartIsRefused(t *testing.T) {
 		t.Parallel()
 		dir := t.TempDir()
 		var all []*process
-		for range 6 {
-			all = append(all, launch(t, nil, dir, nil))
+		for i := range 6 {
+			all = append(all, launch(t, nil, dir, nil, "-log", fmt.Sprintf("%s/logs/%d.log", dir, i)))
 		}
 		started := 0
 		for _, p := range all {
