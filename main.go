@@ -34,11 +34,17 @@ func main() {
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr), os.Stderr))
 }
 
+// loggedError is on stderr already, as a line of the log.
+type loggedError struct{ error }
+
 // exitCode prints err as one sentence. A bad flag is 2, anything else that
 // stopped the service 1.
 func exitCode(err error, stderr io.Writer) int {
 	if err == nil {
 		return 0
+	}
+	if errors.As(err, new(loggedError)) {
+		return 1
 	}
 	printed := make(chan struct{})
 	go func() {
@@ -76,10 +82,13 @@ func run(ctx context.Context, args []string, lookupEnv func(string) (string, boo
 		debug.SetGCPercent(gcPercent)
 	}
 	a, err := openApp(cfg, stderr)
-	if err != nil {
-		return err
+	if err == nil {
+		err = a.serve(ctx)
 	}
-	return a.serve(ctx)
+	if err != nil && cfg.log == logToStderr {
+		err = loggedError{err}
+	}
+	return err
 }
 
 // app is the whole service, its parts in the order of their lifetimes.
@@ -132,7 +141,8 @@ func (a *app) serve(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 	case <-a.store.failed:
-	case err = <-served: // it cannot accept any more
+	case err = <-served:
+		a.log.Error("cannot accept connections any more", "error", err)
 	}
 	return errors.Join(err, a.close())
 }
@@ -167,14 +177,19 @@ func listen(addr string) (net.Listener, error) {
 	return l, nil
 }
 
-// announce tells a person where everything is.
+// announce tells a person where everything is, and the log the same.
 func (a *app) announce(stderr io.Writer) {
+	if a.cfg.log == logToStderr {
+		stderr = io.Discard
+	}
 	addr := a.listener.Addr().String()
 	fmt.Fprintf(stderr, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(stderr, "data in %s, log in %s\n", a.cfg.data, a.cfg.log)
 	fmt.Fprintf(stderr, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.workers, a.cfg.delay, a.unfinished)
 	if a.cfg.token == "" && !a.local() {
-		fmt.Fprintln(stderr, "warning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
+		const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
+		fmt.Fprintln(stderr, "warning: "+warning)
+		a.log.Warn(warning)
 	}
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.workers,
 		"delay", a.cfg.delay.String(), "resumed", a.unfinished, "version", versionLine())
@@ -265,7 +280,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
 	define(fs, &c.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
-	define(fs, &c.log, "log", "logs/orderd.log", "log file; - logs to stderr only", parseName)
+	define(fs, &c.log, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
 	define(fs, &c.logSize, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
 	define(fs, &c.logBackups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
 	define(fs, &c.logDays, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))

@@ -1305,6 +1305,7 @@ func TestExitWhereNobodyReadsStderr(t *testing.T) {
 
 func TestOpenDoorIsWarnedOf(t *testing.T) {
 	t.Parallel()
+	const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
 	for _, test := range []struct {
 		addr, token string
 		warned      bool
@@ -1313,13 +1314,15 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 		{addr: ":0", token: "s3cret"},
 		{addr: "127.0.0.1:0"},
 	} {
-		cfg := testConfig(t.TempDir())
+		dir := t.TempDir()
+		cfg := testConfig(dir)
 		cfg.addr, cfg.token = test.addr, test.token
 		stderr := &transcript{}
 		a, err := openApp(cfg, stderr)
 		require.NoError(t, err)
 		require.NoError(t, a.close())
-		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN"), "%+v", test)
+		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: "+warning+"\n"), "%+v", test)
+		require.Equal(t, test.warned, len(logged(t, dir, warning)) == 1, "%+v", test)
 	}
 }
 
@@ -4428,6 +4431,54 @@ func TestLogOnStderr(t *testing.T) {
 	require.NoDirExists(t, logToStderr)
 }
 
+// TestStderrIsJSONWhereItIsTheLog, from the start to the sentence at the end.
+func TestStderrIsJSONWhereItIsTheLog(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
+	for _, test := range []struct {
+		name     string
+		args     []string
+		code     int
+		messages []string
+		reason   string
+	}{
+		{name: "served", messages: []string{warning, "started", "stopping", "stopped"}},
+		{name: "not started", args: []string{"-data", file}, code: 1, messages: []string{"not started"}, reason: "choose another with -data"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var stderr transcript
+			code := make(chan int, 1)
+			go func() {
+				args := append([]string{"-addr", ":0", "-data", t.TempDir(), "-log", "-"}, test.args...)
+				code <- exitCode(run(ctx, args, environment(nil), io.Discard, &stderr), &stderr)
+			}()
+			last := test.messages[len(test.messages)-1]
+			until(t, func() bool {
+				text := stderr.String()
+				if strings.Contains(text, `"started"`) {
+					cancel()
+				}
+				return strings.Contains(text, `"`+last+`"`)
+			})
+			require.Equal(t, test.code, <-code)
+			var messages []string
+			for line := range strings.Lines(stderr.String()) {
+				entry := decoded[map[string]any](t, line)
+				messages = append(messages, entry["msg"].(string))
+				if test.reason != "" {
+					require.Contains(t, entry["error"], test.reason)
+				}
+			}
+			require.Equal(t, test.messages, messages)
+		})
+	}
+}
+
 // ---- the oracle: what clients know, against what the service says ----
 
 // outcome is what a client knows of its order.
@@ -5923,7 +5974,9 @@ func TestStderrThatNobodyReads(t *testing.T) {
 			p := launch(t, []string{"sh", "-c", `exec "$0" "$@" 2>"$FIFO"`}, dir, []string{"FIFO=" + fifo}, "-log", "-", "-delay", "0s", "-drain", "1s")
 			line, err := bufio.NewReader(reader).ReadString('\n')
 			require.NoError(t, err)
-			p.addr = strings.TrimPrefix(strings.TrimSpace(line), announced)
+			started := decoded[struct{ Msg, Addr string }](t, line)
+			require.Equal(t, "started", started.Msg)
+			p.addr = started.Addr
 			if gone {
 				require.NoError(t, reader.Close())
 			}
