@@ -290,8 +290,12 @@ func listen(addr string) (net.Listener, error) {
 
 // announce tells a person where everything is, and the log the same.
 func (a *app) announce() {
+	scheme := "http"
+	if a.cfg.server.certificate != nil {
+		scheme = "https"
+	}
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
-	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", a.server.scheme(), strings.Replace(addr, "[::]", "localhost", 1))
+	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
 	work := a.cfg.describeWork()
 	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)

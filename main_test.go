@@ -2820,9 +2820,9 @@ func TestHTTPS(t *testing.T) {
 	other, err := os.ReadFile(otherKey)
 	require.NoError(t, err)
 	spoil(keyFile, "")
-	spoil(keyFile, string(other))
 	spoil(keyFile, string(good))
 	spoil(keyFile, "") // is logged again
+	spoil(keyFile, string(other))
 	require.NoError(t, os.Remove(certFile))
 	wait()
 	require.Equal(t, renewed, served())
@@ -2830,8 +2830,7 @@ func TestHTTPS(t *testing.T) {
 	wait()
 	require.Equal(t, last, served())
 	stop()
-	require.Len(t, logged(t, dir, "the renewed certificate cannot be used; the one before stays"), 4)
-	require.Len(t, logged(t, dir, "the renewed certificate is in use"), 2)
+	require.Len(t, logged(t, dir, "the certificate cannot be renewed; the one before stays in use"), 4)
 }
 
 // TestBehindNginx runs the configuration that the README shows.
@@ -5084,14 +5083,15 @@ func TestProcessFigures(t *testing.T) {
 		t.Skip("needs /proc: ", err)
 	}
 	require.Equal(t, 200.0, figure("process_max_fds"))
-	open := figure("process_open_fds")
 	for range 20 {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(t, err)
 		defer conn.Close()
 	}
-	persist(t, func() bool { return figure("process_open_fds") >= open+20 }, "they are accepted")
-	require.InDelta(t, open+20, figure("process_open_fds"), 3)
+	persist(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid))
+	require.NoError(t, err)
+	require.InDelta(t, len(open), figure("process_open_fds"), 1)
 	newJournal("load", 0).place(t, p.url(), 300)
 	used, _ := p.cpu()
 	require.InDelta(t, used.Seconds(), figure("process_cpu_seconds_total"), 0.5)

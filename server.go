@@ -166,13 +166,6 @@ func canonical(next http.Handler) http.Handler {
 	})
 }
 
-func (s *server) scheme() string {
-	if s.certificate != nil {
-		return "https"
-	}
-	return "http"
-}
-
 // serve answers requests until shutdown.
 func (s *server) serve(l net.Listener) error {
 	if s.certificate != nil {
@@ -202,16 +195,16 @@ type certificate struct {
 
 	mu      sync.Mutex       // guards the rest
 	pair    *tls.Certificate // the last that was good
-	read    time.Time
-	trouble string // with the pair that was read last; it is logged once
+	read    time.Time        // when the files were
+	trouble string           // what was wrong with them then; it is logged once
 }
 
 func openCertificate(certFile, keyFile string, log *logger) (*certificate, error) {
-	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
-	if err := c.renew(); err != nil {
+	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
 		return nil, fmt.Errorf("cannot serve HTTPS: %w; see -tls-cert and -tls-key", err)
 	}
-	return c, nil
+	return &certificate{certFile: certFile, keyFile: keyFile, log: log, pair: &pair, read: time.Now()}, nil
 }
 
 // get is for tls.Config.
@@ -221,28 +214,14 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	if time.Since(c.read) < renewEvery {
 		return c.pair, nil
 	}
-	before, trouble := c.pair, ""
-	if err := c.renew(); err != nil {
-		trouble = err.Error()
-	}
-	switch {
-	case trouble != "" && trouble != c.trouble:
-		c.log.Error("the renewed certificate cannot be used; the one before stays", "error", trouble)
-	case !bytes.Equal(before.Certificate[0], c.pair.Certificate[0]):
-		c.log.Info("the renewed certificate is in use", "expires", c.pair.Leaf.NotAfter)
-	}
-	c.trouble = trouble
-	return c.pair, nil
-}
-
-// renew reads the files.
-func (c *certificate) renew() error {
-	c.read = time.Now()
-	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err == nil {
+	trouble := ""
+	if pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile); err == nil {
 		c.pair = &pair
+	} else if trouble = err.Error(); trouble != c.trouble {
+		c.log.Error("the certificate cannot be renewed; the one before stays in use", "error", trouble)
 	}
-	return err
+	c.read, c.trouble = time.Now(), trouble
+	return c.pair, nil
 }
 
 // observe is around every request: it names it, answers its error, and counts,
