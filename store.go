@@ -2003,6 +2003,48 @@ func (d *database) inPlace() error {
 	return nil
 }
 
+const copyPages = 64 // of a step of a copy; between two it yields for as long as one takes
+
+// copyTo writes a copy, as of one moment, while others read and write. Its
+// transaction keeps it from starting over with every commit; the WAL grows
+// meanwhile (https://sqlite.org/backup.html).
+func (d *database) copyTo(path string) error {
+	if err := makeFile(path); err != nil {
+		return err
+	}
+	source, err := openSQLite(d.path, "mode=rw", "_pragma=query_only(1)")
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	conn, err := source.Conn(context.Background())
+	if err != nil {
+		return explain(d.path, err)
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(context.Background(), "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
+		return explain(d.path, err)
+	}
+	err = conn.Raw(func(c any) error {
+		b, err := c.(interface {
+			NewBackup(string) (*sqlite.Backup, error)
+		}).NewBackup(path)
+		if err != nil {
+			return err
+		}
+		for more := true; more && err == nil; {
+			began := time.Now()
+			more, err = b.Step(copyPages)
+			time.Sleep(time.Since(began))
+		}
+		return errors.Join(err, b.Finish())
+	})
+	if err != nil {
+		return explain(path, err)
+	}
+	return syncFile(path)
+}
+
 // setBusyTimeout needs the one connection: it is the writer's.
 func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
