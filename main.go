@@ -45,7 +45,10 @@ func main() {
 		signals = append(signals, syscall.SIGHUP)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop)   // a second signal ends the process at once
+	context.AfterFunc(ctx, func() {
+		signal.Ignore(syscall.SIGHUP) // a terminal that closes may send several
+		stop()                        // any other second signal ends the process at once
+	})
 	signal.Ignore(syscall.SIGPIPE) // a reader of stderr that has gone does not
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
@@ -152,8 +155,14 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	return a, nil
 }
 
-// look compares the two databases before anything is written to either.
+// look reads the certificate, and compares the two databases before anything is
+// written to either.
 func (a *app) look() (err error) {
+	if a.cfg.certFile != "" {
+		if a.cfg.server.certificate, err = openCertificate(a.cfg.certFile, a.cfg.keyFile, a.log); err != nil {
+			return err
+		}
+	}
 	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
 		return err
 	}
@@ -183,10 +192,10 @@ func (a *app) start() (err error) {
 	if err = a.pool.start(); err != nil {
 		return err
 	}
-	options := serverOptions{token: a.cfg.token}
+	options := a.cfg.server
 	if a.local() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		options.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
+		options.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, options.names...)
 	}
 	a.server = newServer(options, a.store, a.pool, a.metrics, a.log)
 	a.announce()
@@ -205,7 +214,7 @@ func (a *app) committed(r commitReport) {
 // everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
 	served := make(chan error, 1)
-	go func() { served <- a.server.http.Serve(a.listener) }()
+	go func() { served <- a.server.serve(a.listener) }()
 	var err error
 	select {
 	case <-ctx.Done():
@@ -216,18 +225,22 @@ func (a *app) serve(ctx context.Context) error {
 	return errors.Join(err, a.close())
 }
 
+const sayAfter = 100 * time.Millisecond // a stop that waits longer than this says for what
+
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come
 // after everyone who writes.
 func (a *app) close() error {
-	a.log.Info("stopping", "drain", a.cfg.drain.String())
+	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", a.pool.active.Load())
 	deadline := time.Now().Add(a.cfg.drain)
+	say := time.AfterFunc(sayAfter, func() {
+		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
+			max(a.cfg.drain, answerTime), a.pool.active.Load())
+	})
 	a.pool.stop()
-	if n := a.pool.active.Load(); n > 0 && a.cfg.drain > 0 {
-		fmt.Fprintf(a.console, "stopping: %d orders are at work and have up to %s; interrupt again to end at once\n", n, a.cfg.drain)
-	}
 	a.pool.drain(deadline)
 	a.server.shutdown(deadline)
+	say.Stop()
 	err := a.closeFiles()
 	if err != nil {
 		a.log.Error("stopped", "error", err)
@@ -277,14 +290,18 @@ func listen(addr string) (net.Listener, error) {
 
 // announce tells a person where everything is, and the log the same.
 func (a *app) announce() {
+	scheme := "http"
+	if a.cfg.server.certificate != nil {
+		scheme = "https"
+	}
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
-	fmt.Fprintf(a.console, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
+	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
 	work := a.cfg.describeWork()
 	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
 		"work", work, "resumed", unfinished, "version", versionLine())
-	if a.cfg.token == "" && !a.local() {
+	if a.cfg.server.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	if len(a.cfg.unknown) > 0 {
@@ -307,16 +324,19 @@ func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopba
 type config struct {
 	addr          string
 	tokenFile     string
+	readTokenFile string
+	certFile      string // of TLS, in PEM, or empty; so is the key
+	keyFile       string
 	workTokenFile string
 	data          string
 	delay         time.Duration
 	drain         time.Duration
 
-	store storeOptions
-	pool  poolOptions
-	log   logOptions
+	store  storeOptions
+	pool   poolOptions
+	server serverOptions
+	log    logOptions
 
-	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value; that for -work is in pool
 	unknown []string // variables that look like settings and are none
 	version bool
 	help    bool
@@ -326,11 +346,7 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	for _, file := range []string{c.tokenFile, c.workTokenFile} {
-		if file != "" {
-			o.taken = append(o.taken, file)
-		}
-	}
+	o.taken = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
 		if target, err := filepath.EvalSymlinks(path); err == nil {
@@ -359,8 +375,8 @@ var flagGroups = []struct {
 	title string
 	names []string
 }{
-	{"Serving", []string{"addr", "token-file", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache"}},
+	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
+	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{"About", []string{"version", "h"}},
 }
@@ -376,7 +392,14 @@ func (c *config) flags() *flag.FlagSet {
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
 	oneAttempt := inRange("must be a duration from %s to %s, such as 30s or 5m", time.Second, time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
+	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
+		c.server.names, err = parseHosts(s)
+		return err
+	})
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
+	fs.StringVar(&c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order")
+	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM")
+	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
@@ -386,6 +409,7 @@ func (c *config) flags() *flag.FlagSet {
 	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
 	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
+	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)
 	define(fs, &c.log.maxMB, "log-size", 100, "MB after which the log file is rotated, 1 to 10,000", number(1, 10_000))
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
@@ -417,6 +441,14 @@ func inRange[T cmp.Ordered](message string, low, high T, parse func(string) (T, 
 	}
 }
 
+func parseKeep(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d != 0 && (d < time.Second || d > 87600*time.Hour) {
+		err = errors.New("must be 0, or a duration from 1s to 87600h, such as 2160h")
+	}
+	return d, err
+}
+
 func parseName(s string) (string, error) {
 	if s == "" {
 		return "", errors.New("must not be empty")
@@ -430,6 +462,16 @@ func parseAddr(s string) (string, error) {
 		return "", errors.New("must be host:port with a port from 0 to 65535, such as localhost:8080")
 	}
 	return s, nil
+}
+
+func parseHosts(s string) ([]string, error) {
+	names := strings.Split(strings.ToLower(s), ",")
+	for _, name := range names {
+		if name == "" || strings.ContainsAny(name, " :/[]*") {
+			return nil, errors.New("must be names without scheme and port, with commas between, such as orders.example.com")
+		}
+	}
+	return names, nil
 }
 
 func parseEndpoint(s string) (string, error) {
@@ -457,7 +499,10 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
-	known := map[string]bool{"ORDERD_TOKEN": true, "ORDERD_WORK_TOKEN": true}
+	known := map[string]bool{}
+	for _, s := range c.secrets() {
+		known[s.variable] = true
+	}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
 		name := variable(f.Name)
@@ -485,33 +530,61 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	slices.Sort(c.unknown)
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	if given["work"] && given["delay"] {
-		return c, usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
-	}
 	c.pool.work = simulate(c.delay)
-	var err, workErr error
-	c.token, err = readToken("ORDERD_TOKEN", c.tokenFile, variables)
-	c.pool.endpoint.token, workErr = readToken("ORDERD_WORK_TOKEN", c.workTokenFile, variables)
-	return c, cmp.Or(err, workErr)
+	for _, s := range c.secrets() {
+		if err := s.read(variables); err != nil {
+			return c, err
+		}
+	}
+	return c, c.contradiction(given["work"] && given["delay"])
 }
 
-// readToken prefers a token file over the variable, as a flag wins elsewhere. A
-// token that is set but empty is an error: it would leave the door open.
-func readToken(variable, file string, variables map[string]string) (string, error) {
-	token, ok := variables[variable]
-	source := variable
-	if file != "" {
-		text, err := os.ReadFile(file)
+// contradiction finds settings that are right one by one, but not together.
+func (c config) contradiction(workAndDelay bool) error {
+	switch {
+	case workAndDelay:
+		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
+	case (c.certFile == "") != (c.keyFile == ""):
+		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
+	case c.server.readToken != "" && c.server.token == "":
+		return usageError{errors.New("a read token alone would let everyone place orders: set ORDERD_TOKEN or -token-file too")}
+	case c.server.readToken != "" && c.server.readToken == c.server.token:
+		return usageError{errors.New("the read token is the token that places orders: choose another one")}
+	}
+	return nil
+}
+
+// secret is where a bearer token comes from, and whose it is.
+type secret struct {
+	variable, file string
+	into           *string
+}
+
+func (c *config) secrets() []secret {
+	return []secret{
+		{"ORDERD_TOKEN", c.tokenFile, &c.server.token},
+		{"ORDERD_READ_TOKEN", c.readTokenFile, &c.server.readToken},
+		{"ORDERD_WORK_TOKEN", c.workTokenFile, &c.pool.endpoint.token},
+	}
+}
+
+// read prefers the file over the variable, as a flag wins elsewhere. A token
+// that is set but empty is an error: it would leave the door open.
+func (s secret) read(variables map[string]string) error {
+	text, ok := variables[s.variable]
+	source := s.variable
+	if s.file != "" {
+		content, err := os.ReadFile(s.file)
 		if err != nil {
-			return "", fmt.Errorf("cannot read the token file: %w", err)
+			return fmt.Errorf("cannot read the token file: %w", err)
 		}
-		token, ok, source = string(text), true, "the token file "+file
+		text, ok, source = string(content), true, "the token file "+s.file
 	}
-	token = strings.TrimSpace(token)
-	if ok && token == "" {
-		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
+	*s.into = strings.TrimSpace(text)
+	if ok && *s.into == "" {
+		return usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
 	}
-	return token, nil
+	return nil
 }
 
 const examples = `
@@ -530,13 +603,13 @@ func help() string {
 		for _, name := range group.names {
 			f := fs.Lookup(name)
 			if group.title == "About" {
-				fmt.Fprintf(&b, "  -%-15s %s\n", name, f.Usage)
+				fmt.Fprintf(&b, "  -%-16s %s\n", name, f.Usage)
 				continue
 			}
-			fmt.Fprintf(&b, "  -%-15s %s\n  %16s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
+			fmt.Fprintf(&b, "  -%-16s %s\n  %17s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
-	b.WriteString("\nA token itself is given in ORDERD_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")
+	b.WriteString("\nA token itself is given in ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")
 	return b.String() + examples
 }
 

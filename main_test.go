@@ -5,9 +5,15 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"database/sql"
 	"database/sql/driver"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -46,7 +52,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"encoding/pem"
 	"github.com/labstack/echo/v4"
 	"github.com/oklog/ulid/v2"
 	"github.com/stretchr/testify/assert"
@@ -189,14 +194,19 @@ type answer struct {
 // send makes one request over TCP. A Host in the header is sent as such.
 func send(ctx context.Context, addr, method, path string, header http.Header, body string) answer {
 	_, port, _ := net.SplitHostPort(addr)
-	request, err := http.NewRequestWithContext(ctx, method, "http://127.0.0.1:"+port+path, strings.NewReader(body))
+	return exchange(ctx, http.DefaultClient, "http://127.0.0.1:"+port, method, path, header, body)
+}
+
+// exchange is send to what base names, by a client that reaches it.
+func exchange(ctx context.Context, client *http.Client, base, method, path string, header http.Header, body string) answer {
+	request, err := http.NewRequestWithContext(ctx, method, base+path, strings.NewReader(body))
 	if err != nil {
 		return answer{err: err}
 	}
 	if header != nil {
 		request.Header, request.Host = header.Clone(), header.Get("Host")
 	}
-	response, err := http.DefaultClient.Do(request)
+	response, err := client.Do(request)
 	if err != nil {
 		return answer{err: err}
 	}
@@ -1002,6 +1012,9 @@ func problemExamples(operation node, status string) (found []any) {
 // mismatches tells where a value departs from the names and types of a schema.
 func mismatches(where string, schema node, value any) (found []string) {
 	wrong := func(format string, args ...any) { found = append(found, where+fmt.Sprintf(format, args...)) }
+	if several, ok := schema["anyOf"].([]any); ok && !slices.ContainsFunc(several, func(one any) bool { return len(mismatches(where, within(one), value)) == 0 }) {
+		wrong(" is none of those that it may be")
+	}
 	kind := "null"
 	switch v := value.(type) {
 	case string:
@@ -1155,12 +1168,20 @@ var flagTable = []struct {
 	initial           string
 	get               func(config) any
 	accepted, refused []string
-	limits            string // in the message
+	limits            string   // in the message
+	beside            []string // the arguments that it needs
 }{
 	{name: "addr", initial: "localhost:8080", get: func(c config) any { return c.addr },
 		accepted: []string{"localhost:0", "[::1]:80", ":65535"}, refused: []string{"localhost", "localhost:-1", ":65536", ":http", ""},
 		limits: "host:port with a port from 0 to 65535"},
+	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.names, ",") },
+		accepted: []string{"orders.example", "a,b-c.example,d_e"}, refused: []string{"", "a,", ",a", "a, b", "a:80", "https://a", "*.example", "[::1]"},
+		limits: "names without scheme and port"},
 	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"go.mod", "go.sum"}},
+	{name: "read-token-file", initial: "", get: func(c config) any { return c.readTokenFile }, accepted: []string{"go.mod", "go.sum"},
+		beside: []string{"-token-file", "LICENSE"}},
+	{name: "tls-cert", initial: "", get: func(c config) any { return c.certFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-key", "k"}},
+	{name: "tls-key", initial: "", get: func(c config) any { return c.keyFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-cert", "c"}},
 	{name: "drain", initial: "10s", get: func(c config) any { return c.drain },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
 	{name: "data", initial: "data", get: func(c config) any { return c.data },
@@ -1206,12 +1227,12 @@ func TestFlags(t *testing.T) {
 		t.Run("-"+f.name, func(t *testing.T) {
 			name := "ORDERD_" + strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
 			parse := func(variables map[string]string, args ...string) (string, error) {
-				c, err := parseConfig(args, variables)
+				c, err := parseConfig(append(args, f.beside...), variables)
 				return fmt.Sprint(f.get(c)), err
 			}
-			value, err := parse(nil)
+			c, err := parseConfig(nil, nil)
 			require.NoError(t, err)
-			require.Equal(t, f.initial, value)
+			require.Equal(t, f.initial, fmt.Sprint(f.get(c)))
 			for _, text := range f.accepted {
 				value, err := parse(nil, "-"+f.name, text)
 				require.NoError(t, err)
@@ -1230,7 +1251,7 @@ func TestFlags(t *testing.T) {
 				require.Contains(t, sentence, f.limits)
 			}
 			low, high := f.accepted[0], f.accepted[len(f.accepted)-1]
-			value, err = parse(map[string]string{name: low})
+			value, err := parse(map[string]string{name: low})
 			require.NoError(t, err)
 			require.Equal(t, low, value, "the variable works")
 			value, err = parse(map[string]string{name: low}, "-"+f.name, high)
@@ -1258,7 +1279,7 @@ func TestHelpAndVersion(t *testing.T) {
 		require.Equal(t, len(flagTable), strings.Count(stdout.String(), ", variable "))
 		require.Regexp(t, `(?m)^  -version +\S`, stdout.String())
 		require.Regexp(t, `(?m)^  -h +\S`, stdout.String())
-		require.Contains(t, stdout.String(), "ORDERD_TOKEN")
+		require.Contains(t, stdout.String(), "ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN")
 	}
 	var stdout, stderr transcript
 	require.NoError(t, run(t.Context(), []string{"-version"}, nil, &stdout, &stderr))
@@ -1292,6 +1313,59 @@ func TestWrongArguments(t *testing.T) {
 	}
 }
 
+func TestSettingsThatContradict(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name      string
+		args      []string
+		variables map[string]string
+		named     []string
+	}{
+		{name: "a certificate without its key", args: []string{"-tls-cert", "c"}, named: []string{"-tls-cert", "-tls-key"}},
+		{name: "a key without its certificate", variables: map[string]string{"ORDERD_TLS_KEY": "k"}, named: []string{"-tls-cert", "-tls-key"}},
+		{name: "a read token alone", variables: map[string]string{"ORDERD_READ_TOKEN": "r"}, named: []string{"ORDERD_TOKEN", "-token-file"}},
+		{name: "a read token file alone", args: []string{"-read-token-file", "go.mod"}, named: []string{"ORDERD_TOKEN", "-token-file"}},
+		{name: "one token for both", variables: map[string]string{"ORDERD_TOKEN": "s", "ORDERD_READ_TOKEN": "s"}, named: []string{"read token"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := parseConfig(test.args, test.variables)
+			code, sentence := exited(t, err)
+			require.Equal(t, 2, code)
+			for _, part := range test.named {
+				require.Contains(t, sentence, part)
+			}
+		})
+	}
+}
+
+// TestSettingsInFilesExist holds what is deployed, and what the README says,
+// against the settings that there are.
+func TestSettingsInFilesExist(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("deploy/*")
+	require.NoError(t, err)
+	for _, file := range append(files, "README.md") {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		variables := map[string]string{}
+		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(string(text), -1) {
+			variables[name] = ""
+		}
+		c, _ := parseConfig(nil, variables) // their values are refused
+		require.Empty(t, c.unknown, file)
+	}
+}
+
+func TestUnknownVariablesAreWarnedOf(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t, t.TempDir(), []string{"ORDERD_WORKER=2", "ORDERD_TOKENS=s3cret", "ORDERD_TOKEN=t", "ORDERD_READ_TOKEN=r", "ORDERD_CACHE=10",
+		"ORDERD_PORT=tcp://10.0.0.1:80", "ORDERD_PORT_80_TCP_ADDR=10.0.0.1", "ORDERD_SERVICE_HOST=10.0.0.1", "ORDERD_SERVICE_PORT_HTTP=80"})
+	require.Equal(t, "warning: no setting is called ORDERD_TOKENS or ORDERD_WORKER: see orderd -h for those that are",
+		p.stderr.waitFor(t, "warning: ", p.exited))
+	p.kill()
+	require.NotContains(t, p.stderr.String(), "s3cret")
+}
+
 func TestTokenSource(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1305,6 +1379,7 @@ func TestTokenSource(t *testing.T) {
 		variables map[string]string
 		args      []string
 		token     string
+		readToken string
 		workToken string // that the endpoint is sent
 		code      int    // exit status if it is refused
 		named     string // in the sentence
@@ -1317,6 +1392,10 @@ func TestTokenSource(t *testing.T) {
 		{name: "an empty variable is refused", variables: map[string]string{"ORDERD_TOKEN": ""}, code: 2, named: "ORDERD_TOKEN"},
 		{name: "a blank variable is refused", variables: map[string]string{"ORDERD_TOKEN": " "}, code: 2, named: "ORDERD_TOKEN"},
 		{name: "an empty file is refused", variables: map[string]string{"ORDERD_TOKEN": "x"}, args: []string{"-token-file", file("\n")}, code: 2, named: file("\n")},
+		{name: "the read token is another", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "r"}, token: "secret", readToken: "r"},
+		{name: "a file holds the read token", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "x"},
+			args: []string{"-read-token-file", file("r\n")}, token: "secret", readToken: "r"},
+		{name: "an empty read token is refused", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": ""}, code: 2, named: "ORDERD_READ_TOKEN"},
 		{name: "the endpoint's is another", variables: map[string]string{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b"}, token: "a", workToken: "b"},
 		{name: "a file holds the endpoint's", args: []string{"-work-token-file", file("b\n")}, workToken: "b"},
 		{name: "an empty one for the endpoint is refused", variables: map[string]string{"ORDERD_WORK_TOKEN": ""}, code: 2, named: "ORDERD_WORK_TOKEN"},
@@ -1326,7 +1405,8 @@ func TestTokenSource(t *testing.T) {
 			c, err := parseConfig(test.args, test.variables)
 			if test.code == 0 {
 				require.NoError(t, err)
-				require.Equal(t, test.token, c.token)
+				require.Equal(t, test.token, c.server.token)
+				require.Equal(t, test.readToken, c.server.readToken)
 				require.Equal(t, test.workToken, c.pool.endpoint.token)
 				return
 			}
@@ -1343,6 +1423,10 @@ func TestStartRefused(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { taken.Close() })
 	running := newTestApp(t, nil)
+	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
+	require.NoError(t, os.MkdirAll(deep, 0o700))
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(deep, link))
 	file := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
 	for _, test := range []struct {
@@ -1354,6 +1438,11 @@ func TestStartRefused(t *testing.T) {
 		{name: "an address that is not ours", args: []string{"-addr", "192.0.2.1:0"}, named: []string{"192.0.2.1:0", "-addr"}},
 		{name: "a data directory in use", args: []string{"-data", running.cfg.data}, named: []string{running.cfg.data, "-data"}},
 		{name: "a data directory that is a file", args: []string{"-data", file + "/data"}, named: []string{file, "-data"}},
+		{name: "a data directory too deep for SQLite", args: []string{"-data", deep}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
+		{name: "a link to such a one", args: []string{"-data", link}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
+		{name: "a log too deep for SQLite", args: []string{"-log", deep + "/orderd.log"}, named: []string{"bytes and SQLite takes at most 500; choose another with -log"}},
+		{name: "a certificate that is none", args: []string{"-tls-cert", file, "-tls-key", file}, named: []string{"HTTPS", "-tls-cert", "-tls-key"}},
+		{name: "a key as the log", args: []string{"-tls-cert", "c", "-tls-key", file, "-log", file}, named: []string{file, "orderd's own", "-log"}},
 		{name: "a log directory that is a file", args: []string{"-log", file + "/orderd.log"}, named: []string{file, "-log"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -1409,8 +1498,67 @@ func TestExitWhereNobodyReadsStderr(t *testing.T) {
 	require.Equal(t, 1, exitCode(errors.New("the disk failed"), full))
 }
 
+func TestSignals(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	// working starts a process that works on an order for as long as it is let.
+	working := func(t *testing.T, wrapper []string, drain string) *process {
+		t.Parallel()
+		p := startWrapped(t, wrapper, t.TempDir(), nil, "-delay", "24h", "-drain", drain)
+		newJournal("signal", 0).place(t, p.url(), 1)
+		persist(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
+		return p
+	}
+	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
+		p := working(t, nil, "1s")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
+		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
+		p.cmd.Process.Signal(syscall.SIGHUP) // fails where it has ended
+		p.cmd.Process.Signal(syscall.SIGHUP)
+		require.Zero(t, p.wait(t, time.Minute))
+		require.NoFileExists(t, filepath.Join(p.dir, "data", "orders.db-wal"))
+	})
+	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		t.Run("a second one ends at once: "+signal.String(), func(t *testing.T) {
+			p := working(t, nil, "24h")
+			require.NoError(t, p.cmd.Process.Signal(signal))
+			p.stderr.waitFor(t, "stopping: waiting up to 24h0m0s for orders at work (1)", p.exited)
+			require.NoError(t, p.cmd.Process.Signal(signal))
+			require.Equal(t, -1, p.wait(t, time.Minute), "it ended by the signal")
+		})
+	}
+	t.Run("requests are waited for too", func(t *testing.T) {
+		t.Parallel()
+		p := startProcess(t, t.TempDir(), nil)
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		t.Cleanup(func() { conn.Close() })
+		require.NoError(t, conn.SetDeadline(time.Now().Add(longest)))
+		fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(exampleOrder))
+		answers := bufio.NewReader(conn)
+		line, err := answers.ReadString('\n')
+		require.NoError(t, err)
+		require.Contains(t, line, "100 Continue", "its body is being read")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGTERM))
+		p.stderr.waitFor(t, "stopping: waiting up to 10s for orders at work (0) and for requests", p.exited)
+		answers.ReadString('\n')
+		conn.Write([]byte(exampleOrder))
+		line, err = answers.ReadString('\n')
+		require.NoError(t, err)
+		require.Contains(t, line, "201 Created")
+		require.Zero(t, p.wait(t, time.Minute))
+	})
+	t.Run("nohup goes on to work", func(t *testing.T) {
+		needs(t, "nohup")
+		p := working(t, []string{"nohup"}, "0s")
+		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
+		require.Zero(t, p.terminate(t, time.Minute), "SIGTERM is the first that counts")
+	})
+}
+
 func TestOpenDoorIsWarnedOf(t *testing.T) {
 	t.Parallel()
+	const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
 	for _, test := range []struct {
 		addr, token string
 		warned      bool
@@ -1420,7 +1568,7 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 		{addr: "127.0.0.1:0"},
 	} {
 		cfg := testConfig(t.TempDir())
-		cfg.addr, cfg.token = test.addr, test.token
+		cfg.addr, cfg.server.token = test.addr, test.token
 		stderr := &transcript{}
 		a, err := openApp(cfg, stderr)
 		require.NoError(t, err)
@@ -1812,6 +1960,40 @@ func TestGetOrder(t *testing.T) {
 	for _, id := range []string{first, second, third} {
 		require.Equal(t, "Completed", statusOf(t, a, id))
 	}
+	for _, test := range []struct {
+		query  string
+		status int
+		full   bool
+	}{
+		{query: "?view=full", status: 200, full: true},
+		{query: "?a=b&view=full&c", status: 200, full: true},
+		{query: "?%76iew=f%75ll", status: 200, full: true},
+		{query: "?", status: 200},
+		{query: "?a=b&limit=0&VIEW=full&view[]=full&%zz=1&c=%zz;view=full", status: 200},
+		{query: "?view=", status: 400},
+		{query: "?view", status: 400},
+		{query: "?view=Full", status: 400},
+		{query: "?view=full+", status: 400},
+		{query: "?view=status", status: 400},
+		{query: "?view=full&view=full", status: 400},
+		{query: "?view=full&view=", status: 400},
+		{query: "?view=%zz", status: 400},
+		{query: "?view=full;a", status: 400},
+	} {
+		t.Run("view in "+test.query, func(t *testing.T) {
+			got := get(t, a, "/orders/"+third+test.query)
+			require.Equal(t, test.status, got.status)
+			switch {
+			case test.full:
+				page := decoded[struct{ Orders []json.RawMessage }](t, get(t, a, "/orders?limit=1").body)
+				require.Equal(t, string(page.Orders[0])+"\n", got.body, "as the list holds it, to the byte")
+				require.Equal(t, "application/json", got.header.Get("Content-Type"))
+				require.Equal(t, "no-store", got.header.Get("Cache-Control"))
+			case test.status == 200:
+				require.JSONEq(t, `{"order_id": "`+third+`", "status": "Completed"}`, got.body)
+			}
+		})
+	}
 	t.Run("lower case finds it and is answered in capitals", func(t *testing.T) {
 		got := get(t, a, "/orders/"+strings.ToLower(third))
 		require.Equal(t, http.StatusOK, got.status)
@@ -1835,6 +2017,7 @@ func TestGetOrder(t *testing.T) {
 	} {
 		t.Run(test.name+" is not found", func(t *testing.T) {
 			require.Equal(t, http.StatusNotFound, get(t, a, "/orders/"+test.id).status)
+			require.Equal(t, http.StatusNotFound, get(t, a, "/orders/"+test.id+"?view=full").status)
 			waited := call(t, a, http.MethodGet, "/orders/"+test.id, prefer("wait=60"), "")
 			require.Equal(t, http.StatusNotFound, waited.status)
 			require.Empty(t, waited.header.Get("Preference-Applied"))
@@ -1895,6 +2078,19 @@ func TestWait(t *testing.T) {
 		require.Equal(t, "wait=50", got.header.Get("Preference-Applied"))
 		require.Equal(t, "no-store", got.header.Get("Cache-Control"))
 		require.Zero(t, watchers(a))
+	})
+	t.Run("answers the whole order", func(t *testing.T) {
+		t.Parallel()
+		a, release, _ := heldApp(t, nil, nil)
+		id := place(t, a, "u", "held")
+		require.Equal(t, http.StatusBadRequest, arrived(t, later(t.Context(), a, id+"?view=x", "60")).status, "at once")
+		answers := later(t.Context(), a, id+"?view=full", "60")
+		until(t, func() bool { return waiting(a) == 1 })
+		release()
+		got := arrived(t, answers)
+		require.Equal(t, "wait=60", got.header.Get("Preference-Applied"))
+		require.Equal(t, list(t, a, "?limit=1").Orders[0], decoded[listedOrder](t, got.body))
+		require.Equal(t, "Completed", decoded[listedOrder](t, got.body).Status)
 	})
 	t.Run("ends with its time", func(t *testing.T) {
 		t.Parallel()
@@ -1965,6 +2161,7 @@ func TestAnswersWhileItWaitsForRunningWork(t *testing.T) {
 	go stop()
 	until(t, func() bool { return get(t, a, "/readyz").status == http.StatusServiceUnavailable }, "readyz says no")
 	require.Contains(t, get(t, a, "/readyz").body, "The server is stopping")
+	require.Zero(t, metric(t, "http://"+a.listener.Addr().String(), "orderd_ready"))
 	require.Equal(t, "Processing", statusOf(t, a, id))
 	late := place(t, a, "u", "x")
 	got := arrived(t, later(t.Context(), a, id, "60"))
@@ -2399,8 +2596,8 @@ func TestMetricsText(t *testing.T) {
 
 	kinds, samples := map[string]string{}, map[string]float64{}
 	helped, family := "", ""
-	comment := regexp.MustCompile(`^# (HELP|TYPE) (orderd_[a-z_]+) (.+)$`)
-	sample := regexp.MustCompile(`^(orderd_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
+	comment := regexp.MustCompile(`^# (HELP|TYPE) ((?:orderd|process|go)_[a-z_]+) (.+)$`)
+	sample := regexp.MustCompile(`^((?:orderd|process|go)_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
 	for line := range strings.Lines(text) {
 		line = strings.TrimSuffix(line, "\n")
 		if m := comment.FindStringSubmatch(line); m != nil && m[1] == "HELP" {
@@ -2425,8 +2622,9 @@ func TestMetricsText(t *testing.T) {
 		require.NotContains(t, samples, m[1]+m[2], "a sample is given once")
 		samples[m[1]+m[2]] = value
 	}
+	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
 	require.Equal(t, map[string]string{
-		"orderd_orders_processed_total": "counter", "orderd_average_processing_seconds": "gauge", "orderd_orders_accepted_total": "counter",
+		"orderd_orders_processed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
 		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
 		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge", "orderd_attempts_failed_total": "counter",
 		"orderd_cache_entries": "gauge", "orderd_cache_hits_total": "counter", "orderd_cache_misses_total": "counter",
@@ -2474,10 +2672,11 @@ var everyRoute = []struct {
 	method, path, body string
 	status             int
 	contentType        string
-	open               bool // without a token
+	open               bool // to everyone: without a token, and from pages of other sites
+	public             bool // without a token only
 }{
 	{method: "GET", path: "/", status: 200, contentType: "text/html; charset=UTF-8", open: true},
-	{method: "GET", path: "/openapi.json", status: 200, contentType: "application/json"},
+	{method: "GET", path: "/openapi.json", status: 200, contentType: "application/json", public: true},
 	{method: "POST", path: "/orders", body: exampleOrder, status: 201, contentType: "application/json"},
 	{method: "GET", path: "/orders", status: 200, contentType: "application/json"},
 	{method: "GET", path: "/orders/ID", status: 200, contentType: "application/json"},
@@ -2529,13 +2728,238 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// makeCertificate writes a pair for orders.example.com and localhost into dir,
+// signed by itself, and returns its serial number.
+func makeCertificate(t *testing.T, dir string) (certFile, keyFile, serial string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	require.NoError(t, err)
+	text := x509.Certificate{SerialNumber: big.NewInt(rand.Int64()), DNSNames: []string{"orders.example.com", "localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	signed, err := x509.CreateCertificate(cryptorand.Reader, &text, &text, key.Public(), key)
+	require.NoError(t, err)
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	require.NoError(t, os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: signed}), 0o600))
+	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600))
+	return certFile, keyFile, text.SerialNumber.String()
+}
+
+// clientOf trusts the certificate in a file, and takes every name for addr.
+func clientOf(t *testing.T, certFile, addr string) *http.Client {
+	t.Helper()
+	text, err := os.ReadFile(certFile)
+	require.NoError(t, err)
+	roots := x509.NewCertPool()
+	require.True(t, roots.AppendCertsFromPEM(text))
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: dial, ForceAttemptHTTP2: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+func TestHTTPS(t *testing.T) {
+	t.Parallel()
+	dir, files := t.TempDir(), t.TempDir()
+	certFile, keyFile, serial := makeCertificate(t, files)
+	cfg := testConfig(dir)
+	cfg.certFile, cfg.keyFile = certFile, keyFile
+	stderr := &transcript{}
+	a, err := openApp(cfg, stderr)
+	require.NoError(t, err)
+	require.NoError(t, a.start())
+	stop := serveTestApp(t, a)
+	addr := a.listener.Addr().String()
+	require.Contains(t, stderr.String(), "orderd is open at https://"+addr+"\n")
+
+	client := clientOf(t, certFile, addr)
+	for _, path := range []string{"/", "/metrics"} {
+		got := exchange(t.Context(), client, "https://localhost", http.MethodGet, path, nil, "")
+		requireGood(t, http.MethodGet, path, got)
+		require.Equal(t, http.StatusOK, got.status)
+	}
+	created := exchange(t.Context(), client, "https://localhost", http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(t, http.StatusCreated, created.status)
+	require.Equal(t, http.StatusBadRequest, send(t.Context(), addr, http.MethodGet, "/livez", nil, "").status, "plain HTTP")
+
+	// served is the serial number of the certificate that a new connection gets.
+	served := func() string {
+		conn, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true})
+		require.NoError(t, err)
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
+	}
+	// wait lets the time pass until the files are looked at again.
+	wait := func() {
+		c := a.cfg.server.certificate
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.read = c.read.Add(-renewEvery)
+	}
+	require.Less(t, renewEvery, 10*time.Second)
+	require.Equal(t, serial, served())
+	_, _, renewed := makeCertificate(t, files)
+	a.cfg.server.certificate.read = time.Now()
+	require.Equal(t, serial, served(), "not looked at yet")
+	wait()
+	require.Equal(t, renewed, served())
+
+	spoil := func(file, text string) {
+		require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+		for range 3 { // is logged once
+			wait()
+			require.Equal(t, renewed, served())
+		}
+	}
+	good, err := os.ReadFile(keyFile)
+	require.NoError(t, err)
+	_, otherKey, _ := makeCertificate(t, t.TempDir())
+	other, err := os.ReadFile(otherKey)
+	require.NoError(t, err)
+	spoil(keyFile, "")
+	spoil(keyFile, string(good))
+	spoil(keyFile, "") // is logged again
+	spoil(keyFile, string(other))
+	require.NoError(t, os.Remove(certFile))
+	wait()
+	require.Equal(t, renewed, served())
+	_, _, last := makeCertificate(t, files)
+	wait()
+	require.Equal(t, last, served())
+	stop()
+	require.Len(t, logged(t, dir, "the certificate cannot be renewed; the one before stays in use"), 4)
+}
+
+// TestBehindNginx runs the configuration that the README shows.
+func TestBehindNginx(t *testing.T) {
+	t.Parallel()
+	needs(t, "nginx")
+	gate := make(chan struct{})
+	dir, files := t.TempDir(), t.TempDir()
+	a, stop := openTestApp(t, dir, func(c *config) {
+		c.server.token, c.server.readToken, c.server.names, c.drain = "s3cret", "r3ad", []string{"orders.example.com"}, 0
+		c.pool.work = hold(gate)
+	}, nil)
+	release := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(release)
+	certFile, keyFile, _ := makeCertificate(t, files)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	addr := free.Addr().String()
+	free.Close()
+
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	_, shown, _ := strings.Cut(string(readme), "\n```nginx\n")
+	shown, _, _ = strings.Cut(shown, "\n```\n")
+	require.Equal(t, 1, strings.Count(shown, "127.0.0.1:8080"), shown)
+	shown = strings.Replace(shown, "127.0.0.1:8080", a.listener.Addr().String(), 1)
+	server := fmt.Sprintf("server {\nlisten %s ssl;\nserver_name orders.example.com;\nssl_certificate %s;\nssl_certificate_key %s;\n%s\n}\n", addr, certFile, keyFile, shown)
+	around := "daemon off; pid nginx.pid;\nevents {}\nhttp {\naccess_log off;\n"
+	if os.Geteuid() == 0 {
+		around = "user root;\n" + around
+	}
+	for _, name := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		around += name + "_temp_path " + name + ";\n"
+	}
+	require.NoError(t, os.WriteFile(files+"/nginx.conf", []byte(around+server+"}\n"), 0o600))
+	nginx, output := exec.Command("nginx", "-e", "stderr", "-p", files, "-c", files+"/nginx.conf"), &transcript{}
+	nginx.Stderr, nginx.WaitDelay = output, 5*time.Second
+	require.NoError(t, nginx.Start())
+	ended := make(chan struct{})
+	go func() {
+		nginx.Wait()
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		nginx.Process.Signal(syscall.SIGTERM)
+		<-ended
+	})
+	until(t, func() bool {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}, output)
+
+	client := clientOf(t, certFile, addr)
+	const base, trace = "https://orders.example.com", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	ask := func(method, path, body string, names ...string) answer {
+		header := http.Header{"Content-Type": {"application/json"}, "X-Forwarded-For": {"203.0.113.9"}, "Traceparent": {trace}}
+		for i := 0; i < len(names); i += 2 {
+			header.Set(names[i], names[i+1])
+		}
+		got := exchange(t.Context(), client, base, method, path, header, body)
+		requireGood(t, method, path, got)
+		return got
+	}
+	page := ask("GET", "/", "")
+	require.Equal(t, string(pageHTML), page.body)
+	require.Equal(t, pagePolicy, page.header.Get("Content-Security-Policy"))
+	require.Equal(t, http.StatusUnauthorized, ask("POST", "/orders", exampleOrder).status)
+	require.Equal(t, http.StatusForbidden, ask("POST", "/orders", exampleOrder, "Authorization", "Bearer r3ad").status)
+	created := ask("POST", "/orders", exampleOrder, "Authorization", "Bearer s3cret", "Idempotency-Key", "k")
+	require.Equal(t, http.StatusCreated, created.status)
+	location := created.header.Get("Location")
+	require.Regexp(t, `^/orders/\w{26}$`, location)
+	require.Equal(t, "true", ask("POST", "/orders", exampleOrder, "Authorization", "Bearer s3cret", "Idempotency-Key", "k").header.Get("Idempotent-Replayed"))
+	require.Equal(t, http.StatusRequestEntityTooLarge, ask("POST", "/orders", strings.Repeat(" ", maxBody+1), "Authorization", "Bearer s3cret").status)
+	for path, status := range map[string]int{"/orders?limit=1": 200, location: 200, location + "?view=full": 200, "/%6frders": 200, "/nowhere": 404, "/metrics": 200, "/openapi.json": 200} {
+		require.Equal(t, status, ask("GET", path, "", "Authorization", "Bearer r3ad").status, path)
+	}
+	require.Equal(t, http.StatusMisdirectedRequest, ask("GET", "/livez", "", "Host", "localhost.example").status)
+
+	seconds := 1
+	if *long {
+		seconds = 60
+	}
+	began := time.Now()
+	got := ask("GET", location, "", "Authorization", "Bearer r3ad", "Prefer", fmt.Sprintf("wait=%d", seconds))
+	require.GreaterOrEqual(t, time.Since(began), time.Duration(seconds)*time.Second)
+	require.Equal(t, http.StatusOK, got.status, got.body)
+	require.Equal(t, "Processing", decoded[map[string]string](t, got.body)["status"])
+
+	waits := func(ctx context.Context) <-chan answer {
+		answers := make(chan answer, 1)
+		go func() {
+			answers <- exchange(ctx, client, base, "GET", location, http.Header{"Authorization": {"Bearer r3ad"}, "Prefer": {"wait=60"}}, "")
+		}()
+		until(t, func() bool { return waiting(a) == 1 })
+		return answers
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	left := waits(ctx)
+	cancel()
+	require.ErrorIs(t, (<-left).err, context.Canceled)
+	until(t, func() bool { return watchers(a) == 0 }, "nginx hangs up for a client that has")
+	answers := waits(t.Context())
+	release()
+	got = arrived(t, answers)
+	require.Equal(t, "Completed", decoded[map[string]string](t, got.body)["status"])
+	require.Equal(t, "wait=60", got.header.Get("Preference-Applied"))
+	stop()
+	for _, line := range logged(t, dir, "request") {
+		require.Equal(t, "127.0.0.1", line["client"], "whom nginx saw, not what the client said, and not nginx")
+		if line["path"] == "/" {
+			require.Equal(t, trace, line["traceparent"])
+		}
+	}
+}
+
 func TestHost(t *testing.T) {
 	t.Parallel()
 	loopback := newTestApp(t, nil)
-	anywhere := newTestApp(t, func(c *config) { c.addr = "0.0.0.0:0" })
+	named := newTestApp(t, func(c *config) { c.server.names = []string{"orders.example", "example.com"} })
+	anywhere := newTestApp(t, func(c *config) { c.addr, c.server.names = "0.0.0.0:0", []string{"orders.example"} })
 	for _, test := range []struct {
 		host   string
-		status int // on loopback
+		status int  // on loopback
+		named  bool // by -host
 	}{
 		{host: "localhost", status: 200},
 		{host: "localhost:8080", status: 200},
@@ -2543,8 +2967,10 @@ func TestHost(t *testing.T) {
 		{host: "127.0.0.1:1", status: 200},
 		{host: "[::1]", status: 200},
 		{host: "[::1]:8080", status: 200},
-		{host: "orders.example", status: 421},
-		{host: "example.com:8080", status: 421},
+		{host: "orders.example", status: 421, named: true},
+		{host: "example.com:8080", status: 421, named: true},
+		{host: "Example.COM", status: 421, named: true},
+		{host: "www.example.com", status: 421},
 		{host: "localhost.example.com", status: 421},
 		{host: "127.0.0.1.example.com", status: 421},
 		{host: "192.0.2.1", status: 421},
@@ -2558,6 +2984,8 @@ func TestHost(t *testing.T) {
 			}
 			order := call(t, loopback, http.MethodGet, "/orders/01M82P53T20003ZZE2RJ5B5TRM", http.Header{"Host": {test.host}}, "")
 			require.Equal(t, map[int]int{200: 404, 421: 421}[test.status], order.status)
+			got := call(t, named, http.MethodGet, "/orders", http.Header{"Host": {test.host}}, "")
+			require.Equal(t, test.status == 200 || test.named, got.status == 200, got.body)
 			require.Equal(t, 200, call(t, anywhere, http.MethodGet, "/orders", http.Header{"Host": {test.host}}, "").status)
 		})
 	}
@@ -2565,7 +2993,7 @@ func TestHost(t *testing.T) {
 
 func TestToken(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, func(c *config) { c.token = "s3cret" })
+	a := newTestApp(t, func(c *config) { c.server.token, c.server.readToken = "s3cret", "r3ad" })
 	header := func(authorization ...string) http.Header {
 		return http.Header{"Content-Type": {"application/json"}, "Authorization": authorization}
 	}
@@ -2578,7 +3006,7 @@ func TestToken(t *testing.T) {
 			for _, wrong := range [][]string{nil, {""}, {"Bearer"}, {"Bearer "}, {"Bearer s3cre"}, {"Bearer s3crets"}, {"Bearer S3CRET"},
 				{"s3cret"}, {"Basic s3cret"}, {"Bearer  s3cret"}} {
 				got := call(t, a, r.method, path, header(wrong...), r.body)
-				if r.open {
+				if r.open || r.public {
 					require.Equal(t, r.status, got.status)
 					continue
 				}
@@ -2586,8 +3014,29 @@ func TestToken(t *testing.T) {
 				require.Regexp(t, `^Bearer\b`, got.header.Get("WWW-Authenticate"))
 				require.NotContains(t, got.body, "s3cret")
 			}
+			accepted := a.store.totals().accepted
+			got := call(t, a, r.method, path, header("bearer r3ad"), r.body)
+			if r.method == http.MethodGet {
+				require.Equal(t, r.status, got.status)
+				require.Equal(t, r.status, call(t, a, http.MethodHead, path, header("Bearer r3ad"), "").status)
+			} else {
+				require.Equal(t, http.StatusForbidden, got.status)
+				require.Contains(t, got.body, "This token may only read")
+				require.Equal(t, accepted, a.store.totals().accepted)
+			}
 		})
 	}
+	t.Run("the read token does what is harmless", func(t *testing.T) {
+		for method, status := range map[string]int{"OPTIONS": 204, "PUT": 403, "DELETE": 403, "BREW": 403} {
+			require.Equal(t, status, call(t, a, method, "/orders", header("Bearer r3ad"), "").status, method)
+		}
+	})
+	t.Run("without a read token nobody has it", func(t *testing.T) {
+		a := newTestApp(t, func(c *config) { c.server.token = "s3cret" })
+		for _, wrong := range []string{"", "Bearer", "Bearer "} {
+			require.Equal(t, http.StatusUnauthorized, call(t, a, http.MethodGet, "/orders", header(wrong), "").status)
+		}
+	})
 	t.Run("what is not there is not told apart", func(t *testing.T) {
 		require.Equal(t, http.StatusUnauthorized, get(t, a, "/nowhere").status)
 		require.Equal(t, http.StatusUnauthorized, get(t, a, "/orders/1").status)
@@ -2595,9 +3044,119 @@ func TestToken(t *testing.T) {
 	})
 }
 
+func TestPagesOfOtherSites(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	for _, r := range everyRoute {
+		for site, refused := range map[string]bool{"cross-site": !r.open, "same-site": false, "same-origin": false, "none": false} {
+			t.Run(r.method+" "+r.path+" from "+site, func(t *testing.T) {
+				header := http.Header{"Content-Type": {"application/json"}, "Sec-Fetch-Site": {site}, "Sec-Fetch-Mode": {"no-cors"}}
+				accepted := a.store.totals().accepted
+				got := call(t, a, r.method, strings.Replace(r.path, "ID", id, 1), header, r.body)
+				if refused {
+					require.Equal(t, http.StatusForbidden, got.status)
+					require.Equal(t, accepted, a.store.totals().accepted)
+				} else {
+					require.Equal(t, r.status, got.status)
+				}
+			})
+		}
+	}
+}
+
+// TestOneResourceUnderEveryName asks for the same by names that RFC 3986,
+// section 6.2, calls equivalent.
+func TestOneResourceUnderEveryName(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	id := place(t, a, "u", "i")
+	encoded := ""
+	for _, c := range []byte(id) {
+		encoded += fmt.Sprintf("%%%02x", c)
+	}
+	for _, test := range []struct {
+		target string // of the request line
+		status int
+	}{
+		{target: "/%6frders", status: 200},
+		{target: "/%6Frders?limit=1", status: 200},
+		{target: "/orders/" + encoded, status: 200},
+		{target: "/%6f%72ders/" + encoded + "?view=full", status: 200},
+		{target: "http://localhost", status: 200},
+		{target: "http://localhost?x=1", status: 200},
+		{target: "http://localhost/%6frders", status: 200},
+		{target: "/orders%2F" + id, status: 404},
+		{target: "/orders/%2e%2e/metrics", status: 404},
+		{target: "/%2Forders", status: 404},
+		{target: "//orders", status: 404},
+		{target: "/orders/" + id + "%3F", status: 404},
+		{target: "/orders%00", status: 404},
+		{target: "/orders/%", status: 400},
+	} {
+		t.Run(test.target, func(t *testing.T) {
+			_, answers := dialed(t, a, "GET "+test.target+" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+			response, err := http.ReadResponse(answers, nil)
+			require.NoError(t, err)
+			defer response.Body.Close()
+			require.Equal(t, test.status, response.StatusCode)
+		})
+	}
+}
+
+func TestClientInTheRequestLog(t *testing.T) {
+	t.Parallel()
+	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	peer := regexp.MustCompile(`^127\.0\.0\.1:\d+$`)
+	for _, test := range []struct {
+		name      string
+		names     []string // from -host
+		addr      string
+		header    http.Header
+		client    string // the peer, if empty
+		traceless bool
+	}{
+		{name: "without a proxy the header means nothing", header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}},
+		{name: "a proxy adds the address", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}, client: "192.0.2.1"},
+		{name: "what comes before was made up", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"203.0.113.9, 10.0.0.1 , 192.0.2.1 "}}, client: "192.0.2.1"},
+		{name: "in a header before, too", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"203.0.113.9", "2001:DB8::1"}}, client: "2001:db8::1"},
+		{name: "on every address of this machine", names: []string{"a"}, addr: "0.0.0.0:0", header: http.Header{"X-Forwarded-For": {"192.0.2.1"}}, client: "192.0.2.1"},
+		{name: "a zone is none of ours", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"fe80::1%<any\">"}}, client: "fe80::1"},
+		{name: "no header", names: []string{"a"}},
+		{name: "an empty header", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {""}}},
+		{name: "an empty element", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1,"}}},
+		{name: "a name", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1, unknown"}}},
+		{name: "a port", names: []string{"a"}, header: http.Header{"X-Forwarded-For": {"192.0.2.1:80"}}},
+		{name: "a trace without a proxy", header: http.Header{"Traceparent": {trace}}},
+		{name: "a trace that is none", header: http.Header{"Traceparent": {trace + " " + trace}}, traceless: true},
+		{name: "an old trace", header: http.Header{"Traceparent": {"00-0AF7651916CD43DD8448EB211C80319C-B7AD6B7169203331-01"}}, traceless: true},
+		{name: "two traces", header: http.Header{"Traceparent": {trace, trace}}, traceless: true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			a, stop := openTestApp(t, dir, func(c *config) { c.server.names, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
+			call(t, a, http.MethodGet, "/livez", test.header, "")
+			stop()
+			lines := logged(t, dir, "request")
+			require.Len(t, lines, 1)
+			if test.client == "" {
+				require.Regexp(t, peer, lines[0]["client"])
+			} else {
+				require.Equal(t, test.client, lines[0]["client"])
+			}
+			if test.header["Traceparent"] == nil || test.traceless {
+				require.NotContains(t, lines[0], "traceparent")
+			} else {
+				require.Equal(t, trace, lines[0]["traceparent"])
+			}
+		})
+	}
+}
+
 func TestRequestLog(t *testing.T) {
 	t.Parallel()
-	a, stop := openTestApp(t, t.TempDir(), func(c *config) { c.token, c.log.level = "s3cret", slog.LevelDebug },
+	a, stop := openTestApp(t, t.TempDir(), func(c *config) { c.server.token, c.log.level = "s3cret", slog.LevelDebug },
 		func(a *app) { a.store.cache = nil }) // GET /orders/:order_id panics
 	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"},
 		"X-Forwarded-For": {"203.0.113.9"}, "X-Real-Ip": {"203.0.113.9"}, "Forwarded": {"for=203.0.113.9"}}
@@ -4133,7 +4692,6 @@ func TestThePoolPausesAsLongAsTheEndpointAsks(t *testing.T) {
 	awaitRest(t, a, 0, 10)
 	seen := e.seen()
 	require.GreaterOrEqual(t, seen[1].at.Sub(seen[0].at), 2*time.Second-100*time.Millisecond) // it saw the first before it answered
-	require.NotEqual(t, seen[0].id, seen[1].id, "another order shows whether it was this one's trouble only")
 	checkInvariants(t, a)
 }
 
@@ -4515,6 +5073,36 @@ x_seconds_count 8
 	})
 }
 
+// TestProcessFigures compares them with what the system tells of the process.
+func TestProcessFigures(t *testing.T) {
+	t.Parallel()
+	needs(t, "sh")
+	before := time.Now()
+	p := startWrapped(t, []string{"sh", "-c", `ulimit -n 200; exec "$@"`, "sh"}, t.TempDir(), nil)
+	figure := func(name string) float64 { return metric(t, p.url(), name) }
+	require.InDelta(t, float64(before.Unix()), figure("process_start_time_seconds"), time.Since(before).Seconds()+1)
+	require.GreaterOrEqual(t, figure("go_goroutines"), 10.0)
+	require.Equal(t, 1.0, figure(fmt.Sprintf(`go_info{version="%s"}`, runtime.Version())))
+	require.Equal(t, 1.0, figure("orderd_ready"))
+	if _, err := os.Stat("/proc/self/fd"); err != nil {
+		t.Skip("needs /proc: ", err)
+	}
+	require.Equal(t, 200.0, figure("process_max_fds"))
+	for range 20 {
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		defer conn.Close()
+	}
+	persist(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid))
+	require.NoError(t, err)
+	require.InDelta(t, len(open), figure("process_open_fds"), 1)
+	newJournal("load", 0).place(t, p.url(), 300)
+	used, _ := p.cpu()
+	require.InDelta(t, used.Seconds(), figure("process_cpu_seconds_total"), 0.5)
+	require.InEpsilon(t, p.residentMB(t)*(1<<20), figure("process_resident_memory_bytes"), 0.2)
+}
+
 func TestPrometheusTextIsValid(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
@@ -4700,17 +5288,21 @@ func parsePrometheus(text string) (map[string]float64, error) {
 // openTestLog opens a log in a new directory.
 func openTestLog(t *testing.T) (l *logger, path string) {
 	t.Helper()
-	o := logOptions{file: filepath.Join(t.TempDir(), "logs", "orderd.log"), maxMB: 1, backups: 2, days: 1}
+	o := testLogOptions(t)
 	l, err := openLog(o, io.Discard)
 	require.NoError(t, err)
 	return l, o.file
 }
 
+func testLogOptions(t *testing.T) logOptions {
+	return logOptions{file: filepath.Join(t.TempDir(), "logs", "orderd.log"), maxMB: 1, backups: 2}
+}
+
 // flushed reports whether no line waits.
-func (l *logger) flushed() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.buffer) == 0
+func (b *lineBuffer) flushed() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.buffer) == 0
 }
 
 func TestLogRotation(t *testing.T) {
@@ -4739,9 +5331,10 @@ func TestLogRotation(t *testing.T) {
 			if info, err := e.Info(); err == nil {
 				sizes += info.Size()
 			}
-			if strings.HasSuffix(e.Name(), ".log.gz") {
+			switch filepath.Ext(e.Name()) {
+			case ".gz":
 				packed++
-			} else {
+			case ".log":
 				plain++
 			}
 		}
@@ -4768,25 +5361,222 @@ func TestLogRotation(t *testing.T) {
 	}
 }
 
-func TestLogFileIsMadeAnew(t *testing.T) {
+// TestLogFileMoved moves the file away in every way, each time in the middle of
+// a write. The write after that must follow the name.
+func TestLogFileMoved(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
-		t.Skip("an open file cannot be deleted there")
+		t.Skip("an open file cannot be moved there")
 	}
-	l, path := openTestLog(t)
-	written := func(text string) func() bool {
-		return func() bool {
-			content, err := os.ReadFile(path)
-			return err == nil && strings.Contains(string(content), text)
+	o := testLogOptions(t)
+	f, err := openLogFile(o)
+	require.NoError(t, err)
+	kept, written := t.TempDir(), 0
+	write := func() {
+		_, err := fmt.Fprintln(f, written)
+		require.NoError(t, err)
+		written++
+	}
+	ways := []func(away string) error{
+		func(away string) error { return os.Rename(o.file, away) },
+		func(away string) error { return os.Rename(filepath.Dir(o.file), away) },
+		func(away string) error { // logrotate's "create"
+			err := os.Rename(o.file, away)
+			made, createErr := os.OpenFile(o.file, os.O_CREATE|os.O_WRONLY, 0o600)
+			return errors.Join(err, createErr, made.Close())
+		},
+	}
+	write()
+	for i := range 900 {
+		moved := make(chan error)
+		go func() {
+			for range i % 20 { // another moment each time
+				runtime.Gosched()
+			}
+			moved <- ways[i%len(ways)](filepath.Join(kept, strconv.Itoa(i)))
+		}()
+		write()
+		require.NoError(t, <-moved)
+		write()
+		require.True(t, strings.HasSuffix(bytesOf(t, o.file), fmt.Sprintln(written-1)), "round %d", i)
+	}
+	require.NoError(t, f.close())
+	found := strings.Fields(bytesOf(t, o.file))
+	require.NoError(t, filepath.WalkDir(kept, func(path string, entry fs.DirEntry, err error) error {
+		if entry.Type().IsRegular() && filepath.Ext(path) != ".gz" {
+			found = append(found, strings.Fields(bytesOf(t, path))...)
+		}
+		return err
+	}))
+	slices.Sort(found)
+	require.Len(t, slices.Compact(found), written, "every line is somewhere")
+}
+
+// TestLogRefuses what is not a file that the log may rotate, and leaves it as
+// it was.
+func TestLogRefuses(t *testing.T) {
+	t.Parallel()
+	const stream = `: it is not a regular file \("-log -" logs to stderr, "-log - 2>\S+" nowhere\); choose another with -log$`
+	const own = `: it is orderd's own orders\.db; choose another with -log$`
+	link := func(t *testing.T, err error) {
+		if err != nil {
+			t.Skip("cannot make links: ", err)
 		}
 	}
-	l.Warn("before")
-	until(t, written("before"))
+	for _, test := range []struct {
+		name  string
+		there bool // orders.db is
+		log   func(t *testing.T, dir string) string
+		says  string
+	}{
+		{name: "a device", says: stream, log: func(*testing.T, string) string { return os.DevNull }},
+		{name: "a directory", says: stream, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data") }},
+		{name: "a pipe", says: stream, log: func(t *testing.T, dir string) string {
+			needs(t, "mkfifo")
+			require.NoError(t, exec.Command("mkfifo", filepath.Join(dir, "pipe")).Run())
+			return filepath.Join(dir, "pipe")
+		}},
+		{name: "a link to a file", says: stream, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink(filepath.Join(dir, "file"), filepath.Join(dir, "link")))
+			return filepath.Join(dir, "link")
+		}},
+		{name: "a link to nothing", says: stream, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink(filepath.Join(dir, "nothing"), filepath.Join(dir, "link")))
+			return filepath.Join(dir, "link")
+		}},
+		{name: "orders.db", says: own, there: true, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
+		{name: "orders.db to be", says: own, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
+		{name: "orders.db with a slash behind", says: own, log: func(_ *testing.T, dir string) string { return dir + "/data/orders.db/" }},
+		{name: "orders.db in capitals, to be", says: `: it is orderd's own orders\.db;`, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "ORDERS.DB") }},
+		{name: "orders.db by a hard link", says: own, there: true, log: func(t *testing.T, dir string) string {
+			link(t, os.Link(filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "orders.log")))
+			return filepath.Join(dir, "orders.log")
+		}},
+		{name: "orders.db by another way", says: own, there: true, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink("data", filepath.Join(dir, "way")))
+			return filepath.Join(dir, "way", "..", "way", "orders.db")
+		}},
+		{name: "orders.db to be, by another way", says: own, log: func(t *testing.T, dir string) string {
+			link(t, os.Symlink("data", filepath.Join(dir, "way")))
+			return dir + "/way/./orders.db"
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			orders := filepath.Join(dir, "data", "orders.db")
+			require.NoError(t, os.Mkdir(filepath.Dir(orders), 0o700))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), []byte("text"), 0o600))
+			if test.there {
+				require.NoError(t, os.WriteFile(orders, []byte("orders"), 0o600))
+			}
+			log := test.log(t, dir)
+			listed := func() (found []string) {
+				require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+					text := ""
+					if entry.Type().IsRegular() {
+						text = bytesOf(t, path)
+					}
+					found = append(found, fmt.Sprint(path, entry.Type(), text))
+					return err
+				}))
+				return found
+			}
+			before := listed()
+			_, err := openLog(logOptions{file: log, maxMB: 1, taken: []string{filepath.Join(dir, "data", "metrics.db"), orders}}, io.Discard)
+			require.Regexp(t, `^cannot write the log file `+regexp.QuoteMeta(log)+test.says, err)
+			require.Equal(t, before, listed())
+		})
+	}
+}
+
+// TestLogBecomesALink where it was a file: its lines are dropped, and what the
+// link leads to is left alone.
+func TestLogBecomesALink(t *testing.T) {
+	t.Parallel()
+	needsUnix(t)
+	l, path := openTestLog(t)
+	other := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(other, []byte("text"), 0o600))
 	require.NoError(t, os.Remove(path))
-	l.Warn("after")
-	until(t, written("after"))
+	require.NoError(t, os.Symlink(other, path))
+	l.Info("dropped")
+	until(t, func() bool { return l.dropped.Load() == 1 })
+	require.NoError(t, os.Remove(path))
+	l.Info("written")
 	require.NoError(t, l.close())
-	require.Zero(t, l.dropped.Load())
+	require.Equal(t, "written", decoded[map[string]any](t, bytesOf(t, path))["msg"])
+	require.Equal(t, "text", bytesOf(t, other))
+}
+
+func TestLogHasOneWriter(t *testing.T) {
+	t.Parallel()
+	o := testLogOptions(t)
+	refused := `^cannot write the log file \S+: another orderd uses it; choose another with -log$`
+	l, err := openLog(o, io.Discard)
+	require.NoError(t, err)
+	again := o
+	for _, path := range []string{o.file, filepath.Join(filepath.Dir(o.file), "..", "logs", "orderd.log")} {
+		again.file = path
+		_, err = openLog(again, io.Discard)
+		require.Regexp(t, refused, err)
+	}
+	name := "other #1%20?.log"
+	if runtime.GOOS == "windows" {
+		name = "other #1%20.log"
+	}
+	again.file = filepath.Join(filepath.Dir(o.file), name)
+	beside, err := openLog(again, io.Discard)
+	require.NoError(t, err, "another name in the same directory")
+	require.NoError(t, beside.close())
+	found, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*"))
+	require.NoError(t, err)
+	for i := range found {
+		found[i] = filepath.Base(found[i])
+	}
+	require.ElementsMatch(t, []string{"orderd.log", ".orderd.log.lock", name, "." + name + ".lock"}, found)
+	require.NoError(t, l.close())
+	require.Equal(t, "", bytesOf(t, o.file), "who was refused wrote nothing")
+	l, err = openLog(o, io.Discard)
+	require.NoError(t, err, "it is free again")
+	require.NoError(t, l.close())
+	const rounds, most = 5, 8
+	for range rounds {
+		opened := make(chan *logger, most)
+		for range most {
+			go func() {
+				l, _ := openLog(o, io.Discard)
+				opened <- l
+			}()
+		}
+		var winners []*logger
+		for range most {
+			if l := <-opened; l != nil {
+				winners = append(winners, l)
+			}
+		}
+		require.Len(t, winners, 1, "of those that start at once")
+		require.NoError(t, winners[0].close())
+	}
+}
+
+// TestLogStaysLockedWhileAnOldFileIsCompressed gives lumberjack an old file that
+// it cannot read to the end: a pipe.
+func TestLogStaysLockedWhileAnOldFileIsCompressed(t *testing.T) {
+	t.Parallel()
+	needs(t, "mkfifo")
+	o := testLogOptions(t)
+	old := filepath.Join(filepath.Dir(o.file), "orderd-2026-01-01T00-00-00.000.log")
+	require.NoError(t, os.Mkdir(filepath.Dir(o.file), 0o700))
+	require.NoError(t, exec.Command("mkfifo", old).Run())
+	l, err := openLog(o, io.Discard)
+	require.NoError(t, err)
+	require.NoError(t, l.close())
+	_, err = openLog(o, io.Discard)
+	require.ErrorIs(t, err, errLocked)
+	pipe, err := os.OpenFile(old, os.O_RDWR, 0)
+	require.NoError(t, err)
+	require.NoError(t, pipe.Close()) // lumberjack reads its end
 }
 
 // brokenWriter refuses or holds what it is given.
@@ -4866,15 +5656,96 @@ func TestLogBufferFull(t *testing.T) {
 	require.Equal(t, dropped, l.dropped.Load())
 }
 
+// TestLogCountsOnlyTheLinesNotWritten where a write ends in the middle.
+func TestLogCountsOnlyTheLinesNotWritten(t *testing.T) {
+	t.Parallel()
+	var out transcript
+	b := &lineBuffer{out: writerFunc(func(text []byte) (int, error) {
+		n := bytes.IndexByte(text, '\n') + 3
+		out.Write(text[:n])
+		return n, errors.New("no space left on device")
+	}), notices: io.Discard}
+	b.Write([]byte("written\n"))
+	b.Write([]byte("half of it\n"))
+	b.Write([]byte("none of it\n"))
+	b.flush()
+	require.Equal(t, "written\nha", out.String())
+	require.EqualValues(t, 2, b.dropped.Load())
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(text []byte) (int, error) { return f(text) }
+
+// TestLogOnStderr also lets stderr fail for a while: no plain line may follow.
 func TestLogOnStderr(t *testing.T) {
 	t.Parallel()
-	var stderr transcript
-	l, err := openLog(logOptions{file: logToStderr, level: slog.LevelWarn}, &stderr)
+	var full atomic.Bool
+	full.Store(true)
+	stderr := &brokenWriter{broken: func() error {
+		if full.Load() {
+			return errors.New("no space left on device")
+		}
+		return nil
+	}}
+	l, err := openLog(logOptions{file: logToStderr, level: slog.LevelWarn}, stderr)
 	require.NoError(t, err)
+	l.Warn("dropped")
+	until(t, func() bool { return l.dropped.Load() == 1 })
+	full.Store(false)
 	l.Info("unimportant")
 	l.Warn("important")
 	require.NoError(t, l.close())
 	require.Equal(t, "important", decoded[map[string]any](t, stderr.String())["msg"])
+	require.NoDirExists(t, logToStderr)
+}
+
+// TestStderrIsJSONWhereItIsTheLog, from the start to the sentence at the end.
+func TestStderrIsJSONWhereItIsTheLog(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
+	for _, test := range []struct {
+		name     string
+		args     []string
+		code     int
+		messages []string
+		reason   string
+	}{
+		{name: "served", messages: []string{"started", warning, "stopping", "stopped"}},
+		{name: "not started", args: []string{"-data", file}, code: 1, messages: []string{"not started"}, reason: "choose another with -data"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var stderr transcript
+			code := make(chan int, 1)
+			go func() {
+				args := append([]string{"-addr", ":0", "-data", t.TempDir(), "-log", "-"}, test.args...)
+				code <- exitCode(run(ctx, args, nil, io.Discard, &stderr), &stderr)
+			}()
+			last := test.messages[len(test.messages)-1]
+			until(t, func() bool {
+				text := stderr.String()
+				if strings.Contains(text, `"started"`) {
+					cancel()
+				}
+				return strings.Contains(text, `"`+last+`"`)
+			})
+			require.Equal(t, test.code, <-code)
+			var messages []string
+			for line := range strings.Lines(stderr.String()) {
+				entry := decoded[map[string]any](t, line)
+				messages = append(messages, entry["msg"].(string))
+				if test.reason != "" {
+					require.Contains(t, entry["error"], test.reason)
+				}
+			}
+			require.Equal(t, test.messages, messages)
+		})
+	}
 }
 
 // ---- the oracle: what clients know, against what the service says ----
@@ -6098,7 +6969,7 @@ func TestStartIsRefused(t *testing.T) {
 		{"metrics.db is read-only", stopped, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
 		{"metrics.db is read-only after kill -9", killed, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; "},
 		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
-		{"a data directory without write permission", stopped, mode("data", 0o500), "cannot write to the data directory: .*; check the owner and mode"},
+		{"a data directory without write permission", stopped, mode("data", 0o500), "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
 		{"a place for the data without write permission", stopped, func(t *testing.T, dir string) []string {
 			mode("data", 0o500)(t, dir)
 			return []string{"-data", filepath.Join(dir, "data", "deeper")}
@@ -6106,13 +6977,35 @@ func TestStartIsRefused(t *testing.T) {
 		{"a log directory without write permission", stopped, func(t *testing.T, dir string) []string {
 			require.NoError(t, os.Remove(filepath.Join(dir, "logs", "orderd.log")))
 			return mode("logs", 0o500)(t, dir)
-		}, "cannot write the log file .*: .*; choose another with -log"},
+		}, "cannot write the log file .*; choose another with -log"},
 		{"the data directory is a file", stopped, func(t *testing.T, dir string) []string {
 			return []string{"-data", filepath.Join(dir, "data", "orders.db")}
 		}, "data directory|not a directory"},
 		{"the log directory is a file", stopped, func(t *testing.T, dir string) []string {
 			return []string{"-log", filepath.Join(dir, "data", "orders.db", "log")}
-		}, "cannot write the log file .*: .*; choose another with -log"},
+		}, "cannot write the log file .*; choose another with -log"},
+		{"the log is orders.db", stopped, func(t *testing.T, dir string) []string {
+			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
+		}, "cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
+		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
+			elsewhere := t.TempDir()
+			for _, name := range []string{"orders.db", "orders.db-wal"} {
+				require.NoError(t, os.Rename(filepath.Join(dir, "data", name), filepath.Join(elsewhere, name)))
+			}
+			if err := os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")); err != nil {
+				t.Skip("cannot make symbolic links: ", err)
+			}
+			return []string{"-log", filepath.Join(elsewhere, "orders.db-wal")}
+		}, "cannot write the log file .*: it is orderd's own orders.db-wal; choose another with -log"},
+		{"the log is the token file", stopped, func(t *testing.T, dir string) []string {
+			token := filepath.Join(dir, "token")
+			require.NoError(t, os.WriteFile(token, []byte("s3cret"), 0o600))
+			return []string{"-token-file", token, "-log", token}
+		}, "cannot write the log file .*: it is orderd's own token; choose another with -log"},
+		{"the log is another orderd's", stopped, func(t *testing.T, dir string) []string {
+			other := startProcess(t, t.TempDir(), nil)
+			return []string{"-log", filepath.Join(other.dir, "logs", "orderd.log")}
+		}, "cannot write the log file .*: another orderd uses it; choose another with -log"},
 		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
 			taken, err := net.Listen("tcp", "127.0.0.1:0")
 			require.NoError(t, err)
@@ -6121,11 +7014,7 @@ func TestStartIsRefused(t *testing.T) {
 		}, "address .* is taken by another program: choose another with -addr"},
 		{"a second instance with the same log", stopped, func(t *testing.T, dir string) []string {
 			startProcess(t, dir, nil)
-			return nil
-		}, "another orderd uses the log file .*: stop it first, or choose another with -log"},
-		{"a second instance", stopped, func(t *testing.T, dir string) []string {
-			startProcess(t, dir, nil)
-			return []string{"-log", filepath.Join(dir, "other.log")}
+			return []string{"-log", filepath.Join(dir, "logs", "second.log")}
 		}, "another orderd uses the data directory .*: stop it first"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -6149,7 +7038,7 @@ func TestStartIsRefused(t *testing.T) {
 		dir := t.TempDir()
 		var all []*process
 		for i := range 6 {
-			all = append(all, launch(t, nil, dir, nil, "-log", filepath.Join(dir, fmt.Sprint(i))))
+			all = append(all, launch(t, nil, dir, nil, "-log", fmt.Sprintf("%s/logs/%d.log", dir, i)))
 		}
 		started := 0
 		for _, p := range all {
@@ -6315,14 +7204,20 @@ func TestLogTakenAway(t *testing.T) {
 	for _, away := range []func() error{
 		func() error { return os.Remove(filepath.Join(logs, "orderd.log")) },
 		func() error { return os.RemoveAll(logs) },
+		func() error { // logrotate's "create"
+			return errors.Join(os.Rename(filepath.Join(logs, "orderd.log"), filepath.Join(dir, "moved.log")),
+				os.WriteFile(filepath.Join(logs, "orderd.log"), nil, 0o600))
+		},
 	} {
 		persist(t, logged, "the log is written")
 		require.NoError(t, away())
 		j.place(t, p.url(), 10)
 		persist(t, logged, "the log comes back")
 	}
-	require.NoError(t, os.RemoveAll(logs))
-	require.NoError(t, os.WriteFile(logs, nil, 0o600))
+	persist(t, func() bool {
+		require.NoError(t, os.RemoveAll(logs))
+		return os.WriteFile(logs, nil, 0o600) == nil // else the log was just made anew
+	}, "no log can be made")
 	j.place(t, p.url(), 10)
 	line := p.stderr.waitFor(t, "orderd: cannot write the log", p.exited)
 	require.Contains(t, line, "orders go on")
@@ -6351,7 +7246,9 @@ func TestStderrThatNobodyReads(t *testing.T) {
 			p := launch(t, []string{"sh", "-c", `exec "$0" "$@" 2>"$FIFO"`}, dir, []string{"FIFO=" + fifo}, "-log", "-", "-delay", "0s", "-drain", "1s")
 			line, err := bufio.NewReader(reader).ReadString('\n')
 			require.NoError(t, err)
-			p.addr = decoded[struct{ Addr string }](t, line).Addr
+			started := decoded[struct{ Msg, Addr string }](t, line)
+			require.Equal(t, "started", started.Msg)
+			p.addr = started.Addr
 			if gone {
 				require.NoError(t, reader.Close())
 			}
@@ -6374,12 +7271,11 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	dir := t.TempDir()
 	logs := filepath.Join(dir, "logs")
 	j := newJournal("read-only log", 0)
+	require.NoError(t, os.Mkdir(logs, 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(logs, "orderd.log"), bytes.Repeat([]byte("\n"), 1<<20-50_000), 0o600)) // 50 KB are left
 	p := startWrapped(t, unprivileged(), dir, nil, "-delay", "0s", "-log-size", "1")
 	files := func() int {
-		j.place(t, p.url(), 1)
-		for range 20 { // long lines
-			send(t.Context(), p.addr, http.MethodGet, "/"+strings.Repeat("x", 8000), nil, "")
-		}
+		j.place(t, p.url(), 100)
 		found, err := filepath.Glob(filepath.Join(logs, "orderd*"))
 		require.NoError(t, err)
 		return len(found)
@@ -6395,7 +7291,6 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	persist(t, func() bool { return files() > 1 }, "the log is rotated")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
-	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
 }
 
 // TestBackupWhileItRuns does what the README says, under load.
@@ -6750,18 +7645,28 @@ func TestAMillionPending(t *testing.T) {
 
 // ---- what people break: the table changed by hand, files taken away ----
 
+// latePublisher leaves time between a commit, which the table then shows, and
+// the writer's taking it over into the cache.
+type latePublisher struct{ engine }
+
+func (e latePublisher) commit(b *batch) error {
+	err := e.engine.commit(b)
+	time.Sleep(time.Millisecond)
+	return err
+}
+
 // TestAListIsNotBehindAnAnswer asks for an order by each route right after
 // another has told that it is Completed.
 func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, func(cfg *config) { cfg.pool.workers = 4 })
+	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) { a.store.writer.engine = latePublisher{a.engine} })
 	done := completed
 	var wrong atomic.Pointer[string]
 	var clients sync.WaitGroup
 	for client := range 8 {
 		clients.Go(func() {
 			user := fmt.Sprintf("user%d", client)
-			for range many(2000) {
+			for range many(500) {
 				c := &create{order: order{userID: user, itemIDs: "item"}}
 				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
 					wrong.Store(new("an order was refused"))
@@ -6778,7 +7683,7 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 			}
 		})
 		clients.Go(func() { // and the other way round
-			for range many(2000) {
+			for range many(500) {
 				p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
 				for _, o := range p.orders {
 					if st, statusErr := a.store.status(o.id); err != nil || statusErr != nil || st < o.status {
@@ -7037,10 +7942,17 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 	cfg := testConfig(dir)
 	require.NoError(t, os.MkdirAll(cfg.data, 0o700))
 	for name, text := range map[string]string{
-		"orders.db.new": "half a page", "orders.db.new-wal": "junk", "metrics.db": "", "metrics.db.new": "", "metrics.db-journal": "junk",
+		"metrics.db": "", "metrics.db.new": "half a page", "metrics.db-journal": "junk",
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(cfg.data, name), []byte(text), 0o600))
 	}
+	killed := filepath.Join(cfg.data, "orders.db.new") // with a whole -wal
+	db, err := openSQLite(killed)
+	require.NoError(t, err)
+	_, err = db.Exec("PRAGMA journal_mode = WAL; CREATE TABLE orders (id)")
+	require.NoError(t, err)
+	wal, err := os.ReadFile(killed + "-wal")
+	require.NoError(t, errors.Join(err, db.Close(), os.WriteFile(killed+"-wal", wal, 0o600)))
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)

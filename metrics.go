@@ -3,10 +3,14 @@ package main
 import (
 	"fmt"
 	"math"
+	"os"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sort"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -265,4 +269,44 @@ func buildInfo() (version, commit string) {
 		}
 	}
 	return version, commit
+}
+
+var processStarted = time.Now()
+
+// procFigures are read where the system has Linux's /proc. A pattern may capture
+// several numbers to add up.
+var procFigures = []struct {
+	name, kind, help, file string
+	pattern                *regexp.Regexp
+	unit                   float64
+}{
+	{"process_cpu_seconds_total", "counter", "CPU time used, by the program and by the system for it.",
+		"/proc/self/stat", regexp.MustCompile(`(?s)^.*\)(?: \S+){11} (\d+) (\d+)`), 0.01}, // utime and stime: see proc(5)
+	{"process_resident_memory_bytes", "gauge", "Memory in RAM.",
+		"/proc/self/status", regexp.MustCompile(`(?m)^VmRSS:\s+(\d+) kB$`), 1024},
+	{"process_max_fds", "gauge", "Most file descriptors that may be open.",
+		"/proc/self/limits", regexp.MustCompile(`(?m)^Max open files\s+(\d+)`), 1},
+}
+
+// process adds what Prometheus's own clients tell of every process, under their
+// names. What the system does not tell is left out.
+func (e *exposition) process() {
+	e.family("go_info", "gauge", "Always 1; the label tells the version of Go.")
+	e.sample("go_info", fmt.Sprintf(`{version="%s"}`, runtime.Version()), 1)
+	e.one("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	e.one("process_start_time_seconds", "gauge", "Start of the process, in seconds since 1970.", float64(processStarted.UnixMilli())/1e3)
+	for _, f := range procFigures {
+		text, _ := os.ReadFile(f.file)
+		if numbers := f.pattern.FindSubmatch(text); numbers != nil {
+			sum := 0.0
+			for _, number := range numbers[1:] {
+				n, _ := strconv.ParseFloat(string(number), 64)
+				sum += n
+			}
+			e.one(f.name, f.kind, f.help, sum*f.unit)
+		}
+	}
+	if open, err := os.ReadDir("/proc/self/fd"); err == nil {
+		e.one("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // this look's own
+	}
 }

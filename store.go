@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -129,6 +130,16 @@ func (t totals) after(b *batch) totals {
 	return t
 }
 
+// expiry asks a commit to remove completed orders: a few, the oldest IDs first,
+// with all that belongs to them.
+type expiry struct {
+	after  int64 // upper half of an ID; only newer orders
+	before int64 // Unix ms; only orders created and completed earlier
+
+	looked  int   // the engine's: orders that it looked at
+	through int64 // the engine's: upper half of the newest one; 0 when no newer one comes into question
+}
+
 // filter is what a list asks for.
 type filter struct {
 	before int64 // upper half of an ID; only older orders
@@ -199,9 +210,10 @@ type engine interface {
 	look() (totals, error)
 	// start prepares for writing: schema, upgrade, the check of the totals.
 	start() (totals, error)
-	// commit writes a batch whole, and sets its totals, what it removed, and each
-	// create's and step's own outcome. Its error wraps errNotWritten (the totals
-	// are then those that the table holds), errOutcomeUnknown or errBroken.
+	// commit writes a batch whole, and sets its totals, what its expiry removed, and
+	// each create's and step's own outcome. An expiry that fails is tried without.
+	// Its error wraps errNotWritten (the totals are then those that the table
+	// holds), errOutcomeUnknown or errBroken.
 	commit(*batch) error
 	// tidy does, between batches, what nobody waits for. Its errors are commit's.
 	tidy() error
@@ -229,6 +241,7 @@ type gauge struct {
 // storeOptions are the store's part of the configuration.
 type storeOptions struct {
 	cache int              // statuses in memory
+	keep  time.Duration    // how long completed orders stay; 0 is for ever
 	now   func() time.Time // the wall clock
 }
 
@@ -244,7 +257,8 @@ type store struct {
 
 func newStore(e engine, o storeOptions, log *logger) *store {
 	s := &store{engine: e, cache: newCache(o.cache), intake: newIntake(), published: &atomic.Pointer[totals]{}}
-	s.writer = &writer{engine: e, intake: s.intake, cache: s.cache, published: s.published, log: log, now: o.now}
+	s.writer = &writer{engine: e, intake: s.intake, cache: s.cache, published: s.published, log: log, now: o.now,
+		retention: &retention{keep: o.keep, now: o.now, log: log}}
 	return s
 }
 
@@ -257,6 +271,7 @@ func (s *store) start(report func(commitReport)) error {
 	}
 	s.published.Store(&t)
 	s.writer.newest, s.writer.report = t.newest, report
+	s.writer.retention.start()
 	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
 	go s.writer.run()
 	return nil
@@ -405,6 +420,7 @@ type batch struct {
 	steps   []step
 	bytes   int               // of text in creates
 	moved   map[ulid.ULID]int // an order's index in steps
+	expiry  *expiry           // or nil
 	done    chan struct{}     // closed once it is answered
 	err     error             // of every create in it: the kind, without the cause
 
@@ -420,7 +436,7 @@ func newBatch(steps []step) *batch {
 	return b
 }
 
-func (b *batch) operations() int { return len(b.creates) + len(b.steps) }
+func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
 
 // move adds a step, or makes one of two of the same order: a commit moves an
 // order once.
@@ -561,6 +577,7 @@ type writer struct {
 	intake    *intake
 	cache     *cache
 	published *atomic.Pointer[totals]
+	retention *retention
 	log       *logger
 	now       func() time.Time
 	report    func(commitReport)
@@ -582,6 +599,7 @@ func (w *writer) run() {
 		case <-w.intake.wake:
 		case <-w.intake.stepped:
 			w.awaitCreate()
+		case <-w.retention.wake:
 		case <-tick:
 		case <-w.quit:
 			open = false
@@ -616,7 +634,8 @@ func (w *writer) gather() {
 // turn commits a batch and tidies up. An error means that the writer must not
 // go on.
 func (w *writer) turn(b *batch) error {
-	if b.operations() > 0 {
+	b.expiry = w.retention.next(len(b.creates))
+	if b.operations() > 0 || b.expiry != nil {
 		err := w.commit(b)
 		if errors.Is(err, errNotWritten) {
 			return w.retry(b.steps, err)
@@ -635,7 +654,7 @@ func (w *writer) turn(b *batch) error {
 
 // commit writes a batch, publishes it and answers it, in this order.
 func (w *writer) commit(b *batch) error {
-	began := time.Now()
+	began, expiry := time.Now(), b.expiry
 	w.number(b.creates)
 	err := w.engine.commit(b)
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
@@ -650,7 +669,11 @@ func (w *writer) commit(b *batch) error {
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
+	took := time.Since(began)
+	if expiry != nil {
+		w.retention.passed(expiry, took)
+	}
+	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: took, totals: b.totals})
 	return nil
 }
 
@@ -720,6 +743,68 @@ func (w *writer) giveUp(err error) {
 	w.failure = err
 	w.log.Error("the writer gave up", "error", err)
 	w.intake.refuse(errUnwritable)
+}
+
+// retention decides when completed orders are removed. It passes over the table
+// again and again, a few orders to a commit: an order that is not completed yet
+// is left to a later pass.
+type retention struct {
+	keep time.Duration // 0 is for ever
+	now  func() time.Time
+	log  *logger
+
+	began  time.Time        // when the writer started, by the monotonic clock
+	wall   time.Time        // the same, by the wall clock
+	cursor int64            // upper half of the last ID that this pass has looked at
+	due    time.Time        // of the next expiry
+	wake   <-chan time.Time // fires then
+	ahead  int              // orders that this pass looked at since as many were created; then an expiry is due too
+	warned bool             // of a jump of the clock
+}
+
+const (
+	expiryPause = 8              // times as long as a commit with an expiry took, to be left to others
+	passPause   = time.Minute    // between two passes; less where orders are kept for minutes
+	clockJump   = 24 * time.Hour // ahead; a larger one removes nothing
+)
+
+func (r *retention) start() {
+	if r.keep == 0 {
+		return
+	}
+	r.began, r.wall = time.Now(), r.now().Round(0) // the wall clock alone
+	r.passed(&expiry{}, 0)
+}
+
+// next returns an expiry when one is due: after a pause, or when as many orders
+// were created as the last one looked at, so that the table stops growing.
+func (r *retention) next(created int) *expiry {
+	r.ahead -= created
+	if r.keep == 0 || r.ahead > 0 && time.Now().Before(r.due) || r.clockJumped() {
+		return nil
+	}
+	return &expiry{after: r.cursor, before: r.now().Add(-r.keep).UnixMilli()}
+}
+
+// clockJumped reports whether the wall clock has gone ahead of the monotonic one
+// since the start. Orders are not removed on its word alone.
+func (r *retention) clockJumped() bool {
+	ahead := r.now().Sub(r.wall) - time.Since(r.began)
+	if ahead > clockJump && !r.warned {
+		r.warned = true
+		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", ahead.Round(time.Second).String())
+	}
+	return ahead > clockJump
+}
+
+// passed takes note of how far an expiry came, and says when the next is due.
+func (r *retention) passed(x *expiry, took time.Duration) {
+	pause := expiryPause * took
+	r.cursor, r.ahead = x.through, x.looked
+	if x.through == 0 {
+		pause, r.ahead = max(pause, min(passPause, r.keep/10)), math.MaxInt
+	}
+	r.due, r.wake = time.Now().Add(pause), time.After(pause)
 }
 
 // ---- The SQLite engine. ----
@@ -964,7 +1049,7 @@ func (e *sqliteEngine) writeTotals(t totals) error {
 
 // statements are the writer's.
 type statements struct {
-	begin, commit, rollback, insert, insertMany, findKey, step, totals *sql.Stmt
+	begin, commit, rollback, insert, insertMany, findKey, step, expirable, remove, totals *sql.Stmt
 }
 
 func prepareStatements(db *sql.DB) (s *statements, err error) {
@@ -983,17 +1068,26 @@ func prepareStatements(db *sql.DB) (s *statements, err error) {
 		insertMany: prepare("INSERT OR ROLLBACK" + insert + strings.Repeat(", "+insertValues, insertRows-1)),
 		findKey:    prepare(findKey),
 		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
+		expirable: prepare("SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
+			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit"),
+		remove: prepare("DELETE FROM orders WHERE " + expiredOrders),
 		totals: prepare("UPDATE totals SET (" + totalsColumns + ") = (?" +
 			strings.Repeat(", ?", strings.Count(totalsColumns, ",")) + ") WHERE seq = ?"),
 	}
 	return s, err
 }
 
-// commit runs a batch in one transaction. Where one create is not taken by the
-// table, the transaction is run again with each on its own, and only that
-// create fails.
+// commit runs a batch in one transaction. Where old orders cannot be removed, or
+// one create is not taken by the table, the transaction is run again without the
+// expiry, or with each create on its own so that only that one fails.
 func (e *sqliteEngine) commit(b *batch) error {
 	err := e.transaction(b, e.insertTogether)
+	if errors.Is(err, errNotRemoved) {
+		e.log.Warn("orders that were kept long enough could not be removed", "error", err)
+		b.expiry.through = 0
+		b.expiry = nil
+		err = e.transaction(b, e.insertTogether)
+	}
 	if errors.Is(err, errRejected) {
 		err = e.transaction(b, e.insertEach)
 	}
@@ -1029,6 +1123,9 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 	if _, err := e.write.begin.Exec(); err != nil {
 		return err
 	}
+	if err := e.expire(b); err != nil {
+		return err
+	}
 	if err := insert(b.creates); err != nil {
 		return err
 	}
@@ -1042,6 +1139,80 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 		return err
 	}
 	return e.writeTotals(b.totals)
+}
+
+const (
+	expiryTime = 5 * time.Millisecond // of a commit, for an expiry; however dear its orders are
+	expiryRows = 256                  // orders that an expiry looks at before it looks at the time
+)
+
+var errNotRemoved = errors.New("no order was removed")
+
+// What the statements of an expiry have in common.
+const (
+	isExpired     = "status = 2 AND started + took / 1000 < @before"
+	expiredOrders = "id_high > @after AND id_high <= @through AND " + isExpired
+)
+
+// expire removes orders for a while. It comes before the creates: so a key is
+// free in the commit that removes its order, and freed pages are used at once.
+func (e *sqliteEngine) expire(b *batch) error {
+	b.removed = nil
+	x := b.expiry
+	if x == nil {
+		return nil
+	}
+	x.through, x.looked = x.after, 0
+	more := true
+	for began := time.Now(); more && time.Since(began) < expiryTime; {
+		var err error
+		if more, err = e.expireNext(b); err != nil {
+			return fmt.Errorf("%w: %w", errNotRemoved, err)
+		}
+	}
+	if !more {
+		x.through = 0
+	}
+	return nil
+}
+
+// expireNext removes those of the next expiryRows orders that have expired.
+func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
+	x := b.expiry
+	window := []any{sql.Named("after", x.through), sql.Named("before", x.before)}
+	looked, err := e.lookForExpired(b, window)
+	if err != nil {
+		return false, err
+	}
+	x.looked += looked
+	if more = looked == expiryRows; !more {
+		x.through = x.before<<16 - 1
+	}
+	window = append(window, sql.Named("through", x.through))
+	if err := e.users.remove(window); err != nil {
+		return false, err
+	}
+	_, err = e.write.remove.Exec(window...)
+	return more, err
+}
+
+func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err error) {
+	rows, err := e.write.expirable.Query(append(window, sql.Named("limit", expiryRows))...)
+	if err != nil {
+		return 0, err
+	}
+	defer rows.Close()
+	for ; rows.Next(); looked++ {
+		var idLow int64
+		var expired sql.NullBool // NULL where somebody else completed it
+		if err := rows.Scan(&b.expiry.through, &idLow, &expired); err != nil {
+			return 0, err
+		}
+		if expired.Bool {
+			b.removed = append(b.removed, joinID(b.expiry.through, idLow))
+		}
+	}
+	return looked, rows.Err()
 }
 
 // insertTogether inserts many orders to a statement where there are many. It
@@ -1126,7 +1297,7 @@ func (e *sqliteEngine) step(st *step) error {
 
 // outcome says how a transaction ended that did not reach COMMIT.
 func (e *sqliteEngine) outcome(err error) error {
-	if errors.Is(err, errRejected) || errors.Is(err, errBroken) {
+	if errors.Is(err, errRejected) || errors.Is(err, errBroken) || errors.Is(err, errNotRemoved) && code(err) != sqlite3.SQLITE_IOERR_FSYNC {
 		return err
 	}
 	switch c := code(err); c & 0xff {
@@ -1208,7 +1379,7 @@ func (e *sqliteEngine) gauges() []gauge {
 // userIndex is the index on user_id, which lags behind: so many orders at once,
 // in the few pages of one run, share the pages that they change.
 type userIndex struct {
-	savepoint, release, revert, add, extend, begin *sql.Stmt
+	savepoint, release, revert, add, extend, begin, drop, dropRuns *sql.Stmt
 
 	state, next indexState // as of the last commit, and of the one under way
 	retryAt     int64      // orders behind, before the next try after one that failed
@@ -1229,6 +1400,8 @@ const (
 	pageRuns   = 1024  // runs in which one page of a list is looked for
 )
 
+const runsOfExpired = "first >= coalesce((SELECT max(first) FROM user_runs WHERE first <= @after), 0) AND first <= @through"
+
 func openUserIndex(db *sql.DB) (u *userIndex, err error) {
 	prepare := func(query string) *sql.Stmt {
 		stmt, prepareErr := db.Prepare(query)
@@ -1243,6 +1416,10 @@ func openUserIndex(db *sql.DB) (u *userIndex, err error) {
 		add:    prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
 		extend: prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
 		begin:  prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
+		drop: prepare("DELETE FROM orders_by_user WHERE run IN (SELECT first FROM user_runs WHERE " + runsOfExpired +
+			") AND (user, id_high) IN (SELECT user_id, id_high FROM orders WHERE " + expiredOrders + ")"),
+		dropRuns: prepare("DELETE FROM user_runs WHERE " + runsOfExpired +
+			" AND first < (SELECT max(first) FROM user_runs) AND NOT EXISTS (SELECT 1 FROM orders_by_user WHERE run = first)"),
 	}
 	if err != nil {
 		return nil, err
@@ -1294,6 +1471,16 @@ func (u *userIndex) index(newest int64) error {
 	}
 	u.next, u.retryAt = n, 0
 	return nil
+}
+
+// remove drops the expired orders of a window, before they go themselves, and
+// runs that are empty then. The newest run stays: the next orders go there.
+func (u *userIndex) remove(window []any) error {
+	if _, err := u.drop.Exec(window...); err != nil {
+		return err
+	}
+	_, err := u.dropRuns.Exec(window...)
+	return err
 }
 
 func (u *userIndex) committed() { u.state = u.next }
@@ -1598,7 +1785,7 @@ func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
 // oldestRun is the run at which a page by user ends: after pageRuns runs, or
 // where the orders in question begin.
 func (l *listing) oldestRun(oldest, before int64) (first int64, err error) {
-	err = l.tx.QueryRow(`SELECT max((SELECT max(first) FROM user_runs WHERE first <= @oldest),
+	err = l.tx.QueryRow(`SELECT max(coalesce((SELECT max(first) FROM user_runs WHERE first <= @oldest), 0),
 		coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
 		sql.Named("oldest", oldest), sql.Named("before", before), sql.Named("runs", pageRuns)).Scan(&first)
 	return first, err
@@ -1625,19 +1812,12 @@ type database struct {
 	checked time.Time              // when inPlace last looked
 }
 
-// longestPath is in bytes: SQLite's limit is 512, with what it appends
-// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
-const longestPath = 500
-
 // openSQLite opens lazily: no file is touched before the first statement.
 // See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
 func openSQLite(path string, params ...string) (*sql.DB, error) {
-	abs, err := filepath.Abs(path)
+	abs, err := sqlitePath(path)
 	if err != nil {
-		return nil, err
-	}
-	if len(abs) > longestPath {
-		return nil, fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d: choose a shorter one with -data", filepath.Base(abs), len(abs), longestPath)
+		return nil, fmt.Errorf("cannot open %s: %w", path, err)
 	}
 	name := filepath.ToSlash(abs)
 	if !strings.HasPrefix(name, "/") {
@@ -1776,11 +1956,7 @@ func (d *database) setDurable() error {
 // that no power cut leaves a part of one.
 func (d *database) create() error {
 	unfinished := d.path + ".new"
-	for _, leftover := range []string{unfinished, unfinished + "-wal", unfinished + "-shm", d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
-		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("cannot remove %s, which holds nothing: %w", leftover, err)
-		}
-	}
+	os.Remove(unfinished) // of a start that was cut off; SQLite drops the -wal beside an empty file
 	if err := makeFile(unfinished); err != nil {
 		return err
 	}
@@ -1827,6 +2003,48 @@ func (d *database) inPlace() error {
 	return nil
 }
 
+const copyPages = 64 // of a step of a copy; between two it yields for as long as one takes
+
+// copyTo writes a copy, as of one moment, while others read and write. Its
+// transaction keeps it from starting over with every commit; the WAL grows
+// meanwhile (https://sqlite.org/backup.html).
+func (d *database) copyTo(path string) error {
+	if err := makeFile(path); err != nil {
+		return err
+	}
+	source, err := openSQLite(d.path, "mode=rw", "_pragma=query_only(1)")
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	conn, err := source.Conn(context.Background())
+	if err != nil {
+		return explain(d.path, err)
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(context.Background(), "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
+		return explain(d.path, err)
+	}
+	err = conn.Raw(func(c any) error {
+		b, err := c.(interface {
+			NewBackup(string) (*sqlite.Backup, error)
+		}).NewBackup(path)
+		if err != nil {
+			return err
+		}
+		for more := true; more && err == nil; {
+			began := time.Now()
+			more, err = b.Step(copyPages)
+			time.Sleep(time.Since(began))
+		}
+		return errors.Join(err, b.Finish())
+	})
+	if err != nil {
+		return explain(path, err)
+	}
+	return syncFile(path)
+}
+
 // setBusyTimeout needs the one connection: it is the writer's.
 func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
@@ -1843,6 +2061,10 @@ func (d *database) close() error {
 func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
+	}
+	longest := filepath.Join(dir, "metrics.db.new") // of all that create makes
+	if _, err := sqlitePath(longest); err != nil {
+		return nil, fmt.Errorf("cannot use the data directory: %w; choose another with -data", err)
 	}
 	lock, err := lockFile(filepath.Join(dir, "orderd.lock"))
 	if errors.Is(err, errLocked) {
