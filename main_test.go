@@ -6021,6 +6021,78 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	j.stopAndCheck(t, p)
 }
 
+// TestLogWithoutFileDescriptors closes the log by taking its directory away, and
+// uses up all descriptors before that is put back.
+func TestLogWithoutFileDescriptors(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("needs /proc")
+	}
+	const limit = 64
+	dir := t.TempDir()
+	logs := filepath.Join(dir, "logs")
+	j := newJournal("descriptors", 0)
+	p := startWrapped(t, []string{"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit)}, dir, nil, "-delay", "0s")
+	client := newClient() // one connection, made before there are too many
+	defer client.CloseIdleConnections()
+	place := func() {
+		in := j.next()
+		o, err := j.send(client, p.url(), in)
+		require.NoError(t, err)
+		require.True(t, o == accepted || strings.HasSuffix(in.body, ": -1}"), in.body)
+	}
+	dropped := func() int64 {
+		lines := int64(-1)
+		request, err := http.NewRequest(http.MethodGet, p.url()+"/metrics", nil)
+		require.NoError(t, err)
+		request.Header.Set("Accept", "text/plain")
+		response, err := client.Do(request)
+		require.NoError(t, err)
+		defer response.Body.Close()
+		for scanner := bufio.NewScanner(response.Body); scanner.Scan(); {
+			fmt.Sscanf(scanner.Text(), "orderd_log_lines_dropped_total %d", &lines)
+		}
+		return lines
+	}
+	place()
+	persist(t, func() bool {
+		require.NoError(t, os.RemoveAll(logs))
+		return os.Symlink("nowhere", logs) == nil // else the log was just made anew
+	}, "no log can be made")
+	persist(t, func() bool { return dropped() > 0 }, "the log is closed")
+	var crowd []net.Conn
+	persist(t, func() bool {
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		crowd = append(crowd, conn)
+		_, err = io.WriteString(conn, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n") // so that it may stay
+		require.NoError(t, err)
+		for fd := range limit { // whoever started the test may have given it others above
+			if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", p.cmd.Process.Pid, fd)); err != nil {
+				return false
+			}
+		}
+		return true
+	}, "no descriptor is left")
+	require.NoError(t, os.Remove(logs))
+	before := dropped()
+	persist(t, func() bool {
+		place()
+		return dropped() > before+100
+	}, "orders go on, and their lines are dropped")
+	require.NoFileExists(t, filepath.Join(logs, "orderd.log"))
+	for _, conn := range crowd {
+		require.NoError(t, conn.Close())
+	}
+	persist(t, func() bool {
+		place()
+		info, err := os.Stat(filepath.Join(logs, "orderd.log"))
+		return err == nil && info.Size() > 0
+	}, "the log comes back")
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+}
+
 // TestBackupWhileItRuns does what the README says, under load.
 func TestBackupWhileItRuns(t *testing.T) {
 	t.Parallel()
