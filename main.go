@@ -102,6 +102,9 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		fmt.Fprintln(stdout, versionLine())
 		return nil
 	}
+	if cfg.backup != "" {
+		return backup(cfg.data, cfg.backup)
+	}
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -121,6 +124,53 @@ func serve(ctx context.Context, cfg config, stderr io.Writer) error {
 		return a.abandon(err)
 	}
 	return a.serve(ctx)
+}
+
+// backup copies both databases into a directory that is new or empty. metrics.db
+// comes first: the orders may have gone on since it counted, but not the other
+// way round. Neither has its name before both are on disk.
+func backup(data, directory string) error {
+	if entries, err := os.ReadDir(directory); len(entries) > 0 {
+		return fmt.Errorf("%s is not empty: name a new directory for the backup", directory)
+	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot back up to %s: %w", directory, err)
+	}
+	if _, err := os.Stat(data); err != nil {
+		return fmt.Errorf("cannot read the data directory: %w; name the service's with -data", err)
+	}
+	engine := newSQLiteEngine(data, nil)
+	_, err := engine.look()
+	if err != nil {
+		return err
+	}
+	m, err := openMetrics(data, nil)
+	if err != nil {
+		return err
+	}
+	copies := []struct {
+		file *database
+		path string
+	}{{m.file, filepath.Join(directory, "metrics.db")}, {engine.file, filepath.Join(directory, "orders.db")}}
+	for _, c := range copies {
+		if c.file.found == 0 {
+			return fmt.Errorf("there is no %s to back up: name the directory of the service with -data", c.file.path)
+		}
+	}
+	if err := makeDirectory(directory); err != nil {
+		return fmt.Errorf("cannot make the directory for the backup: %w", err)
+	}
+	for _, c := range copies {
+		if err := c.file.copyTo(c.path + ".part"); err != nil {
+			return err
+		}
+	}
+	for _, c := range copies {
+		if err := os.Rename(c.path+".part", c.path); err != nil {
+			return fmt.Errorf("cannot name the backup: %w", err)
+		}
+	}
+	syncDirectory(directory)
+	return nil
 }
 
 // app is the whole service, its parts in the order of their lifetimes.
@@ -337,6 +387,7 @@ type config struct {
 	server serverOptions
 	log    logOptions
 
+	backup  string   // the directory to copy the databases into, instead of serving
 	unknown []string // variables that look like settings and are none
 	version bool
 	help    bool
@@ -378,6 +429,7 @@ var flagGroups = []struct {
 	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
 	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
+	{"Backup", []string{"backup"}},
 	{"About", []string{"version", "h"}},
 }
 
@@ -415,6 +467,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
 	define(fs, &c.log.days, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
 	define(fs, &c.log.level, "log-level", slog.LevelInfo, "least level that is logged: debug, info, warn or error", parseLevel)
+	fs.StringVar(&c.backup, "backup", "", "new directory to copy both databases into, of a service that runs or not; then exit")
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs

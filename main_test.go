@@ -1200,6 +1200,9 @@ var flagTable = []struct {
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
 		accepted: []string{"1", "100000000"}, refused: []string{"0", "100000001"}, limits: "a whole number from 1 to 100000000"},
+	{name: "keep", initial: "0s", get: func(c config) any { return c.store.keep },
+		accepted: []string{"0s", "1s", "87600h0m0s"}, refused: []string{"-1s", "999ms", "87600h0m1s", "7d", ""}, limits: "0, or a duration from 1s to 87600h"},
+	{name: "backup", initial: "", get: func(c config) any { return c.backup }, accepted: []string{"a", "/b/c"}},
 	{name: "log", initial: "logs/orderd.log", get: func(c config) any { return c.log.file },
 		accepted: []string{"-", "a.log"}, refused: []string{""}, limits: "not be empty"},
 	{name: "log-size", initial: "100", get: func(c config) any { return c.log.maxMB },
@@ -2624,7 +2627,7 @@ func TestMetricsText(t *testing.T) {
 	}
 	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
 	require.Equal(t, map[string]string{
-		"orderd_orders_processed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
+		"orderd_orders_processed_total": "counter", "orderd_orders_removed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
 		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
 		"orderd_queue_length": "gauge", "orderd_queue_capacity": "gauge", "orderd_orders_parked": "gauge", "orderd_attempts_failed_total": "counter",
 		"orderd_cache_entries": "gauge", "orderd_cache_hits_total": "counter", "orderd_cache_misses_total": "counter",
@@ -7293,12 +7296,82 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	j.stopAndCheck(t, p)
 }
 
+// TestLogWithoutFileDescriptors closes the log by taking its directory away, and
+// uses up all descriptors before that is put back.
+func TestLogWithoutFileDescriptors(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		t.Skip("needs /proc")
+	}
+	const limit = 64
+	dir := t.TempDir()
+	logs := filepath.Join(dir, "logs")
+	j := newJournal("descriptors", 0)
+	p := startWrapped(t, []string{"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit)}, dir, nil, "-delay", "0s")
+	client := newClient() // one connection, made before there are too many
+	defer client.CloseIdleConnections()
+	place := func() {
+		in := j.next()
+		o, err := j.send(client, p.url(), in)
+		require.NoError(t, err)
+		require.True(t, o == accepted || strings.HasSuffix(in.body, ": -1}"), in.body)
+	}
+	dropped := func() int64 {
+		lines := int64(-1)
+		request, err := http.NewRequest(http.MethodGet, p.url()+"/metrics", nil)
+		require.NoError(t, err)
+		request.Header.Set("Accept", "text/plain")
+		response, err := client.Do(request)
+		require.NoError(t, err)
+		defer response.Body.Close()
+		for scanner := bufio.NewScanner(response.Body); scanner.Scan(); {
+			fmt.Sscanf(scanner.Text(), "orderd_log_lines_dropped_total %d", &lines)
+		}
+		return lines
+	}
+	place()
+	persist(t, func() bool {
+		require.NoError(t, os.RemoveAll(logs))
+		return os.Symlink("nowhere", logs) == nil // else the log was just made anew
+	}, "no log can be made")
+	persist(t, func() bool { return dropped() > 0 }, "the log is closed")
+	var crowd []net.Conn
+	persist(t, func() bool {
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(t, err)
+		crowd = append(crowd, conn)
+		_, err = io.WriteString(conn, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n") // so that it may stay
+		require.NoError(t, err)
+		for fd := range limit { // whoever started the test may have given it others above
+			if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", p.cmd.Process.Pid, fd)); err != nil {
+				return false
+			}
+		}
+		return true
+	}, "no descriptor is left")
+	require.NoError(t, os.Remove(logs))
+	before := dropped()
+	persist(t, func() bool {
+		place()
+		return dropped() > before+100
+	}, "orders go on, and their lines are dropped")
+	require.NoFileExists(t, filepath.Join(logs, "orderd.log"))
+	for _, conn := range crowd {
+		require.NoError(t, conn.Close())
+	}
+	persist(t, func() bool {
+		place()
+		info, err := os.Stat(filepath.Join(logs, "orderd.log"))
+		return err == nil && info.Size() > 0
+	}, "the log comes back")
+	j.check(t, p.url())
+	j.stopAndCheck(t, p)
+}
+
 // TestBackupWhileItRuns does what the README says, under load.
 func TestBackupWhileItRuns(t *testing.T) {
 	t.Parallel()
-	needs(t, "sqlite3")
 	dir, restored := t.TempDir(), t.TempDir()
-	require.NoError(t, os.Mkdir(filepath.Join(restored, "data"), 0o700))
 	j, k := newJournal("backup", time.Millisecond), newJournal("backup", time.Millisecond)
 	p := startProcess(t, dir, nil, "-delay", "1ms")
 	stop := j.load(p.url(), 8, math.MaxInt)
@@ -7307,11 +7380,9 @@ func TestBackupWhileItRuns(t *testing.T) {
 	j.mu.Lock()
 	k.accepted = slices.Clone(j.accepted) // what the backup must hold; it may hold more
 	j.mu.Unlock()
-	for _, name := range []string{"metrics.db", "orders.db"} {
-		backup := exec.Command("sqlite3", filepath.Join(dir, "data", name), "BEGIN", "SELECT * FROM totals", ".backup "+filepath.Join(restored, "data", name))
-		text, err := backup.CombinedOutput()
-		require.NoError(t, err, "%s", text)
-	}
+	backup := []string{"-data", filepath.Join(dir, "data"), "-backup", filepath.Join(restored, "data")}
+	require.NoError(t, run(t.Context(), backup, nil, io.Discard, io.Discard))
+	require.ErrorContains(t, run(t.Context(), backup, nil, io.Discard, io.Discard), "is not empty: name a new directory for the backup")
 	stop()
 	j.check(t, p.url())
 	p.kill()
@@ -7325,6 +7396,31 @@ func TestBackupWhileItRuns(t *testing.T) {
 	}
 	require.NoError(t, k.verify(listAll(t, p.url()), sum))
 	k.stopAndCheck(t, p)
+}
+
+// TestBackupOfAStoppedService copies what a killed service left, and refuses
+// what is no service's directory.
+func TestBackupOfAStoppedService(t *testing.T) {
+	t.Parallel()
+	dir, restored := t.TempDir(), t.TempDir()
+	backup := func(data, to string) error {
+		return run(t.Context(), []string{"-data", data, "-backup", to}, nil, io.Discard, io.Discard)
+	}
+	require.ErrorContains(t, backup(filepath.Join(dir, "data"), filepath.Join(dir, "copy")), "cannot read the data directory")
+	require.ErrorContains(t, backup(t.TempDir(), filepath.Join(dir, "copy")), "metrics.db to back up: name the directory of the service with -data")
+	require.NoDirExists(t, filepath.Join(dir, "copy"))
+	j := newJournal("stopped", 0)
+	p := startProcess(t, dir, nil, "-delay", "0s")
+	j.place(t, p.url(), 50)
+	p.kill()
+	require.NoError(t, backup(filepath.Join(dir, "data"), filepath.Join(restored, "data")))
+	for _, name := range []string{"orders.db", "metrics.db"} {
+		info, err := os.Stat(filepath.Join(restored, "data", name))
+		require.NoError(t, err)
+		require.Equal(t, os.FileMode(0o600), info.Mode().Perm())
+	}
+	j.recover(t, restored, "-delay", "0s")
+	j.recover(t, dir, "-delay", "0s")
 }
 
 // walKept is the most that the -wal file of orders.db takes at rest, in bytes.

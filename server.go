@@ -905,7 +905,7 @@ func (s *server) page(c echo.Context) error {
 	return c.HTMLBlob(http.StatusOK, pageHTML)
 }
 
-var pagePolicy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
+var pagePolicy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
 	inlineHash("script") + "; style-src " + inlineHash("style")
 
 // inlineHash is the CSP source of the page's one element of that name.

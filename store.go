@@ -1972,6 +1972,7 @@ func (d *database) create() error {
 		return fmt.Errorf("cannot make %s: %w", d.path, err)
 	}
 	syncDirectory(filepath.Dir(d.path))
+	syncDirectory(filepath.Dir(filepath.Dir(d.path))) // where the log may have made the directory
 	d.found = d.version
 	return nil
 }

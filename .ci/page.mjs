@@ -70,6 +70,15 @@ await check('the page shows live counts', async page => {
   assert.match(await page.getAttribute('#rates', 'aria-label'), /^Throughput over the last 1 min: now .+ orders\/s/);
 });
 
+await check('the icon is shown', async page => {
+  await open(page);
+  assert.ok(await page.evaluate(async () => {
+    const icon = Object.assign(new Image(), { src: document.querySelector('link[rel=icon]').href });
+    await icon.decode(); // fails where the policy forbids it too
+    return icon.naturalWidth;
+  }) > 0);
+});
+
 await check('an order placed by keyboard becomes Completed, its amount sent as typed', async page => {
   await open(page);
   const request = page.waitForRequest(r => r.method() === 'POST');
