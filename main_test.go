@@ -1570,14 +1570,16 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 		{addr: ":0", token: "s3cret"},
 		{addr: "127.0.0.1:0"},
 	} {
-		cfg := testConfig(t.TempDir())
+		dir := t.TempDir()
+		cfg := testConfig(dir)
 		cfg.addr, cfg.server.token = test.addr, test.token
 		stderr := &transcript{}
 		a, err := openApp(cfg, stderr)
 		require.NoError(t, err)
 		require.NoError(t, a.start())
 		serveTestApp(t, a)()
-		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: anyone who reaches this address can place and read orders: set ORDERD_TOKEN"), "%+v", test)
+		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: "+warning+"\n"), "%+v", test)
+		require.Equal(t, test.warned, len(logged(t, dir, warning)) == 1, "%+v", test)
 	}
 }
 
