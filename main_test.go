@@ -8122,6 +8122,43 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 	p.stop(t)
 }
 
+// TestListsPushNoStatusOut lists more orders than the cache holds.
+func TestListsPushNoStatusOut(t *testing.T) {
+	t.Parallel()
+	const cached = 10
+	a, _ := openIdle(t, t.TempDir(), func(c *config) { c.store.cache = cached }, nil)
+	ids := commitTogether(t, a.store, sampleOrders(4*cached))
+	for _, id := range ids {
+		moveTo(t, a.store, id, completed, 1)
+	}
+	require.Len(t, allOrders(t, a.store), len(ids))
+	for i, id := range ids {
+		_, hit := a.store.cache.get(id)
+		require.Equal(t, i >= len(ids)-cached, hit, "order %d", i)
+	}
+}
+
+// TestOrdersOfAnotherService puts another database in the place of the one that
+// metrics.db has counted, with more orders in it.
+func TestOrdersOfAnotherService(t *testing.T) {
+	t.Parallel()
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	for orders, in := range map[int]string{5: dir, 7: elsewhere} {
+		a, stop := openIdle(t, in, nil, nil)
+		commitTogether(t, a.store, sampleOrders(orders))
+		stop()
+	}
+	own, other := filepath.Join(dir, "data", "orders.db"), filepath.Join(elsewhere, "data", "orders.db")
+	text, err := os.ReadFile(other)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(own, text, 0o600))
+	_, err = openApp(testConfig(dir), io.Discard)
+	require.ErrorContains(t, err, own+" is not the database whose 5 orders "+filepath.Join(dir, "data", "metrics.db")+" has counted")
+	require.NoError(t, os.Remove(filepath.Join(dir, "data", "metrics.db")))
+	a, _ := openIdle(t, dir, nil, nil)
+	checkInvariants(t, a)
+}
+
 // ---- abuse ----
 
 // dialed sends raw bytes to the service and returns what reads the answers.
