@@ -8159,6 +8159,95 @@ func TestOrdersOfAnotherService(t *testing.T) {
 	checkInvariants(t, a)
 }
 
+// ---- older versions ----
+
+// versionTwo is orders.db as version 2 made it, with orders in every status,
+// one key, and an index of users that lacks the newest order.
+const versionTwo = `
+CREATE TABLE orders (id_high INTEGER PRIMARY KEY, id_low INTEGER NOT NULL, status INTEGER NOT NULL CHECK (status BETWEEN 0 AND 2),
+	user_id TEXT NOT NULL, item_ids TEXT NOT NULL, cents INTEGER NOT NULL CHECK (cents >= 0), started INTEGER, took INTEGER) STRICT;
+CREATE INDEX orders_unfinished ON orders (status) WHERE status < 2;
+CREATE TABLE orders_by_user (run INTEGER NOT NULL, user TEXT NOT NULL, id_high INTEGER NOT NULL, PRIMARY KEY (run, user, id_high)) STRICT, WITHOUT ROWID;
+CREATE TABLE user_runs (first INTEGER PRIMARY KEY);
+CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, id_high INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE totals (accepted INTEGER NOT NULL, processing INTEGER NOT NULL, completed INTEGER NOT NULL, took INTEGER NOT NULL,
+	newest_started INTEGER NOT NULL, indexed INTEGER NOT NULL, newest_indexed INTEGER NOT NULL) STRICT;
+CREATE VIEW orders_readable AS SELECT id_high FROM orders;
+INSERT INTO orders VALUES
+	(1700000000001 << 16, 11, 2, 'ann', 'a,b', 150, 1700000000100, 2000000),
+	(1700000000002 << 16, 12, 2, 'bob', 'c', 250, 1700000000200, 4000000),
+	(1700000000003 << 16, 13, 1, 'ann', 'd', 350, 1700000000300, NULL),
+	(1700000000004 << 16, 14, 0, 'ann', 'e', 450, NULL, NULL);
+INSERT INTO idempotency_keys VALUES ('cart', 1700000000002 << 16);
+INSERT INTO user_runs VALUES (0), (1700000000002 << 16);
+INSERT INTO orders_by_user VALUES (0, 'ann', 1700000000001 << 16), (1700000000002 << 16, 'bob', 1700000000002 << 16), (1700000000002 << 16, 'ann', 1700000000003 << 16);
+INSERT INTO totals VALUES (4, 1, 2, 6000000, 1700000000003 << 16, 3, 1700000000003 << 16);
+PRAGMA application_id = 0x6f726472;
+PRAGMA user_version = 2;`
+
+// metricsOne is metrics.db as version 1 made it.
+const metricsOne = `
+CREATE TABLE totals (accepted INTEGER NOT NULL, completed INTEGER NOT NULL, took INTEGER NOT NULL) STRICT;
+INSERT INTO totals VALUES (4, 2, 6000000);
+PRAGMA application_id = 0x6f72646d;
+PRAGMA user_version = 1;`
+
+// leftByKill makes a database, all of it in a -wal as kill -9 leaves it.
+func leftByKill(tb testing.TB, path, text string) {
+	tb.Helper()
+	require.NoError(tb, os.MkdirAll(filepath.Dir(path), 0o700))
+	made := filepath.Join(tb.TempDir(), "made")
+	db, err := openSQLite(made)
+	require.NoError(tb, err)
+	defer db.Close()
+	_, err = db.Exec("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; BEGIN;" + text + "; COMMIT")
+	require.NoError(tb, err)
+	for _, suffix := range []string{"", "-wal"} {
+		content, err := os.ReadFile(made + suffix)
+		require.NoError(tb, err)
+		require.NoError(tb, os.WriteFile(path+suffix, content, 0o600))
+	}
+}
+
+// TestDataOfAnOlderVersionIsUpgraded starts on each pair of versions that a
+// crash between the two upgrades can leave, and on them without metrics.db.
+func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
+	t.Parallel()
+	for name, metrics := range map[string]string{"both": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			orders, projection := filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "data", "metrics.db")
+			leftByKill(t, orders, versionTwo)
+			if metrics != "" {
+				leftByKill(t, projection, metricsOne)
+			}
+			if metrics == "new" {
+				execOn(t, projection, metricsUpgrade+"PRAGMA user_version = 2")
+			}
+			a, stop := openIdle(t, dir, nil, nil)
+			checkInvariants(t, a)
+			require.Equal(t, totals{accepted: 4, processing: 1, completed: 2, took: 6000000, newest: 1700000000004 << 16, newestStarted: 1700000000003 << 16, identity: a.store.totals().identity}, counts(a))
+			found := allOrders(t, a.store)
+			require.Equal(t, order{id: joinID(1700000000001<<16, 11), userID: "ann", itemIDs: "a,b", cents: 150, status: completed, started: 1700000000100, took: 2000000}, found[3])
+			require.Equal(t, order{id: joinID(1700000000003<<16, 13), userID: "ann", itemIDs: "d", cents: 350, status: processing, started: 1700000000300}, found[1])
+			ofAnn, _ := walk(t, a.store, filter{userID: "ann", limit: 2})
+			require.Equal(t, []order{found[0], found[1], found[3]}, ofAnn)
+			again := &create{order: order{userID: "bob", itemIDs: "c", cents: 250}, key: "cart"}
+			require.NoError(t, a.store.create(again))
+			require.True(t, again.replayed)
+			require.Equal(t, found[2].id, again.id)
+			stop()
+			require.NotEmpty(t, logged(t, dir, "the schema was upgraded"))
+			a, _ = openTestApp(t, dir, nil, nil)
+			awaitRest(t, a, 0, 4)
+			commitTogether(t, a.store, sampleOrders(indexEvery))
+			awaitRest(t, a, 0, 4+indexEvery)
+			checkInvariants(t, a)
+		})
+	}
+}
+
 // ---- abuse ----
 
 // dialed sends raw bytes to the service and returns what reads the answers.
