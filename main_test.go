@@ -1513,6 +1513,9 @@ func TestSignals(t *testing.T) {
 		return p
 	}
 	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
+		hangups := make(chan os.Signal, 1) // or the process would ignore them as the test does under nohup
+		signal.Notify(hangups, syscall.SIGHUP)
+		t.Cleanup(func() { signal.Stop(hangups) })
 		p := working(t, nil, "1s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
 		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
@@ -8246,6 +8249,94 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			checkInvariants(t, a)
 		})
 	}
+}
+
+// ---- retention ----
+
+// TestCompletedOrdersAreRemoved keeps orders for a second: nothing of a removed
+// one stays, and an order that is not completed does.
+func TestCompletedOrdersAreRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	keep := func(c *config) { c.store.keep = time.Second }
+	gate := make(chan struct{})
+	release := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(release)
+	a, stop := openTestApp(t, dir, keep, func(a *app) {
+		a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
+			if o.itemIDs == "held" {
+				select {
+				case <-gate:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+			return nil
+		})
+	})
+	held := place(t, a, "user", "held")
+	body := orderBody(`"user"`, `"item"`, "1")
+	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	require.Equal(t, http.StatusCreated, first.status, first.body)
+	const orders = runOrders + 2*indexEvery
+	for range orders / maxCreates {
+		commitTogether(t, a.store, sampleOrders(maxCreates))
+	}
+	placed := int64(orders/maxCreates*maxCreates + 2)
+	newest := a.store.totals().newest
+	until(t, func() bool { return a.store.totals().removed == placed-1 }, "all but the one at work are removed")
+
+	require.Equal(t, http.StatusNotFound, get(t, a, first.header.Get("Location")).status)
+	require.Equal(t, "Processing", statusOf(t, a, held))
+	require.Equal(t, placed-1, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
+	require.Zero(t, a.metrics.summary(a.store.totals()).OrdersCompleted)
+	again := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
+	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
+	stop()
+	var left, entries, runs int64
+	db, err := openSQLite(a.engine.file.path)
+	require.NoError(t, err)
+	require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&left, &entries, &runs))
+	require.NoError(t, db.Close())
+	require.Equal(t, []int64{1, 1}, []int64{left, entries}, "the one at work, and its part of the index")
+	require.LessOrEqual(t, runs, int64(2), "its run, and the newest")
+
+	release()
+	a, _ = openTestApp(t, dir, keep, nil)
+	require.Greater(t, high(ulid.MustParse(place(t, a, "user", "item"))), newest, "an ID is never used again")
+	until(t, func() bool { return a.store.totals().removed == placed+2 }, "the one that was at work is completed and removed")
+	require.Zero(t, counts(a).pending()+counts(a).processing)
+}
+
+// TestAJumpOfTheClockRemovesNothing has the clock go ahead by more than a day,
+// and then a new start confirm it.
+func TestAJumpOfTheClockRemovesNothing(t *testing.T) {
+	t.Parallel()
+	ahead := time.Duration(0)
+	lines := &transcript{}
+	log := newLogger(lines, slog.LevelInfo, io.Discard)
+	due := func(r *retention) bool {
+		r.due, r.ahead = time.Time{}, 0
+		return r.next(0) != nil
+	}
+	begin := func() *retention {
+		r := &retention{keep: time.Hour, now: func() time.Time { return time.Now().Add(ahead) }, log: log}
+		r.start()
+		return r
+	}
+	r := begin()
+	require.True(t, due(r))
+	ahead = 25 * time.Hour
+	require.False(t, due(r))
+	require.False(t, due(r))
+	ahead = 23 * time.Hour
+	require.True(t, due(r), "a smaller step is believed")
+	ahead = 25 * time.Hour
+	require.False(t, due(r))
+	require.True(t, due(begin()), "a start confirms it")
+	require.NoError(t, log.close())
+	require.Equal(t, 1, strings.Count(lines.String(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"))
 }
 
 // ---- abuse ----
