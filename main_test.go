@@ -8258,7 +8258,7 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 func TestCompletedOrdersAreRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	keep := func(c *config) { c.store.keep = time.Second }
+	keep := func(c *config) { c.store.keep, c.drain = time.Second, 0 }
 	gate := make(chan struct{})
 	release := sync.OnceFunc(func() { close(gate) })
 	t.Cleanup(release)
