@@ -8094,9 +8094,6 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 // takes, in the channel as far as they go.
 func TestMemoryIsBoundedInBytes(t *testing.T) {
 	t.Parallel()
-	if raced() {
-		t.Skip("the race detector takes memory of its own")
-	}
 	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
 	request := postRequest(orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1"))
 	var failed atomic.Pointer[error]
@@ -8121,7 +8118,7 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 	}
 	clients.Wait()
 	require.Nil(t, failed.Load())
-	require.Less(t, p.residentMB(t), 100.0)
+	require.True(t, p.residentMB(t) < 100 || raced()) // the race detector takes memory of its own
 	p.stop(t)
 }
 
