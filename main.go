@@ -108,11 +108,11 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
 	}
-	if err := serve(ctx, cfg, stderr); err != nil && cfg.log.file == logToStderr {
-		return loggedError{err}
-	} else {
-		return err
+	err = serve(ctx, cfg, stderr)
+	if err != nil && cfg.log.file == logToStderr {
+		err = loggedError{err}
 	}
+	return err
 }
 
 func serve(ctx context.Context, cfg config, stderr io.Writer) error {
@@ -160,8 +160,9 @@ func backup(data, directory string) error {
 		return fmt.Errorf("cannot make the directory for the backup: %w", err)
 	}
 	for _, c := range copies {
+		defer os.Remove(c.path + ".part") // of a copy that failed
 		if err := c.file.copyTo(c.path + ".part"); err != nil {
-			return err
+			return fmt.Errorf("no backup was made: %w", err)
 		}
 	}
 	for _, c := range copies {
@@ -187,7 +188,7 @@ type app struct {
 	server   *server
 }
 
-// openApp looks at everything and changes nothing yet.
+// openApp looks at the databases and changes nothing in them yet.
 func openApp(cfg config, stderr io.Writer) (*app, error) {
 	a := &app{cfg: cfg, console: stderr}
 	if cfg.log.file == logToStderr {
@@ -239,9 +240,7 @@ func (a *app) start() (err error) {
 	if a.listener, err = listen(a.cfg.addr); err != nil {
 		return err
 	}
-	if err = a.pool.start(); err != nil {
-		return err
-	}
+	a.pool.start()
 	options := a.cfg.server
 	if a.local() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
@@ -312,7 +311,7 @@ func (a *app) abandon(err error) error {
 	return errors.Join(err, a.closeFiles(), a.log.close())
 }
 
-// closeFiles closes the databases in the reverse order of their opening.
+// closeFiles closes the databases after the last commit, the orders' first.
 func (a *app) closeFiles() (err error) {
 	if a.store != nil {
 		err = a.store.close()
@@ -421,6 +420,10 @@ func (c config) describeWork() string {
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
+// insteadOfServing is the group of flags that are no settings: they have no
+// variable.
+const insteadOfServing = "Instead of serving"
+
 // flagGroups orders the help.
 var flagGroups = []struct {
 	title string
@@ -429,8 +432,7 @@ var flagGroups = []struct {
 	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
 	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
-	{"Backup", []string{"backup"}},
-	{"About", []string{"version", "h"}},
+	{insteadOfServing, []string{"backup", "version", "h"}},
 }
 
 // flags defines every flag on a new set and gives c the defaults. A value out
@@ -558,12 +560,17 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
+		if slices.Contains(flagGroups[len(flagGroups)-1].names, f.Name) {
+			return // insteadOfServing
+		}
 		name := variable(f.Name)
+		value, ok := variables[name]
 		known[name] = true
-		if value, ok := variables[name]; ok && f.Name != "h" && f.Name != "version" {
-			if err := fs.Set(f.Name, value); err != nil {
-				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
-			}
+		if !ok {
+			return
+		}
+		if err := fs.Set(f.Name, value); err != nil {
+			envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
 		}
 	})
 	if err := fs.Parse(args); c.help || errors.Is(err, flag.ErrHelp) {
@@ -655,7 +662,7 @@ func help() string {
 		fmt.Fprintf(&b, "\n%s:\n", group.title)
 		for _, name := range group.names {
 			f := fs.Lookup(name)
-			if group.title == "About" {
+			if group.title == insteadOfServing {
 				fmt.Fprintf(&b, "  -%-16s %s\n", name, f.Usage)
 				continue
 			}

@@ -108,8 +108,8 @@ func (m *metrics) start(t totals) error {
 	if upgraded {
 		m.log.Info("the schema was upgraded", "file", m.file.path, "version", metricsVersion)
 	}
-	m.latest.Store(&t)
-	if err := m.take(t); err != nil {
+	m.latest.CompareAndSwap(nil, &t) // the first commit may have come before
+	if err := m.take(*m.latest.Load()); err != nil {
 		return err
 	}
 	m.quit, m.stopped = make(chan struct{}), make(chan struct{})

@@ -968,13 +968,13 @@ func faultOf(err error, c echo.Context) *fault {
 
 // problem answers an error.
 func (s *server) problem(err error, c echo.Context) {
-	if c.Response().Committed {
-		return
-	}
 	f := faultOf(err, c)
 	header := c.Response().Header()
 	if f.Status == http.StatusInternalServerError {
 		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
+	}
+	if c.Response().Committed {
+		return
 	}
 	if f.Status == http.StatusServiceUnavailable {
 		header.Set(echo.HeaderRetryAfter, "1") // second

@@ -38,8 +38,8 @@ type poolOptions struct {
 	now      func() time.Time // the wall clock
 }
 
-// work is what processing an order means. It may run twice for one order (after
-// a crash), ends early when ctx is done, and returns an error for what should
+// work is what processing an order means. It may run more than once for one
+// order (after an error, a time-out, a stop or a crash), ends early when ctx is done, and returns an error for what should
 // be tried again. attempt counts from 1 since the process started.
 type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
@@ -99,21 +99,17 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 }
 
 // start begins with what the last start left unfinished.
-func (p *pool) start() error {
-	cursor, err := p.store.beforeBacklog()
-	if err != nil {
-		return err
-	}
-	p.running.Go(func() { p.feed(cursor) })
+func (p *pool) start() {
+	p.running.Go(p.feed)
 	for range p.workers {
 		p.running.Go(p.serve)
 	}
-	return nil
 }
 
 // feed carries unfinished orders from the table to the channel, first in, first
-// out. cursor is the upper half of the newest ID that it has put there.
-func (p *pool) feed(cursor int64) {
+// out.
+func (p *pool) feed() {
+	cursor := int64(0) // upper half of the newest ID that is in the channel
 	for p.stopping.Err() == nil {
 		orders, err := p.store.backlog(cursor, feedRows)
 		for _, o := range orders {

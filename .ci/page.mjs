@@ -53,9 +53,9 @@ async function open(page) {
 // metrics answers in the server's stead, with Prometheus's text.
 const metrics = (page, { pending = 0, processing = 0, completed = 0, parked = 0, down }) =>
   page.route('**/metrics', route => route.fulfill({ contentType: 'text/plain; version=0.0.4; charset=utf-8', body: `
-# TYPE orderd_orders_processed_total counter
-orderd_orders_processed_total ${completed}
-orderd_average_processing_seconds 2.0012
+# TYPE orderd_processing_seconds histogram
+orderd_processing_seconds_sum ${completed * 2.0012}
+orderd_processing_seconds_count ${completed}
 orderd_orders{status="Pending"} ${pending}
 orderd_orders{status="Processing"} ${processing}
 orderd_orders{status="Completed"} ${completed}
