@@ -7130,7 +7130,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				return
 			}
 			before := j.count(accepted)
-			require.Eventually(t, func() bool { return j.count(accepted) > before+100 }, time.Minute, time.Millisecond)
+			require.Eventually(t, func() bool { return j.count(accepted) > before+100 }, 2*longest, time.Millisecond)
 			stopLoad()
 			stopObservers()
 			end()
@@ -8275,14 +8275,14 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	body := orderBody(`"user"`, `"item"`, "1")
 	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, first.status, first.body)
-	orders := runOrders + 2*indexEvery // more than one run of the index
+	batches, size := runOrders/maxCreates+1, maxCreates // more than one run of the index
 	if raced() {
-		orders = 2 * maxCreates
+		batches, size = 1, 2*expiryRows
 	}
-	for range orders / maxCreates {
-		commitTogether(t, a.store, sampleOrders(maxCreates))
+	for range batches {
+		commitTogether(t, a.store, sampleOrders(size))
 	}
-	placed := int64(orders/maxCreates*maxCreates + 2)
+	placed := int64(batches*size + 2)
 	newest := a.store.totals().newest
 	until(t, func() bool { return a.store.totals().removed == placed-1 }, "all but the one at work are removed")
 
@@ -8299,7 +8299,8 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&left, &entries, &runs))
 	require.NoError(t, db.Close())
-	require.Equal(t, []int64{1, 1}, []int64{left, entries}, "the one at work, and its part of the index")
+	require.EqualValues(t, 1, left, "the one at work")
+	require.True(t, entries == 1 || entries == 0 && raced(), "its part of the index, which so few orders do not fill")
 	require.LessOrEqual(t, runs, int64(2), "its run, and the newest")
 
 	release()
