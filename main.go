@@ -87,6 +87,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	case cfg.version:
 		fmt.Fprintln(stdout, versionLine())
 		return nil
+	case cfg.backup != "":
+		return backup(ctx, cfg.data, cfg.backup)
 	}
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
@@ -96,6 +98,29 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	} else {
 		return err
 	}
+}
+
+// backup copies both databases to a directory. metrics.db comes first: it may
+// lag behind orders.db, but must not be ahead of it.
+func backup(ctx context.Context, data, directory string) error {
+	found, err := os.ReadDir(directory)
+	switch {
+	case len(found) > 0:
+		return fmt.Errorf("the directory %s is not empty: choose another with -backup", directory)
+	case errors.Is(err, os.ErrNotExist):
+		err = makeDirectory(directory)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot write a backup: %w; choose another directory with -backup", err)
+	}
+	for _, name := range []string{"metrics.db", "orders.db"} {
+		if err := copyDatabase(ctx, filepath.Join(data, name), filepath.Join(directory, name)); err != nil {
+			os.Remove(filepath.Join(directory, "metrics.db")) // of no use alone
+			return err
+		}
+	}
+	_, _, err = compare(directory, nil)
+	return err
 }
 
 func serve(ctx context.Context, cfg config, stderr io.Writer) error {
@@ -146,15 +171,23 @@ func (a *app) look() (err error) {
 	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
 		return err
 	}
-	a.engine = newSQLiteEngine(a.cfg.data, a.log)
-	held, err := a.engine.look()
+	a.engine, a.metrics, err = compare(a.cfg.data, a.log)
+	return err
+}
+
+// compare looks at both databases in a directory, and makes sure that they belong
+// together and to us.
+func compare(directory string, log *logger) (*sqliteEngine, *metrics, error) {
+	engine := newSQLiteEngine(directory, log)
+	held, err := engine.look()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	if a.metrics, err = openMetrics(a.cfg.data, a.log); err != nil {
-		return err
+	metrics, err := openMetrics(directory, log)
+	if err != nil {
+		return nil, nil, err
 	}
-	return a.metrics.check(held, a.engine.file.path)
+	return engine, metrics, metrics.check(held, engine.file.path)
 }
 
 // start begins to write, and to work on what was left unfinished. After it, the
@@ -305,6 +338,7 @@ type config struct {
 
 	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value
 	unknown []string // variables that look like settings and are none
+	backup  string   // directory; empty serves
 	version bool
 	help    bool
 }
@@ -339,7 +373,7 @@ var flagGroups = []struct {
 	{"Serving", []string{"addr", "token-file", "drain"}},
 	{"Orders", []string{"data", "workers", "delay", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
-	{"About", []string{"version", "h"}},
+	{"Instead of serving", []string{"backup", "version", "h"}},
 }
 
 // flags defines every flag on a new set and gives c the defaults. A value out
@@ -365,6 +399,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
 	define(fs, &c.log.days, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
 	define(fs, &c.log.level, "log-level", slog.LevelInfo, "least level that is logged: debug, info, warn or error", parseLevel)
+	define(fs, &c.backup, "backup", "", "copy the databases of -data, in use or not, into this new or empty directory", parseName)
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs
@@ -436,7 +471,7 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	fs.VisitAll(func(f *flag.Flag) {
 		name := variable(f.Name)
 		known[name] = true
-		if value, ok := variables[name]; ok && f.Name != "h" && f.Name != "version" {
+		if value, ok := variables[name]; ok && f.Name != "h" && f.Name != "version" && f.Name != "backup" {
 			if err := fs.Set(f.Name, value); err != nil {
 				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
 			}
@@ -497,7 +532,7 @@ func help() string {
 		fmt.Fprintf(&b, "\n%s:\n", group.title)
 		for _, name := range group.names {
 			f := fs.Lookup(name)
-			if group.title == "About" {
+			if group.title == "Instead of serving" {
 				fmt.Fprintf(&b, "  -%-12s %s\n", name, f.Usage)
 				continue
 			}
