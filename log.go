@@ -83,9 +83,9 @@ func (l *logger) close() error {
 	return nil
 }
 
-// lineBuffer is what one goroutine, the flusher, carries to out. A caller never
-// waits for out: lines that do not fit the buffer, or that out refuses, are
-// dropped and counted.
+// lineBuffer collects lines, which one goroutine, the flusher, writes to out. A
+// caller never waits for out: lines that do not fit the buffer, or that out
+// refuses, are dropped and counted.
 type lineBuffer struct {
 	dropped atomic.Int64
 
@@ -179,9 +179,9 @@ func openLogFile(o logOptions) (*logFile, error) {
 	return f, nil
 }
 
-// Write opens the file again where the path names another one than before. When
-// that changed in the middle of the last write, by lumberjack or by someone
-// else, it is unknown which one is open, and the file is opened again too.
+// Write opens the file again if the path no longer names the open one. Where
+// that changed during a write, since lumberjack rotated or someone moved the
+// file, it is unknown which file is open: the next write opens it again.
 func (f *logFile) Write(text []byte) (int, error) {
 	before, err := f.locate()
 	if err != nil {
@@ -214,9 +214,9 @@ func (f *logFile) locate() (os.FileInfo, error) {
 	return found, nil
 }
 
-// close leaves the lock to the end of the process where an old file may still
-// be in compression: another process would compress it too, and lumberjack then
-// deletes the result with the second attempt.
+// close leaves the lock to the end of the process where an old file may still be
+// in compression: another process would compress it too, find it gone at the
+// end, and delete the result.
 func (f *logFile) close() error {
 	err := f.rotated.Close()
 	ext := filepath.Ext(f.rotated.Filename)
@@ -228,7 +228,7 @@ func (f *logFile) close() error {
 }
 
 // samePlace reports whether both paths lead to one file, now or once it is made
-// (then even in capitals, for the file systems that take them for the same).
+// (there are file systems that do not tell capitals from small letters).
 func samePlace(path, other string) bool {
 	same := func(path, other string) bool {
 		a, _ := os.Stat(path)
@@ -241,10 +241,10 @@ func samePlace(path, other string) bool {
 
 var errLocked = errors.New("another orderd uses it")
 
-// lockFile makes an empty file, if there is none, and takes SQLite's lock on it:
-// a lock that Linux, macOS and Windows all have, without cgo, and that ends with
-// its process, after kill -9 too. The file is never deleted: two processes could
-// then each lock one of that name.
+// lockFile makes an empty file, if there is none, and takes SQLite's lock on it,
+// which Linux, macOS and Windows all have without cgo, and which ends with its
+// process, after kill -9 too. The file is never deleted: two processes could
+// then each lock one of that name. See https://sqlite.org/lockingv3.html.
 func lockFile(path string) (io.Closer, error) {
 	// SQLite would open a read-only file without a word. This comes first, since
 	// closing any descriptor of a file drops the process's locks on it.
@@ -253,14 +253,18 @@ func lockFile(path string) (io.Closer, error) {
 		return nil, err
 	}
 	file.Close()
+	if _, err := sqlitePath(path); err != nil {
+		return nil, err
+	}
 	name := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path)}
 	db, err := sql.Open("sqlite", name.String())
 	if err != nil {
 		return nil, err
 	}
-	db.SetMaxOpenConns(1) // has the lock
-	// Two that start at once and did not wait could each refuse the other.
-	_, err = db.Exec("PRAGMA busy_timeout = 200; BEGIN EXCLUSIVE")
+	db.SetMaxOpenConns(1) // the one that holds the lock
+	// Of two processes that start at once and do not wait, each may see the other
+	// half way to the lock, and neither gets it.
+	_, err = db.Exec("PRAGMA busy_timeout = 100; PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_BUSY {
 		return nil, errors.Join(errLocked, db.Close())
 	}
@@ -268,6 +272,24 @@ func lockFile(path string) (io.Closer, error) {
 		return nil, errors.Join(fmt.Errorf("cannot lock %s: %w", path, err), db.Close())
 	}
 	return db, nil
+}
+
+// longestPath is in bytes: SQLite's limit is 512, with what it appends
+// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
+const longestPath = 500
+
+// sqlitePath is the path that SQLite makes of a file's: absolute, and with the
+// links of its directory followed.
+func sqlitePath(path string) (string, error) {
+	directory, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return "", err
+	}
+	abs, err := filepath.Abs(filepath.Join(directory, filepath.Base(path)))
+	if err == nil && len(abs) > longestPath {
+		err = fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d", filepath.Base(abs), len(abs), longestPath)
+	}
+	return abs, err
 }
 
 // nudge tells the one receiver of a channel of capacity 1 to look.

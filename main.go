@@ -5,6 +5,16 @@
 // An order is answered with 201 only after the commit that holds it has been
 // fsynced; from then on no crash loses it, and it completes exactly once in
 // the counts. See README.md for the API and the promises.
+//
+// Each file uses only files below it in this table:
+//
+//	main.go    flags and config; the wiring, in the order of lifetimes; start and stop
+//	server.go  HTTP: routes, handlers, validation, problem documents, the Prometheus page
+//	worker.go  feeder, channel, pool, the work
+//	metrics.go metrics.db, its projector, the summary, histogram and exposition types
+//	store.go   orders: the domain, the store with its writer, the SQLite engine
+//	cache.go   status, and the bounded map of statuses
+//	log.go     slog over lumberjack
 package main
 
 import (
@@ -16,6 +26,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -34,7 +45,10 @@ func main() {
 		signals = append(signals, syscall.SIGHUP)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop)   // a second signal ends the process at once
+	context.AfterFunc(ctx, func() {
+		signal.Ignore(syscall.SIGHUP) // a terminal that closes may send several
+		stop()                        // any other second signal ends the process at once
+	})
 	signal.Ignore(syscall.SIGPIPE) // a reader of stderr that has gone does not
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
@@ -87,39 +101,17 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	case cfg.version:
 		fmt.Fprintln(stdout, versionLine())
 		return nil
-	case cfg.backup != "":
-		return backup(ctx, cfg.data, cfg.backup)
+	}
+	if cfg.backup != "" {
+		return backup(cfg.data, cfg.backup)
 	}
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
 	}
-	if err := serve(ctx, cfg, stderr); err != nil && cfg.log.file == logToStderr {
-		return loggedError{err}
-	} else {
-		return err
+	err = serve(ctx, cfg, stderr)
+	if err != nil && cfg.log.file == logToStderr {
+		err = loggedError{err}
 	}
-}
-
-// backup copies both databases to a directory. metrics.db comes first: it may
-// lag behind orders.db, but must not be ahead of it.
-func backup(ctx context.Context, data, directory string) error {
-	found, err := os.ReadDir(directory)
-	switch {
-	case len(found) > 0:
-		return fmt.Errorf("the directory %s is not empty: choose another with -backup", directory)
-	case errors.Is(err, os.ErrNotExist):
-		err = makeDirectory(directory)
-	}
-	if err != nil {
-		return fmt.Errorf("cannot write a backup: %w; choose another directory with -backup", err)
-	}
-	for _, name := range []string{"metrics.db", "orders.db"} {
-		if err := copyDatabase(ctx, filepath.Join(data, name), filepath.Join(directory, name)); err != nil {
-			os.Remove(filepath.Join(directory, "metrics.db")) // of no use alone
-			return err
-		}
-	}
-	_, _, err = compare(directory, nil)
 	return err
 }
 
@@ -132,6 +124,54 @@ func serve(ctx context.Context, cfg config, stderr io.Writer) error {
 		return a.abandon(err)
 	}
 	return a.serve(ctx)
+}
+
+// backup copies both databases into a directory that is new or empty. metrics.db
+// comes first: the orders may have gone on since it counted, but not the other
+// way round. Neither has its name before both are on disk.
+func backup(data, directory string) error {
+	if entries, err := os.ReadDir(directory); len(entries) > 0 {
+		return fmt.Errorf("%s is not empty: name a new directory for the backup", directory)
+	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot back up to %s: %w", directory, err)
+	}
+	if _, err := os.Stat(data); err != nil {
+		return fmt.Errorf("cannot read the data directory: %w; name the service's with -data", err)
+	}
+	engine := newSQLiteEngine(data, nil)
+	_, err := engine.look()
+	if err != nil {
+		return err
+	}
+	m, err := openMetrics(data, nil)
+	if err != nil {
+		return err
+	}
+	copies := []struct {
+		file *database
+		path string
+	}{{m.file, filepath.Join(directory, "metrics.db")}, {engine.file, filepath.Join(directory, "orders.db")}}
+	for _, c := range copies {
+		if c.file.found == 0 {
+			return fmt.Errorf("there is no %s to back up: name the directory of the service with -data", c.file.path)
+		}
+	}
+	if err := makeDirectory(directory); err != nil {
+		return fmt.Errorf("cannot make the directory for the backup: %w", err)
+	}
+	for _, c := range copies {
+		defer os.Remove(c.path + ".part") // of a copy that failed
+		if err := c.file.copyTo(c.path + ".part"); err != nil {
+			return fmt.Errorf("no backup was made: %w", err)
+		}
+	}
+	for _, c := range copies {
+		if err := os.Rename(c.path+".part", c.path); err != nil {
+			return fmt.Errorf("cannot name the backup: %w", err)
+		}
+	}
+	syncDirectory(directory)
+	return nil
 }
 
 // app is the whole service, its parts in the order of their lifetimes.
@@ -148,7 +188,7 @@ type app struct {
 	server   *server
 }
 
-// openApp looks at everything and changes nothing yet.
+// openApp looks at the databases and changes nothing in them yet.
 func openApp(cfg config, stderr io.Writer) (*app, error) {
 	a := &app{cfg: cfg, console: stderr}
 	if cfg.log.file == logToStderr {
@@ -166,28 +206,26 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	return a, nil
 }
 
-// look compares the two databases before anything is written to either.
+// look reads the certificate, and compares the two databases before anything is
+// written to either.
 func (a *app) look() (err error) {
+	if a.cfg.certFile != "" {
+		if a.cfg.server.certificate, err = openCertificate(a.cfg.certFile, a.cfg.keyFile, a.log); err != nil {
+			return err
+		}
+	}
 	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
 		return err
 	}
-	a.engine, a.metrics, err = compare(a.cfg.data, a.log)
-	return err
-}
-
-// compare looks at both databases in a directory, and makes sure that they belong
-// together and to us.
-func compare(directory string, log *logger) (*sqliteEngine, *metrics, error) {
-	engine := newSQLiteEngine(directory, log)
-	held, err := engine.look()
+	a.engine = newSQLiteEngine(a.cfg.data, a.log)
+	held, err := a.engine.look()
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	metrics, err := openMetrics(directory, log)
-	if err != nil {
-		return nil, nil, err
+	if a.metrics, err = openMetrics(a.cfg.data, a.log); err != nil {
+		return err
 	}
-	return engine, metrics, metrics.check(held, engine.file.path)
+	return a.metrics.check(held, a.engine.file.path)
 }
 
 // start begins to write, and to work on what was left unfinished. After it, the
@@ -202,13 +240,11 @@ func (a *app) start() (err error) {
 	if a.listener, err = listen(a.cfg.addr); err != nil {
 		return err
 	}
-	if err = a.pool.start(); err != nil {
-		return err
-	}
-	options := serverOptions{token: a.cfg.token}
+	a.pool.start()
+	options := a.cfg.server
 	if a.local() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		options.hosts = []string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}
+		options.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, options.names...)
 	}
 	a.server = newServer(options, a.store, a.pool, a.metrics, a.log)
 	a.announce()
@@ -227,7 +263,7 @@ func (a *app) committed(r commitReport) {
 // everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
 	served := make(chan error, 1)
-	go func() { served <- a.server.http.Serve(a.listener) }()
+	go func() { served <- a.server.serve(a.listener) }()
 	var err error
 	select {
 	case <-ctx.Done():
@@ -238,18 +274,22 @@ func (a *app) serve(ctx context.Context) error {
 	return errors.Join(err, a.close())
 }
 
+const sayAfter = 100 * time.Millisecond // a stop that waits longer than this says for what
+
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come
 // after everyone who writes.
 func (a *app) close() error {
-	a.log.Info("stopping", "drain", a.cfg.drain.String())
+	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", a.pool.active.Load())
 	deadline := time.Now().Add(a.cfg.drain)
+	say := time.AfterFunc(sayAfter, func() {
+		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
+			max(a.cfg.drain, answerTime), a.pool.active.Load())
+	})
 	a.pool.stop()
-	if n := a.pool.active.Load(); n > 0 && a.cfg.drain > 0 {
-		fmt.Fprintf(a.console, "stopping: %d orders are at work and have up to %s; interrupt again to end at once\n", n, a.cfg.drain)
-	}
 	a.pool.drain(deadline)
 	a.server.shutdown(deadline)
+	say.Stop()
 	err := a.closeFiles()
 	if err != nil {
 		a.log.Error("stopped", "error", err)
@@ -271,7 +311,7 @@ func (a *app) abandon(err error) error {
 	return errors.Join(err, a.closeFiles(), a.log.close())
 }
 
-// closeFiles closes the databases in the reverse order of their opening.
+// closeFiles closes the databases after the last commit, the orders' first.
 func (a *app) closeFiles() (err error) {
 	if a.store != nil {
 		err = a.store.close()
@@ -299,13 +339,18 @@ func listen(addr string) (net.Listener, error) {
 
 // announce tells a person where everything is, and the log the same.
 func (a *app) announce() {
+	scheme := "http"
+	if a.cfg.server.certificate != nil {
+		scheme = "https"
+	}
 	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
-	fmt.Fprintf(a.console, "orderd is open at http://%s\n", strings.Replace(addr, "[::]", "localhost", 1))
+	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
-	fmt.Fprintf(a.console, "%d workers, %s an order, %d unfinished orders resumed\n", a.cfg.pool.workers, a.cfg.delay, unfinished)
+	work := a.cfg.describeWork()
+	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
-		"delay", a.cfg.delay.String(), "resumed", unfinished, "version", versionLine())
-	if a.cfg.token == "" && !a.local() {
+		"work", work, "resumed", unfinished, "version", versionLine())
+	if a.cfg.server.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	if len(a.cfg.unknown) > 0 {
@@ -326,19 +371,23 @@ func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopba
 
 // config is what the flags and the environment say, checked.
 type config struct {
-	addr      string
-	tokenFile string
-	data      string
-	delay     time.Duration
-	drain     time.Duration
+	addr          string
+	tokenFile     string
+	readTokenFile string
+	certFile      string // of TLS, in PEM, or empty; so is the key
+	keyFile       string
+	workTokenFile string
+	data          string
+	delay         time.Duration
+	drain         time.Duration
 
-	store storeOptions
-	pool  poolOptions
-	log   logOptions
+	store  storeOptions
+	pool   poolOptions
+	server serverOptions
+	log    logOptions
 
-	token   string   // from ORDERD_TOKEN or the token file, never from a flag's value
+	backup  string   // the directory to copy the databases into, instead of serving
 	unknown []string // variables that look like settings and are none
-	backup  string   // directory; empty serves
 	version bool
 	help    bool
 }
@@ -347,9 +396,7 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	if c.tokenFile != "" {
-		o.taken = append(o.taken, c.tokenFile)
-	}
+	o.taken = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
 		if target, err := filepath.EvalSymlinks(path); err == nil {
@@ -362,18 +409,30 @@ func (c config) logOptions() logOptions {
 	return o
 }
 
+// describeWork tells what becomes of an order, without a password in the URL.
+func (c config) describeWork() string {
+	if u, _ := url.Parse(c.pool.endpoint.url); u.Host != "" {
+		return "each order POSTed to " + u.Redacted()
+	}
+	return c.delay.String() + " an order"
+}
+
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
+
+// insteadOfServing is the group of flags that are no settings: they have no
+// variable.
+const insteadOfServing = "Instead of serving"
 
 // flagGroups orders the help.
 var flagGroups = []struct {
 	title string
 	names []string
 }{
-	{"Serving", []string{"addr", "token-file", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "queue", "cache", "keep"}},
+	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
+	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
-	{"Instead of serving", []string{"backup", "version", "h"}},
+	{insteadOfServing, []string{"backup", "version", "h"}},
 }
 
 // flags defines every flag on a new set and gives c the defaults. A value out
@@ -385,12 +444,23 @@ func (c *config) flags() *flag.FlagSet {
 		return inRange("must be a whole number from %d to %d", low, high, strconv.Atoi)
 	}
 	duration := inRange("must be a duration from %s to %s, such as 250ms or 2s", 0, 24*time.Hour, time.ParseDuration)
+	oneAttempt := inRange("must be a duration from %s to %s, such as 30s or 5m", time.Second, time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
+	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
+		c.server.names, err = parseHosts(s)
+		return err
+	})
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
+	fs.StringVar(&c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order")
+	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM")
+	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
+	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
+	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
+	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
 	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
@@ -399,7 +469,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
 	define(fs, &c.log.days, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
 	define(fs, &c.log.level, "log-level", slog.LevelInfo, "least level that is logged: debug, info, warn or error", parseLevel)
-	define(fs, &c.backup, "backup", "", "copy the databases of -data, in use or not, into this new or empty directory", parseName)
+	fs.StringVar(&c.backup, "backup", "", "new directory to copy both databases into, of a service that runs or not; then exit")
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs
@@ -449,6 +519,24 @@ func parseAddr(s string) (string, error) {
 	return s, nil
 }
 
+func parseHosts(s string) ([]string, error) {
+	names := strings.Split(strings.ToLower(s), ",")
+	for _, name := range names {
+		if name == "" || strings.ContainsAny(name, " :/[]*") {
+			return nil, errors.New("must be names without scheme and port, with commas between, such as orders.example.com")
+		}
+	}
+	return names, nil
+}
+
+func parseEndpoint(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+		return "", errors.New("must be an http or https URL with a host, such as http://localhost:9000/work")
+	}
+	return s, nil
+}
+
 func parseLevel(s string) (level slog.Level, err error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
 		return level, errors.New("must be debug, info, warn or error")
@@ -466,15 +554,23 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
-	known := map[string]bool{"ORDERD_TOKEN": true}
+	known := map[string]bool{}
+	for _, s := range c.secrets() {
+		known[s.variable] = true
+	}
 	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
+		if slices.Contains(flagGroups[len(flagGroups)-1].names, f.Name) {
+			return // insteadOfServing
+		}
 		name := variable(f.Name)
+		value, ok := variables[name]
 		known[name] = true
-		if value, ok := variables[name]; ok && f.Name != "h" && f.Name != "version" && f.Name != "backup" {
-			if err := fs.Set(f.Name, value); err != nil {
-				envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
-			}
+		if !ok {
+			return
+		}
+		if err := fs.Set(f.Name, value); err != nil {
+			envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
 		}
 	})
 	if err := fs.Parse(args); c.help || errors.Is(err, flag.ErrHelp) {
@@ -492,29 +588,63 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 		}
 	}
 	slices.Sort(c.unknown)
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	c.pool.work = simulate(c.delay)
-	var err error
-	c.token, err = readToken(c.tokenFile, variables)
-	return c, err
+	for _, s := range c.secrets() {
+		if err := s.read(variables); err != nil {
+			return c, err
+		}
+	}
+	return c, c.contradiction(given["work"] && given["delay"])
 }
 
-// readToken prefers a token file over ORDERD_TOKEN, as a flag wins elsewhere.
-// A token that is set but empty is an error: it would leave the door open.
-func readToken(file string, variables map[string]string) (string, error) {
-	token, ok := variables["ORDERD_TOKEN"]
-	source := "ORDERD_TOKEN"
-	if file != "" {
-		text, err := os.ReadFile(file)
+// contradiction finds settings that are right one by one, but not together.
+func (c config) contradiction(workAndDelay bool) error {
+	switch {
+	case workAndDelay:
+		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
+	case (c.certFile == "") != (c.keyFile == ""):
+		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
+	case c.server.readToken != "" && c.server.token == "":
+		return usageError{errors.New("a read token alone would let everyone place orders: set ORDERD_TOKEN or -token-file too")}
+	case c.server.readToken != "" && c.server.readToken == c.server.token:
+		return usageError{errors.New("the read token is the token that places orders: choose another one")}
+	}
+	return nil
+}
+
+// secret is where a bearer token comes from, and whose it is.
+type secret struct {
+	variable, file string
+	into           *string
+}
+
+func (c *config) secrets() []secret {
+	return []secret{
+		{"ORDERD_TOKEN", c.tokenFile, &c.server.token},
+		{"ORDERD_READ_TOKEN", c.readTokenFile, &c.server.readToken},
+		{"ORDERD_WORK_TOKEN", c.workTokenFile, &c.pool.endpoint.token},
+	}
+}
+
+// read prefers the file over the variable, as a flag wins elsewhere. A token
+// that is set but empty is an error: it would leave the door open.
+func (s secret) read(variables map[string]string) error {
+	text, ok := variables[s.variable]
+	source := s.variable
+	if s.file != "" {
+		content, err := os.ReadFile(s.file)
 		if err != nil {
-			return "", fmt.Errorf("cannot read the token file: %w", err)
+			return fmt.Errorf("cannot read the token file: %w", err)
 		}
-		token, ok, source = string(text), true, "the token file "+file
+		text, ok, source = string(content), true, "the token file "+s.file
 	}
-	token = strings.TrimSpace(token)
-	if ok && token == "" {
-		return "", usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to serve without one", source)}
+	*s.into = strings.TrimSpace(text)
+	if ok && *s.into == "" {
+		return usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
 	}
-	return token, nil
+	return nil
 }
 
 const examples = `
@@ -532,14 +662,14 @@ func help() string {
 		fmt.Fprintf(&b, "\n%s:\n", group.title)
 		for _, name := range group.names {
 			f := fs.Lookup(name)
-			if group.title == "Instead of serving" {
-				fmt.Fprintf(&b, "  -%-12s %s\n", name, f.Usage)
+			if group.title == insteadOfServing {
+				fmt.Fprintf(&b, "  -%-16s %s\n", name, f.Usage)
 				continue
 			}
-			fmt.Fprintf(&b, "  -%-12s %s\n  %13s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
+			fmt.Fprintf(&b, "  -%-16s %s\n  %17s default %s, variable %s\n", name, f.Usage, "", cmp.Or(f.DefValue, "none"), variable(name))
 		}
 	}
-	b.WriteString("\nThe token itself is given in ORDERD_TOKEN or in the token file, never as a flag.\n")
+	b.WriteString("\nA token itself is given in ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN, or in its file, never as a flag.\n")
 	return b.String() + examples
 }
 
@@ -547,18 +677,4 @@ func help() string {
 func versionLine() string {
 	version, commit := buildInfo()
 	return fmt.Sprintf("orderd %s, commit %s, %s", version, commit, runtime.Version())
-}
-
-// buildInfo tells the module version and the commit.
-func buildInfo() (version, commit string) {
-	version, commit = "unknown", "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				commit = setting.Value
-			}
-		}
-	}
-	return version, commit
 }

@@ -3,9 +3,14 @@ package main
 import (
 	"fmt"
 	"math"
+	"os"
 	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"sort"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -96,11 +101,15 @@ func (m *metrics) check(t totals, place string) error {
 // start prepares metrics.db and has it hold t, which also rebuilds one that was
 // deleted or put back from a backup. Then it projects.
 func (m *metrics) start(t totals) error {
-	if err := m.file.open(m.log); err != nil {
+	upgraded, err := m.file.open()
+	if err != nil {
 		return err
 	}
-	m.latest.Store(&t)
-	if err := m.take(t); err != nil {
+	if upgraded {
+		m.log.Info("the schema was upgraded", "file", m.file.path, "version", metricsVersion)
+	}
+	m.latest.CompareAndSwap(nil, &t) // the first commit may have come before
+	if err := m.take(*m.latest.Load()); err != nil {
 		return err
 	}
 	m.quit, m.stopped = make(chan struct{}), make(chan struct{})
@@ -138,9 +147,10 @@ func (m *metrics) project() {
 	}
 }
 
-// take makes metrics.db hold t.
+// take makes metrics.db hold t. The first time after a start it always writes,
+// which mends sums that somebody has changed.
 func (m *metrics) take(t totals) error {
-	if m.counted.Load().seq == t.seq && m.counted.Load().identity == t.identity {
+	if *m.counted.Load() == t {
 		return nil
 	}
 	if m.beforeProject != nil {
@@ -245,4 +255,58 @@ func (e *exposition) histogram(name, help string, h *histogram) {
 	}
 	e.sample(name+"_sum", "", h.sum)
 	e.sample(name+"_count", "", float64(n))
+}
+
+// buildInfo tells the module version and the commit.
+func buildInfo() (version, commit string) {
+	version, commit = "unknown", "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				commit = setting.Value
+			}
+		}
+	}
+	return version, commit
+}
+
+var processStarted = time.Now()
+
+// procFigures are read where the system has Linux's /proc. A pattern may capture
+// several numbers to add up.
+var procFigures = []struct {
+	name, kind, help, file string
+	pattern                *regexp.Regexp
+	unit                   float64
+}{
+	{"process_cpu_seconds_total", "counter", "CPU time used, by the program and by the system for it.",
+		"/proc/self/stat", regexp.MustCompile(`(?s)^.*\)(?: \S+){11} (\d+) (\d+)`), 0.01}, // utime and stime: see proc(5)
+	{"process_resident_memory_bytes", "gauge", "Memory in RAM.",
+		"/proc/self/status", regexp.MustCompile(`(?m)^VmRSS:\s+(\d+) kB$`), 1024},
+	{"process_max_fds", "gauge", "Most file descriptors that may be open.",
+		"/proc/self/limits", regexp.MustCompile(`(?m)^Max open files\s+(\d+)`), 1},
+}
+
+// process adds what Prometheus's own clients tell of every process, under their
+// names. What the system does not tell is left out.
+func (e *exposition) process() {
+	e.family("go_info", "gauge", "Always 1; the label tells the version of Go.")
+	e.sample("go_info", fmt.Sprintf(`{version="%s"}`, runtime.Version()), 1)
+	e.one("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	e.one("process_start_time_seconds", "gauge", "Start of the process, in seconds since 1970.", float64(processStarted.UnixMilli())/1e3)
+	for _, f := range procFigures {
+		text, _ := os.ReadFile(f.file)
+		if numbers := f.pattern.FindSubmatch(text); numbers != nil {
+			sum := 0.0
+			for _, number := range numbers[1:] {
+				n, _ := strconv.ParseFloat(string(number), 64)
+				sum += n
+			}
+			e.one(f.name, f.kind, f.help, sum*f.unit)
+		}
+	}
+	if open, err := os.ReadDir("/proc/self/fd"); err == nil {
+		e.one("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // this look's own
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -38,6 +39,16 @@ type order struct {
 	took    int64 // µs from start to completion, by the monotonic clock
 }
 
+// amount is the total as JSON shows it, exact.
+func (o *order) amount() json.Number {
+	return json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100))
+}
+
+// timestamp is how JSON shows Unix ms.
+func timestamp(ms int64) string {
+	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
+}
+
 // high is the half of an ID that is the primary key: 48 bits of Unix ms and
 // 16 bits of sequence. low is the random half.
 func high(id ulid.ULID) int64 { return int64(binary.BigEndian.Uint64(id[:8])) }
@@ -52,9 +63,10 @@ func joinID(high, low int64) (id ulid.ULID) {
 // create is an order on its way into the table.
 type create struct {
 	order
-	key      string // idempotency key, or empty
-	replayed bool   // order is the one that the key created earlier
-	err      error  // of this create alone
+	key      string    // idempotency key, or empty
+	assigned ulid.ULID // the writer's: the ID of the order, unless the key has created another
+	replayed bool      // order is the one that the key created earlier
+	err      error     // of this create alone
 }
 
 // replay answers with the order that the key has already created.
@@ -201,7 +213,8 @@ type engine interface {
 	start() (totals, error)
 	// commit writes a batch whole, and sets its totals, what its expiry removed, and
 	// each create's and step's own outcome. An expiry that fails is tried without.
-	// Its error wraps errNotWritten, errOutcomeUnknown or errBroken.
+	// Its error wraps errNotWritten (the totals are then those that the table
+	// holds), errOutcomeUnknown or errBroken.
 	commit(*batch) error
 	// tidy does, between batches, what nobody waits for. Its errors are commit's.
 	tidy() error
@@ -357,17 +370,6 @@ func (s *store) await(seq int64) error {
 // backlog returns up to limit orders after an ID that are not final, in order.
 func (s *store) backlog(after int64, limit int) ([]queued, error) {
 	return s.engine.backlog(after, limit)
-}
-
-// beforeBacklog is an upper half of an ID: all orders up to it are final.
-func (s *store) beforeBacklog() (int64, error) {
-	newest := s.totals().newest // first, since what comes after it may end before the other two are read
-	firstPending, err := s.oldest(pending)
-	if err != nil {
-		return 0, err
-	}
-	firstProcessing, err := s.oldest(processing)
-	return min(newest, firstPending-1, firstProcessing-1), err
 }
 
 // oldest is the upper half of the oldest ID in a status that is not final, or
@@ -644,7 +646,11 @@ func (w *writer) turn(b *batch) error {
 func (w *writer) commit(b *batch) error {
 	began, expiry := time.Now(), b.expiry
 	w.number(b.creates)
-	if err := w.engine.commit(b); err != nil {
+	err := w.engine.commit(b)
+	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
+		w.publishTotals(b.totals)
+	}
+	if err != nil {
 		b.answer(publicKind(err))
 		return err
 	}
@@ -675,7 +681,8 @@ func (w *writer) number(creates []*create) {
 	ms := w.now().UnixMilli()
 	for _, c := range creates {
 		w.newest = max(w.newest+1, ms<<16)
-		c.id = joinID(w.newest, int64(rand.Uint64()))
+		c.assigned = joinID(w.newest, int64(rand.Uint64()))
+		c.id = c.assigned
 	}
 }
 
@@ -698,9 +705,10 @@ func (w *writer) publish(b *batch) {
 	if len(b.removed) > 0 {
 		w.cache.forget(b.removed, b.totals.seq)
 	}
-	t := b.totals // a pointer into the batch would keep all of it
-	w.published.Store(&t)
+	w.publishTotals(b.totals)
 }
+
+func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
 // retry refuses creates and tries once a second to write the steps of a refused
 // batch, or just the totals, until that succeeds.
@@ -842,7 +850,7 @@ INSERT INTO totals (accepted, processing, completed, took, newest_started, ident
 // bounds itself.
 const ordersUpgrade = `
 ALTER TABLE orders ADD COLUMN key TEXT;
-CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- both tables in one order: a tenth of the time
+CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- both tables in one sequence: a tenth of the time
 UPDATE orders SET key = (SELECT key FROM idempotency_keys k WHERE k.id_high = orders.id_high) WHERE id_high IN (SELECT id_high FROM idempotency_keys);
 DROP TABLE idempotency_keys;
 CREATE UNIQUE INDEX orders_by_key ON orders (key) WHERE key IS NOT NULL;
@@ -949,8 +957,12 @@ func (e *sqliteEngine) look() (t totals, err error) {
 }
 
 func (e *sqliteEngine) start() (t totals, err error) {
-	if err = e.file.open(e.log); err != nil {
+	upgraded, err := e.file.open()
+	if err != nil {
 		return t, err
+	}
+	if upgraded {
+		e.log.Info("the schema was upgraded", "file", e.file.path, "version", ordersVersion)
 	}
 	if err = e.prepare(); err != nil {
 		return t, explain(e.file.path, err)
@@ -1071,6 +1083,7 @@ func (e *sqliteEngine) commit(b *batch) error {
 	if errors.Is(err, errRejected) {
 		err = e.transaction(b, e.insertEach)
 	}
+	b.totals = e.last
 	return err
 }
 
@@ -1235,8 +1248,10 @@ func (e *sqliteEngine) insertEach(creates []*create) error {
 	return nil
 }
 
-// insertKeyed inserts an order, or finds the one that its key has created.
+// insertKeyed inserts an order, or finds the one that its key has created. What
+// a transaction found that was rolled back does not count.
 func (e *sqliteEngine) insertKeyed(c *create) error {
+	c.id, c.replayed, c.err = c.assigned, false, nil
 	if c.key != "" {
 		var seq int64
 		earlier, err := scanOrder(e.write.findKey.QueryRow(c.key).Scan, &seq)
@@ -1546,13 +1561,17 @@ const (
 const (
 	findID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
 	findKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
+	// Each status is read in the sequence of the index, and no content: the cost is
+	// that of the orders returned, wherever they are in the table.
+	findBacklog = "SELECT * FROM (" + ofBacklog + "0 ORDER BY id_high LIMIT ?2) UNION ALL SELECT * FROM (" + ofBacklog + "1 ORDER BY id_high LIMIT ?2) ORDER BY 1 LIMIT ?2"
+	ofBacklog   = "SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high > ?1 AND status = "
 )
 
 // reader is a pool of read-only connections. They are opened at start and kept,
 // so that a read needs no descriptor that others may have used up.
 type reader struct {
 	*sql.DB
-	findID, findKey *sql.Stmt
+	findID, findKey, backlog *sql.Stmt
 }
 
 func openReader(path string, connections int) (*reader, error) {
@@ -1562,10 +1581,12 @@ func openReader(path string, connections int) (*reader, error) {
 	}
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
-	r := &reader{DB: db}
-	if r.findID, err = db.Prepare(findID); err == nil {
-		r.findKey, err = db.Prepare(findKey)
+	prepare := func(query string) *sql.Stmt {
+		stmt, prepareErr := db.Prepare(query)
+		err = cmp.Or(err, prepareErr)
+		return stmt
 	}
+	r := &reader{DB: db, findID: prepare(findID), findKey: prepare(findKey), backlog: prepare(findBacklog)}
 	open := make([]*sql.Conn, 0, connections)
 	for err == nil && len(open) < connections {
 		var c *sql.Conn
@@ -1613,10 +1634,8 @@ func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o
 	return order{}, seq, err
 }
 
-// backlog reads no content. Behind the feeder's cursor all orders are Pending,
-// so that looking at each of them is cheaper than sorting an index.
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.lists.Query("SELECT id_high, id_low, status FROM orders NOT INDEXED WHERE id_high > ? AND status < 2 ORDER BY id_high LIMIT ?", after, limit)
+	rows, err := e.lists.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -1788,40 +1807,24 @@ type database struct {
 	checked time.Time              // when inPlace last looked
 }
 
-// longestPath is in bytes: SQLite's limit is 512, with what it appends
-// (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
-const longestPath = 500
-
 // openSQLite opens lazily: no file is touched before the first statement.
-func openSQLite(path string, params ...string) (*sql.DB, error) {
-	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()), "_pragma=temp_store(2)") // in memory
-	name, err := dataSource(path, params...)
-	if err != nil {
-		return nil, err
-	}
-	db, err := sql.Open("sqlite", name)
-	if err == nil {
-		db.SetMaxOpenConns(1)
-	}
-	return db, err
-}
-
-// dataSource is a path as the driver wants it.
 // See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
-func dataSource(path string, params ...string) (string, error) {
-	abs, err := filepath.Abs(path)
+func openSQLite(path string, params ...string) (*sql.DB, error) {
+	abs, err := sqlitePath(path)
 	if err != nil {
-		return "", err
-	}
-	if len(abs) > longestPath {
-		return "", fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d: choose a shorter one with -data", filepath.Base(abs), len(abs), longestPath)
+		return nil, fmt.Errorf("cannot open %s: %w", path, err)
 	}
 	name := filepath.ToSlash(abs)
 	if !strings.HasPrefix(name, "/") {
 		name = "/" + name // a Windows drive
 	}
+	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()), "_pragma=temp_store(2)") // in memory
 	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
-	return dsn.String(), nil
+	db, err := sql.Open("sqlite", dsn.String())
+	if err == nil {
+		db.SetMaxOpenConns(1)
+	}
+	return db, err
 }
 
 // resolve follows links once, before anything looks beside the file: SQLite
@@ -1854,7 +1857,7 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
 	}
-	if err := makeFile(d.path); err != nil { // SQLite would open a read-only file without a word
+	if err := makeDataFile(d.path); err != nil { // SQLite would open a read-only file without a word
 		return err
 	}
 	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
@@ -1901,31 +1904,30 @@ func exists(path string) bool {
 
 // open makes the database if need be, opens it durably, and upgrades an older
 // one. Call inspect first.
-func (d *database) open(log *logger) (err error) {
+func (d *database) open() (upgraded bool, err error) {
 	if d.found == 0 {
 		if err := d.create(); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := syncFile(d.path + "-wal"); err != nil {
-		return fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
+		return false, fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
 	}
 	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
-		return err
+		return false, err
 	}
 	if err := d.setDurable(); err != nil {
-		return err
+		return false, err
 	}
 	d.remember()
 	if d.found < d.version {
-		log.Info("the schema is upgraded", "file", d.path, "from", d.found, "to", d.version)
-		return explain(d.path, d.upgrade())
+		err = explain(d.path, d.upgrade())
 	}
-	return nil
+	return d.found < d.version, err
 }
 
 // upgrade runs in one transaction. Its indexes are sorted in files beside the
-// database: memory may not have room for them.
+// database, since memory may not have room for them.
 func (d *database) upgrade() error {
 	directory := strings.ReplaceAll(filepath.Dir(d.path), "'", "''")
 	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.found):], "")
@@ -1957,12 +1959,13 @@ func (d *database) setDurable() error {
 // that no power cut leaves a part of one.
 func (d *database) create() error {
 	unfinished := d.path + ".new"
-	for _, leftover := range []string{unfinished, unfinished + "-wal", unfinished + "-shm", d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
+	// SQLite would take a -wal or a -journal of an earlier file for this one's.
+	for _, leftover := range []string{unfinished, d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
 		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("cannot remove %s, which holds nothing: %w", leftover, err)
+			return fmt.Errorf("cannot remove %s, whose database is gone: %w", leftover, err)
 		}
 	}
-	if err := makeFile(unfinished); err != nil {
+	if err := makeDataFile(unfinished); err != nil {
 		return err
 	}
 	db, err := openSQLite(unfinished, "mode=rw")
@@ -1980,79 +1983,9 @@ func (d *database) create() error {
 		return fmt.Errorf("cannot make %s: %w", d.path, err)
 	}
 	syncDirectory(filepath.Dir(d.path))
+	syncDirectory(filepath.Dir(filepath.Dir(d.path))) // where the log may have made the directory
 	d.found = d.version
 	return nil
-}
-
-// copyDatabase copies a database that another process may be writing. It waits
-// for nobody and nobody waits for it. A copy that does not succeed leaves no file.
-func copyDatabase(ctx context.Context, from, to string) error {
-	from, err := resolve(from)
-	if err != nil {
-		return err
-	}
-	if !exists(from) {
-		return fmt.Errorf("there is no %s: say with -data where the data is", from)
-	}
-	mode := "mode=ro"
-	if !exists(from + "-wal") {
-		mode = "mode=rw" // closing it removes the -wal that reading makes
-	}
-	db, err := openSQLite(from, mode)
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	unfinished := to + ".new"
-	file, err := os.OpenFile(unfinished, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
-	if err != nil {
-		return err
-	}
-	err = errors.Join(copyInto(ctx, file, db), file.Close())
-	if err == nil {
-		err = os.Rename(unfinished, to)
-	}
-	if err != nil {
-		os.Remove(unfinished)
-		return fmt.Errorf("cannot copy %s to %s: %w", from, to, err)
-	}
-	syncDirectory(filepath.Dir(to))
-	return nil
-}
-
-const copyPages = 256 // 1 MB at a time
-
-// copyInto copies what one transaction sees, since each commit of another process
-// would begin the copy anew. After each part it rests twice as long as that took:
-// others write to the same disk.
-func copyInto(ctx context.Context, file *os.File, db *sql.DB) error {
-	name, err := dataSource(file.Name(), "_pragma=journal_mode(off)", "_pragma=synchronous(off)")
-	if err != nil {
-		return err
-	}
-	conn, err := db.Conn(ctx)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if _, err := conn.ExecContext(ctx, "BEGIN; SELECT * FROM totals"); err != nil {
-		return err
-	}
-	return conn.Raw(func(driver any) error {
-		backup, err := driver.(interface {
-			NewBackup(string) (*sqlite.Backup, error)
-		}).NewBackup(name)
-		if err != nil {
-			return err
-		}
-		for more := true; more && err == nil; {
-			began := time.Now()
-			more, err = backup.Step(copyPages)
-			err = cmp.Or(err, file.Sync(), ctx.Err())
-			time.Sleep(2 * time.Since(began))
-		}
-		return errors.Join(err, backup.Finish())
-	})
 }
 
 // remember notes what the database's paths name now, for inPlace.
@@ -2082,6 +2015,48 @@ func (d *database) inPlace() error {
 	return nil
 }
 
+const copyPages = 64 // of a step of a copy; between two it yields for as long as one takes
+
+// copyTo writes a copy, as of one moment, while others read and write. Its
+// transaction keeps it from starting over with every commit; the WAL grows
+// meanwhile (https://sqlite.org/backup.html).
+func (d *database) copyTo(path string) error {
+	if err := makeFile(path); err != nil {
+		return err
+	}
+	source, err := openSQLite(d.path, "mode=rw", "_pragma=query_only(1)")
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	conn, err := source.Conn(context.Background())
+	if err != nil {
+		return explain(d.path, err)
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(context.Background(), "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
+		return explain(d.path, err)
+	}
+	err = conn.Raw(func(c any) error {
+		b, err := c.(interface {
+			NewBackup(string) (*sqlite.Backup, error)
+		}).NewBackup(path)
+		if err != nil {
+			return err
+		}
+		for more := true; more && err == nil; {
+			began := time.Now()
+			more, err = b.Step(copyPages)
+			time.Sleep(time.Since(began))
+		}
+		return errors.Join(err, b.Finish())
+	})
+	if err != nil {
+		return fmt.Errorf("cannot copy %s to %s: %w", d.path, path, err)
+	}
+	return syncFile(path)
+}
+
 // setBusyTimeout needs the one connection: it is the writer's.
 func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
@@ -2098,6 +2073,10 @@ func (d *database) close() error {
 func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
+	}
+	longest := filepath.Join(dir, "metrics.db.new") // of all that create makes
+	if _, err := sqlitePath(longest); err != nil {
+		return nil, fmt.Errorf("cannot use the data directory: %w; choose another with -data", err)
 	}
 	lock, err := lockFile(filepath.Join(dir, "orderd.lock"))
 	if errors.Is(err, errLocked) {
@@ -2142,9 +2121,16 @@ func syncDirectory(dir string) {
 func makeFile(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return fmt.Errorf("cannot write to the data directory: %w; check the owner and mode, or choose another with -data", err)
+		return err
 	}
 	return f.Close()
+}
+
+func makeDataFile(path string) error {
+	if err := makeFile(path); err != nil {
+		return fmt.Errorf("cannot write to the data directory: %w; check the owner and mode, or choose another with -data", err)
+	}
+	return nil
 }
 
 // syncFile brings a file to disk, if there is one. Of a -wal that a killed

@@ -1,9 +1,18 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"container/heap"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,38 +22,26 @@ import (
 
 const (
 	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
-	firstRetry   = 100 * time.Millisecond // pause after an order's first failed attempt; it doubles
-	longestRetry = time.Minute
-	maxParked    = 1_000_000 // orders in a pause; beyond them the feeder waits
+	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
+	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
+	longestPause = 5 * time.Second        // of the pool, and of orders that met with trouble: once it is over they all go on
+	givesWay     = 10 * time.Millisecond  // more than the pool's is such an order's pause: another is tried first
+	maxParked    = 1_000_000              // orders in a pause; beyond them the feeder waits
 )
 
 // poolOptions are the pool's part of the configuration.
 type poolOptions struct {
-	workers int
-	queue   int // capacity of the channel
-	work    work
-	now     func() time.Time // the wall clock
+	workers  int
+	queue    int              // capacity of the channel
+	work     work             // where there is no endpoint
+	endpoint endpointOptions  // that does the work, or zero
+	now      func() time.Time // the wall clock
 }
 
-// work is what processing an order means. It may run twice for one order (after
-// a crash), ends early when ctx is done, and returns an error for what should
-// be tried again.
-type work func(ctx context.Context, id ulid.ULID) error
-
-// simulate is the stand-in for real work: it takes a while.
-func simulate(delay time.Duration) work {
-	return func(ctx context.Context, _ ulid.ULID) error {
-		if delay == 0 {
-			return nil
-		}
-		select {
-		case <-time.After(delay):
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
+// work is what processing an order means. It may run more than once for one
+// order (after an error, a time-out, a stop or a crash), ends early when ctx is done, and returns an error for what should
+// be tried again. attempt counts from 1 since the process started.
+type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
 // pool runs orders through Processing to Completed. The channel is a window on
 // the table: the feeder is its only sender, the workers receive.
@@ -57,8 +54,13 @@ type pool struct {
 	queue  chan queued
 	stored chan struct{} // capacity 1: the table has new orders
 	parked *parking
+	gate   *gate
 	took   histogram
 	active atomic.Int64 // attempts under way
+	failed atomic.Int64 // attempts that failed
+
+	failures *fewLines // of one order each
+	troubles *fewLines // of the endpoint
 
 	// stopping is done when the service begins to stop: no worker takes another
 	// order, nobody waits for one, and readyz says no.
@@ -66,16 +68,17 @@ type pool struct {
 	stop     context.CancelFunc
 	working  context.Context // cancelled by drain: end what runs
 	cancel   context.CancelFunc
-	running  sync.WaitGroup // feeder, workers and who returns parked orders
+	running  sync.WaitGroup // feeder and workers
 }
 
 // job is an order in the hands of the pool, whose first attempt was in this
-// process. It is small, and without pointers, since a million may be parked.
+// process. It is small (40 bytes), and without pointers, since a million may be
+// parked.
 type job struct {
 	id       ulid.ULID
 	started  int64         // Unix ms of the first attempt, by the wall clock
 	began    time.Duration // the same, since the pool was made, by the monotonic clock
-	due      time.Duration // of the next attempt, likewise; while it is parked
+	due      tick          // of the next attempt, while it is parked
 	attempts int32         // that failed
 }
 
@@ -83,31 +86,30 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
 		poolOptions: o, store: s, log: log, made: time.Now(),
 		queue: make(chan queued, o.queue), stored: make(chan struct{}, 1),
-		took: newHistogram(durationBounds),
+		took: newHistogram(durationBounds), gate: newGate(),
+		failures: &fewLines{log: log}, troubles: &fewLines{log: log},
 	}
-	p.parked = newParking(p.made)
+	if o.endpoint.url != "" {
+		p.work = newEndpoint(o.endpoint, o.workers, s.get).post
+	}
+	p.parked = newParking()
 	p.stopping, p.stop = context.WithCancel(context.Background())
 	p.working, p.cancel = context.WithCancel(context.Background())
 	return p
 }
 
 // start begins with what the last start left unfinished.
-func (p *pool) start() error {
-	cursor, err := p.store.beforeBacklog()
-	if err != nil {
-		return err
-	}
-	p.running.Go(func() { p.feed(cursor) })
-	p.running.Go(func() { p.parked.run(p.stopping) })
+func (p *pool) start() {
+	p.running.Go(p.feed)
 	for range p.workers {
 		p.running.Go(p.serve)
 	}
-	return nil
 }
 
 // feed carries unfinished orders from the table to the channel, first in, first
-// out. cursor is the upper half of the newest ID that it has put there.
-func (p *pool) feed(cursor int64) {
+// out.
+func (p *pool) feed() {
+	cursor := int64(0) // upper half of the newest ID that is in the channel
 	for p.stopping.Err() == nil {
 		orders, err := p.store.backlog(cursor, feedRows)
 		for _, o := range orders {
@@ -152,56 +154,142 @@ func (p *pool) push(o queued) bool {
 // serve is one worker. It takes no more orders once the pool is stopped.
 func (p *pool) serve() {
 	for p.stopping.Err() == nil {
-		select {
-		case <-p.stopping.Done():
-		case o := <-p.queue:
-			p.begin(o)
-		case j := <-p.parked.ready:
-			p.attempt(j)
+		shut, changed := p.gate.state()
+		if shut {
+			select {
+			case <-changed:
+			case <-p.stopping.Done():
+			}
+			continue
+		}
+		j, ok := p.next(changed)
+		if !ok {
+			continue
+		}
+		if t, ok := errors.AsType[*trouble](p.attempt(j)); ok && p.gate.set(true) {
+			p.endure(t, j.id)
 		}
 	}
 }
 
-// begin takes an order for the first time since the start of the process.
-func (p *pool) begin(o queued) {
+// next waits for a new order, in its turn, or a parked one that is due.
+func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
+	select {
+	case o := <-p.queue:
+		return p.begin(o), true
+	case <-p.parked.ready:
+		return p.parked.take(time.Now())
+	case <-interrupted:
+	case <-p.stopping.Done():
+	}
+	return j, false
+}
+
+// begin starts on an order for the first time since the start of the process.
+func (p *pool) begin(o queued) job {
 	j := job{id: o.id, started: p.now().UnixMilli(), began: time.Since(p.made)}
 	if o.status == pending {
 		p.store.step(step{id: o.id, from: pending, to: processing, started: j.started})
 	}
-	p.attempt(j)
+	return j
 }
 
 // attempt works on an order once. One that fails sits out a pause without a
 // worker and is tried again, unless the pool is ending: then it waits in the
 // table for the next start.
-func (p *pool) attempt(j job) {
+func (p *pool) attempt(j job) error {
 	p.active.Add(1)
-	err := p.guarded(j.id)
+	err := p.guarded(j)
 	p.active.Add(-1)
-	if err == nil {
-		took := time.Since(p.made) - j.began
-		p.took.observe(took.Seconds())
-		p.store.step(step{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
-		return
+	switch {
+	case err == nil:
+		p.complete(j)
+	case p.working.Err() != nil:
+		return p.working.Err() // it was cut off
+	default:
+		p.failed.Add(1)
+		p.postpone(j, err)
 	}
-	if p.working.Err() != nil {
-		return
-	}
-	pause := min(firstRetry<<min(j.attempts, 16), longestRetry)
-	j.attempts++
-	p.log.Warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
-	j.due = time.Since(p.made) + pause
-	p.parked.park(j)
+	return err
 }
 
 // guarded turns a panic in the work into an error of this attempt.
-func (p *pool) guarded(id ulid.ULID) (err error) {
+func (p *pool) guarded(j job) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic: %v", r)
 		}
 	}()
-	return p.work(p.working, id)
+	return p.work(p.working, j.id, int(j.attempts)+1)
+}
+
+func (p *pool) complete(j job) {
+	took := time.Since(p.made) - j.began
+	p.took.observe(took.Seconds())
+	p.store.step(step{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
+}
+
+// postpone parks an order after an attempt that failed. The endpoint's trouble
+// is endure's to log.
+func (p *pool) postpone(j job, err error) {
+	pause := doubled(j.attempts, longestRetry)
+	due := time.Now().Add(pause)
+	j.attempts++
+	if t, ok := errors.AsType[*trouble](err); ok {
+		due = t.over(j.attempts - 1).Add(givesWay)
+	} else {
+		p.failures.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
+	}
+	p.parked.park(j, due)
+}
+
+// doubled is the pause after some failures in a row and another one.
+func doubled(failures int32, longest time.Duration) time.Duration {
+	return min(firstRetry<<min(failures, 16), longest)
+}
+
+// endure stays with the endpoint's trouble: while all other workers pause, its
+// worker tries one order at a time until the endpoint answers. A time-out is no
+// answer: the others would only hang too.
+func (p *pool) endure(t *trouble, id ulid.ULID) {
+	p.troubles.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
+	began := time.Now()
+	said := began
+	for trials := int32(0); ; trials++ {
+		over := t.over(trials)
+		select {
+		case <-time.After(time.Until(over)):
+		case <-p.stopping.Done():
+			return
+		}
+		if time.Since(said) >= time.Minute {
+			said = time.Now()
+			p.troubles.warn("the endpoint is still in trouble", "for", said.Sub(began).String(), "trials", trials, "error", t)
+		}
+		j, ok := p.trial(over)
+		if !ok {
+			return
+		}
+		err := p.attempt(j)
+		if t, ok = errors.AsType[*trouble](err); ok {
+			continue
+		}
+		if err == nil || errors.Is(err, errAnswered) {
+			p.gate.set(false)
+			p.troubles.warn("the endpoint answers again: orders go on", "after", time.Since(began).String())
+			return
+		}
+		t = &trouble{error: err, since: time.Now()}
+	}
+}
+
+// trial is the parked order that has been due longest, else the next new one.
+func (p *pool) trial(over time.Time) (j job, ok bool) {
+	j, ok = p.parked.take(over)
+	for !ok && p.stopping.Err() == nil {
+		j, ok = p.next(nil)
+	}
+	return j, ok
 }
 
 // drain waits until running work has ended, and ends it at the deadline. It
@@ -220,84 +308,295 @@ func (p *pool) drain(deadline time.Time) {
 	p.cancel()
 }
 
-// parking holds orders in a pause, and returns each when its pause is over.
+// gate lets workers take orders while it is not shut.
+type gate struct {
+	mu      sync.Mutex // guards the rest
+	shut    bool
+	changed chan struct{} // closed and replaced when shut changes
+}
+
+func newGate() *gate { return &gate{changed: make(chan struct{})} }
+
+func (g *gate) state() (shut bool, changed <-chan struct{}) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.shut, g.changed
+}
+
+// set reports whether that is a change.
+func (g *gate) set(shut bool) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut == shut {
+		return false
+	}
+	g.shut = shut
+	close(g.changed)
+	g.changed = make(chan struct{})
+	return true
+}
+
+// parking holds orders in a pause.
 type parking struct {
-	made  time.Time     // what a job's times count from
-	ready chan job      // to whichever worker is free
-	wake  chan struct{} // capacity 1: another job is the first
+	made  time.Time     // what ticks count from
+	ready chan struct{} // capacity 1: a job may be due
+	timer *time.Timer   // nudges ready when the first job is due
 
 	mu   sync.Mutex // guards jobs
 	jobs jobHeap
 }
 
-func newParking(made time.Time) *parking {
-	return &parking{made: made, ready: make(chan job), wake: make(chan struct{}, 1)}
+// tick is a time in 10 ms since parking was made. After 497 days it starts anew:
+// of two, their difference tells which is later.
+type tick uint32
+
+const tickLength = 10 * time.Millisecond
+
+func (t tick) after(other tick) time.Duration { return time.Duration(int32(t-other)) * tickLength }
+
+func newParking() *parking {
+	p := &parking{made: time.Now(), ready: make(chan struct{}, 1)}
+	p.timer = time.AfterFunc(longestRetry, func() { nudge(p.ready) })
+	return p
 }
 
-func (p *parking) park(j job) {
+func (p *parking) tick(t time.Time) tick { return tick(t.Sub(p.made) / tickLength) }
+
+func (p *parking) park(j job, due time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	j.due = p.tick(due) + 1 // not before
 	heap.Push(&p.jobs, j)
-	if p.jobs[0].id == j.id {
-		nudge(p.wake)
+	p.arm()
+}
+
+// take removes the job that is due first, if it is due by now.
+func (p *parking) take(now time.Time) (j job, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.jobs.n > 0 && p.jobs.at(0).due.after(p.tick(now)) <= 0 {
+		j, ok = heap.Pop(&p.jobs).(job), true
+	}
+	p.arm()
+	return j, ok
+}
+
+// arm has a worker look again once the first job is due. It needs p.mu.
+func (p *parking) arm() {
+	if p.jobs.n == 0 {
+		return
+	}
+	if wait := p.jobs.at(0).due.after(p.tick(time.Now())); wait > 0 {
+		p.timer.Reset(wait)
+	} else {
+		nudge(p.ready)
 	}
 }
 
 func (p *parking) len() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.jobs)
+	return p.jobs.n
 }
 
-// first is the job that is due first.
-func (p *parking) first() (j job, ok bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.jobs) == 0 {
-		return j, false
+const heapChunk = 1024 // jobs, 40 KB
+
+// jobHeap has the job that is due first at its top: see container/heap. It
+// grows by chunks, which are not copied, and gives them back.
+type jobHeap struct {
+	chunks []*[heapChunk]job
+	n      int
+}
+
+func (h *jobHeap) at(i int) *job      { return &h.chunks[i/heapChunk][i%heapChunk] }
+func (h *jobHeap) Len() int           { return h.n }
+func (h *jobHeap) Less(i, k int) bool { return h.at(k).due.after(h.at(i).due) > 0 }
+func (h *jobHeap) Swap(i, k int)      { *h.at(i), *h.at(k) = *h.at(k), *h.at(i) }
+
+func (h *jobHeap) Push(j any) {
+	if h.n == len(h.chunks)*heapChunk {
+		h.chunks = append(h.chunks, new([heapChunk]job))
 	}
-	return p.jobs[0], true
+	*h.at(h.n) = j.(job)
+	h.n++
 }
-
-// remove drops the first job, which a worker has taken.
-func (p *parking) remove() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	heap.Pop(&p.jobs)
-}
-
-// run hands out what is due until the pool stops.
-func (p *parking) run(stopping context.Context) {
-	for stopping.Err() == nil {
-		var pause <-chan time.Time
-		var ready chan job
-		j, ok := p.first()
-		if wait := j.due - time.Since(p.made); ok && wait > 0 {
-			pause = time.After(wait)
-		} else if ok {
-			ready = p.ready
-		}
-		select {
-		case ready <- j:
-			p.remove()
-		case <-pause:
-		case <-p.wake:
-		case <-stopping.Done():
-		}
-	}
-}
-
-// jobHeap has the job that is due first at its top. See container/heap.
-type jobHeap []job
-
-func (h jobHeap) Len() int           { return len(h) }
-func (h jobHeap) Less(i, k int) bool { return h[i].due < h[k].due }
-func (h jobHeap) Swap(i, k int)      { h[i], h[k] = h[k], h[i] }
-func (h *jobHeap) Push(j any)        { *h = append(*h, j.(job)) }
 
 func (h *jobHeap) Pop() any {
-	last := len(*h) - 1
-	j := (*h)[last]
-	*h = (*h)[:last]
+	h.n--
+	j := *h.at(h.n)
+	if last := h.n / heapChunk; h.n%heapChunk == 0 {
+		h.chunks[last] = nil
+		h.chunks = h.chunks[:last]
+	}
 	return j
+}
+
+const linesASecond = 5 // of each kind of failure
+
+// fewLines logs what may happen any number of times: beyond linesASecond it
+// leaves lines out, and the next line says how many.
+type fewLines struct {
+	log *logger
+
+	mu      sync.Mutex // guards the rest
+	since   time.Time  // when the second began that lines are counted in
+	lines   int
+	leftOut int // since the last line
+}
+
+func (f *fewLines) warn(message string, attributes ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := time.Now(); now.Sub(f.since) >= time.Second {
+		f.since, f.lines = now, 0
+	}
+	if f.lines == linesASecond {
+		f.leftOut++
+		return
+	}
+	f.log.Warn(message, append(attributes, "left_out", f.leftOut)...)
+	f.lines++
+	f.leftOut = 0
+}
+
+// simulate is the stand-in for real work: it takes a while.
+func simulate(delay time.Duration) work {
+	return func(ctx context.Context, _ ulid.ULID, _ int) error {
+		if delay == 0 {
+			return nil
+		}
+		select {
+		case <-time.After(delay):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// trouble is an error of the endpoint's: no other order would fare better now.
+type trouble struct {
+	error
+	since      time.Time     // the answer; or when connecting began, which can take as long as a pause
+	retryAfter time.Duration // that the endpoint asks for, or 0
+}
+
+// over is when the pause ends, after some failures in a row and this one.
+func (t *trouble) over(failures int32) time.Time {
+	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
+}
+
+// errAnswered is an answer that neither completes an order nor tells of trouble.
+var errAnswered = errors.New("the endpoint answered")
+
+const (
+	maxAnswer     = 16 << 10    // bytes of an answer's body that are read, so that its connection can be used again
+	maxAnswerTime = time.Second // for that
+)
+
+// endpointOptions say where the work is done.
+type endpointOptions struct {
+	url     string
+	timeout time.Duration // of one attempt
+	token   string        // bearer token that requests carry, or empty
+}
+
+// endpoint is the user's HTTP server that does the work.
+type endpoint struct {
+	endpointOptions
+	client *http.Client
+	find   func(ulid.ULID) (order, error)
+}
+
+func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order, error)) *endpoint {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.DialContext = (&net.Dialer{Timeout: longestPause}).DialContext
+	transport.MaxConnsPerHost, transport.MaxIdleConnsPerHost, transport.MaxIdleConns = connections, connections, connections
+	return &endpoint{endpointOptions: o, find: find, client: &http.Client{
+		Transport: transport,
+		// A page to log in at, answered with 200, must not complete an order.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// post has the endpoint work on an order. A time-out is the order's, unless no
+// connection came about: then it is the endpoint's.
+func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
+	began, connected := time.Now(), false
+	ctx, cancel := context.WithTimeout(ctx, e.timeout)
+	defer cancel()
+	request, err := e.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connected = true },
+	}), id, attempt)
+	if err != nil {
+		return err
+	}
+	answer, err := e.client.Do(request)
+	switch {
+	case err != nil && connected && ctx.Err() != nil:
+		return fmt.Errorf("no answer within %s", e.timeout)
+	case err != nil && connected:
+		return &trouble{error: err, since: time.Now()}
+	case err != nil:
+		return &trouble{error: err, since: began}
+	}
+	defer answer.Body.Close()
+	defer time.AfterFunc(maxAnswerTime, cancel).Stop()
+	io.Copy(io.Discard, io.LimitReader(answer.Body, maxAnswer))
+	return verdict(answer)
+}
+
+// verdict is what an answer says by its status line alone.
+func verdict(answer *http.Response) error {
+	code := answer.StatusCode
+	if code >= 200 && code <= 299 {
+		return nil
+	}
+	err := fmt.Errorf("%w %d %s", errAnswered, code, http.StatusText(code))
+	switch code {
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		return &trouble{err, time.Now(), retryAfter(answer.Header.Get("Retry-After"))}
+	}
+	return err
+}
+
+// request carries the order, read only now: what waits has no content.
+func (e *endpoint) request(ctx context.Context, id ulid.ULID, attempt int) (*http.Request, error) {
+	o, err := e.find(id)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the order: %w", err)
+	}
+	body, err := json.Marshal(struct {
+		OrderID     string      `json:"order_id"`
+		UserID      string      `json:"user_id"`
+		ItemIDs     string      `json:"item_ids"`
+		TotalAmount json.Number `json:"total_amount"`
+		CreatedAt   string      `json:"created_at"`
+	}{o.id.String(), o.userID, o.itemIDs, o.amount(), timestamp(int64(o.id.Time()))})
+	if err != nil {
+		return nil, err
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, e.url, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	r.GetBody = nil // or net/http would repeat the attempt by itself on a connection that breaks
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Idempotency-Key", o.id.String())
+	r.Header.Set("Orderd-Attempt", strconv.Itoa(attempt))
+	if e.token != "" {
+		r.Header.Set("Authorization", "Bearer "+e.token)
+	}
+	return r, nil
+}
+
+// retryAfter reads the header of that name: seconds or a date. It is 0 where
+// there is nothing to wait for.
+func retryAfter(value string) (wait time.Duration) {
+	if at, err := http.ParseTime(value); err == nil {
+		wait = time.Until(at)
+	} else if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+		wait = time.Duration(min(seconds, uint64(longestRetry/time.Second))) * time.Second
+	}
+	return min(max(0, wait), longestRetry)
 }
