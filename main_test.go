@@ -8238,7 +8238,7 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			require.True(t, again.replayed)
 			require.Equal(t, found[2].id, again.id)
 			stop()
-			require.NotEmpty(t, logged(t, dir, "the schema was upgraded"))
+			require.NotEmpty(t, logged(t, dir, "upgrading the schema: up to a minute for each 5,000,000 orders"))
 			a, _ = openTestApp(t, dir, nil, nil)
 			awaitRest(t, a, 0, 4)
 			commitTogether(t, a.store, sampleOrders(indexEvery))
