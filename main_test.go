@@ -7428,6 +7428,20 @@ func TestBackupOfAStoppedService(t *testing.T) {
 	j.recover(t, dir, "-delay", "0s")
 }
 
+// TestBackupThatIsInterrupted leaves a directory that another can be made in.
+func TestBackupThatIsInterrupted(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	backup := []string{"-data", filepath.Dir(a.engine.file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	require.ErrorContains(t, run(ctx, backup, nil, io.Discard, io.Discard), "no backup was made")
+	left, err := os.ReadDir(backup[3])
+	require.NoError(t, err)
+	require.Empty(t, left)
+	require.NoError(t, run(t.Context(), backup, nil, io.Discard, io.Discard))
+}
+
 // walKept is the most that the -wal file of orders.db takes at rest, in bytes.
 const walKept = truncateAbovePages * (24 + 4096)
 
@@ -8036,7 +8050,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 }
 
 // TestACutFirstStartIsNoDamage finds what a power cut during the very first
-// start can leave.
+// start can leave, and a -wal whose database was deleted.
 func TestACutFirstStartIsNoDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -8054,6 +8068,7 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 	require.NoError(t, err)
 	wal, err := os.ReadFile(killed + "-wal")
 	require.NoError(t, errors.Join(err, db.Close(), os.WriteFile(killed+"-wal", wal, 0o600)))
+	require.NoError(t, os.WriteFile(filepath.Join(cfg.data, "orders.db-wal"), wal, 0o600)) // of a database that was deleted
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
@@ -8213,7 +8228,7 @@ func leftByKill(tb testing.TB, path, text string) {
 // crash between the two upgrades can leave, and on them without metrics.db.
 func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 	t.Parallel()
-	for name, metrics := range map[string]string{"both": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
+	for name, metrics := range map[string]string{"both": "old", "orders.db is new": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
@@ -8224,6 +8239,9 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			}
 			if metrics == "new" {
 				execOn(t, projection, metricsUpgrade+"PRAGMA user_version = 2")
+			}
+			if name == "orders.db is new" {
+				execOn(t, orders, ordersUpgrade+"PRAGMA user_version = 3")
 			}
 			a, stop := openIdle(t, dir, nil, nil)
 			checkInvariants(t, a)
@@ -8279,14 +8297,17 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	if raced() {
 		orders = 2 * maxCreates
 	}
+	var cached []ulid.ULID
 	for range orders / maxCreates {
-		commitTogether(t, a.store, sampleOrders(maxCreates))
+		cached = commitTogether(t, a.store, sampleOrders(maxCreates))
 	}
 	placed := int64(orders/maxCreates*maxCreates + 2)
 	newest := a.store.totals().newest
 	until(t, func() bool { return a.store.totals().removed == placed-1 }, "all but the one at work are removed")
 
-	require.Equal(t, http.StatusNotFound, get(t, a, first.header.Get("Location")).status)
+	for _, location := range []string{first.header.Get("Location"), "/orders/" + cached[0].String()} {
+		require.Equal(t, http.StatusNotFound, get(t, a, location).status)
+	}
 	require.Equal(t, "Processing", statusOf(t, a, held))
 	require.Equal(t, placed-1, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
 	require.Zero(t, a.metrics.summary(a.store.totals()).OrdersCompleted)
@@ -8294,19 +8315,88 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
 	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
 	stop()
-	var left, entries, runs int64
-	db, err := openSQLite(a.engine.file.path)
-	require.NoError(t, err)
-	require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&left, &entries, &runs))
-	require.NoError(t, db.Close())
-	require.Equal(t, []int64{1, 1}, []int64{left, entries}, "the one at work, and its part of the index")
-	require.LessOrEqual(t, runs, int64(2), "its run, and the newest")
+	stored := func() (orders, entries, runs int) {
+		db, err := openSQLite(a.engine.file.path)
+		require.NoError(t, err)
+		defer db.Close()
+		require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&orders, &entries, &runs))
+		return orders, entries, runs
+	}
+	rows, entries, runs := stored()
+	require.Equal(t, []int{1, 1}, []int{rows, entries}, "the one at work, and its part of the index")
+	require.LessOrEqual(t, runs, 2, "its run, and the newest")
 
 	release()
 	a, _ = openTestApp(t, dir, keep, nil)
 	require.Greater(t, high(ulid.MustParse(place(t, a, "user", "item"))), newest, "an ID is never used again")
 	until(t, func() bool { return a.store.totals().removed == placed+2 }, "the one that was at work is completed and removed")
 	require.Zero(t, counts(a).pending()+counts(a).processing)
+	found, _ := walk(t, a.store, filter{userID: "user", limit: 10})
+	require.Empty(t, found)
+	rows, entries, runs = stored()
+	require.Equal(t, []int{0, 0, 1}, []int{rows, entries, runs}, "only the newest run of the index stays")
+}
+
+// TestRetentionStopsNoOrder has a table that does not let go of a row.
+func TestRetentionStopsNoOrder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	keep := func(c *config) { c.store.keep = time.Second }
+	a, stop := openTestApp(t, dir, nil, nil)
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 1)
+	path := a.engine.file.path
+	stop()
+	execOn(t, path, "CREATE TRIGGER held BEFORE DELETE ON orders BEGIN SELECT RAISE(ABORT, 'held'); END")
+	a, stop = openTestApp(t, dir, keep, nil)
+	until(t, func() bool {
+		return len(logged(t, dir, "orders that were kept long enough could not be removed")) > 0
+	}, "a pass fails")
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 2)
+	require.Equal(t, []int64{2, 0}, []int64{counts(a).completed, counts(a).removed})
+	stop()
+	execOn(t, path, "DROP TRIGGER held")
+	a, _ = openTestApp(t, dir, keep, nil)
+	until(t, func() bool { return a.store.totals().removed == 2 }, "a later pass removes both")
+}
+
+// TestFreedPagesAreUsedAgain fills the table three times, and empties it a few
+// orders at a time.
+func TestFreedPagesAreUsedAgain(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), nil, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	e, orders := a.engine, 2*maxCreates
+	_, err := e.start()
+	require.NoError(t, err)
+	commit := func(b *batch) {
+		require.NoError(t, e.commit(b))
+		require.NoError(t, e.tidy())
+	}
+	var pages [3]int64
+	for i := range pages {
+		for range orders / maxCreates {
+			b := newBatch(nil)
+			b.creates = sampleOrders(maxCreates)
+			a.store.writer.number(b.creates)
+			for _, c := range b.creates {
+				b.move(step{id: c.id, from: pending, to: completed, started: 1, took: 1})
+			}
+			commit(b)
+		}
+		require.NoError(t, e.file.QueryRow("PRAGMA page_count").Scan(&pages[i]))
+		removed, commits := 0, 0
+		for after := int64(-1); after != 0; commits++ {
+			b := newBatch(nil)
+			b.expiry = &expiry{after: max(after, 0), before: time.Now().Add(time.Hour).UnixMilli()}
+			commit(b)
+			removed, after = removed+len(b.removed), b.expiry.through
+		}
+		require.Equal(t, orders, removed)
+		require.Greater(t, commits, 1)
+	}
+	require.InEpsilon(t, pages[0], pages[2], 0.25, pages)
 }
 
 // TestAJumpOfTheClockRemovesNothing has the clock go ahead by more than a day,
