@@ -9136,6 +9136,64 @@ func BenchmarkLargeTable(b *testing.B) {
 	b.ReportMetric(started.Seconds(), "start-s")
 }
 
+// BenchmarkCreateBesideRetention is POST /orders while a million old orders are
+// removed, against a service that keeps all.
+func BenchmarkCreateBesideRetention(b *testing.B) {
+	orders := 1_000_000
+	if testing.Short() {
+		orders = 50_000
+	}
+	dir := b.TempDir()
+	seed(b, dir, orders, 0)
+	plain, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	var pace []float64
+	compare(b,
+		func() load { return hammer(b, plain.addr, 64, http.StatusCreated, request) },
+		func() load {
+			p := startProcess(b, dir, nil, "-delay", "0s", "-keep", "10s")
+			removed := func() int64 {
+				sum, err := getSummary(p.url())
+				require.NoError(b, err)
+				return sum.TotalOrdersProcessed - sum.OrdersCompleted
+			}
+			earlier := removed()
+			require.Eventually(b, func() bool { return removed() > earlier }, time.Minute, time.Millisecond)
+			earlier = removed()
+			l := hammer(b, p.addr, 64, http.StatusCreated, request)
+			pace = append(pace, float64(removed()-earlier)/float64(l.count))
+			p.stop(b)
+			return l
+		})
+	b.ReportMetric(median(pace), "removed/create")
+}
+
+// BenchmarkCreateBesideBackup is POST /orders while backups are made, one after
+// the other, against none.
+func BenchmarkCreateBesideBackup(b *testing.B) {
+	orders := 1_000_000
+	if testing.Short() {
+		orders = 50_000
+	}
+	dir := b.TempDir()
+	seed(b, dir, orders, 0)
+	p, request := startOurs(b, dir), postRequest(exampleOrder)
+	post := func() load { return hammer(b, p.addr, 64, http.StatusCreated, request) }
+	compare(b, post, func() load {
+		ctx, cancel := context.WithCancel(b.Context())
+		var backups sync.WaitGroup
+		backups.Go(func() {
+			for ctx.Err() == nil {
+				err := run(ctx, []string{"-data", filepath.Join(dir, "data"), "-backup", filepath.Join(b.TempDir(), "copy")}, nil, io.Discard, io.Discard)
+				assert.True(b, err == nil || ctx.Err() != nil, err)
+			}
+		})
+		l := post()
+		cancel()
+		backups.Wait()
+		return l
+	})
+}
+
 // BenchmarkFootprint is the resident memory of a process with 1,000,000
 // statuses in its cache and as many orders in its backlog, and the bytes on
 // disk of an order after it was stopped.
