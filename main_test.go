@@ -8361,6 +8361,32 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	until(t, func() bool { return a.store.totals().removed == 2 }, "a later pass removes both")
 }
 
+// fullEngine has no room for a commit that removes orders.
+type fullEngine struct{ engine }
+
+func (e fullEngine) commit(b *batch) error {
+	if b.expiry != nil {
+		return errNotWritten
+	}
+	return e.engine.commit(b)
+}
+
+// TestRetentionWaitsForRoom lets orders go on where the disk has room for them
+// and not for what a removal writes.
+func TestRetentionWaitsForRoom(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), func(c *config) { c.store.keep = time.Hour }, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	_, err := a.engine.start()
+	require.NoError(t, err)
+	w := a.store.writer
+	w.engine, w.report = fullEngine{a.engine}, func(commitReport) {}
+	w.retention.start()
+	w.retention.due, w.retention.ahead = time.Time{}, 0
+	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")
+	require.Nil(t, w.retention.next(maxCreates), "and not at the next commit")
+}
+
 // TestFreedPagesAreUsedAgain fills the table three times, and empties it a few
 // orders at a time.
 func TestFreedPagesAreUsedAgain(t *testing.T) {

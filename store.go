@@ -644,9 +644,15 @@ func (w *writer) turn(b *batch) error {
 
 // commit writes a batch, publishes it and answers it, in this order.
 func (w *writer) commit(b *batch) error {
-	began, expiry := time.Now(), b.expiry
+	began, x := time.Now(), b.expiry
 	w.number(b.creates)
 	err := w.engine.commit(b)
+	if x != nil {
+		if err != nil { // it may be too much for the disk: others come first
+			x.through = 0
+		}
+		w.retention.passed(x, time.Since(began))
+	}
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
 		w.publishTotals(b.totals)
 	}
@@ -659,11 +665,7 @@ func (w *writer) commit(b *batch) error {
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	took := time.Since(began)
-	if expiry != nil {
-		w.retention.passed(expiry, took)
-	}
-	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: took, totals: b.totals})
+	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
 	return nil
 }
 
