@@ -751,7 +751,7 @@ type retention struct {
 	cursor int64            // upper half of the last ID that this pass has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	ahead  int              // orders that this pass looked at since as many were created; then an expiry is due too
+	ahead  int              // orders that the last expiry looked at, less those created since; at 0 the next is due too
 	warned bool             // of a jump of the clock
 }
 
