@@ -103,7 +103,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		return nil
 	}
 	if cfg.backup != "" {
-		return backup(cfg.data, cfg.backup)
+		return backup(ctx, cfg.data, cfg.backup)
 	}
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
@@ -129,7 +129,7 @@ func serve(ctx context.Context, cfg config, stderr io.Writer) error {
 // backup copies both databases into a directory that is new or empty. metrics.db
 // comes first: the orders may have gone on since it counted, but not the other
 // way round. Neither has its name before both are on disk.
-func backup(data, directory string) error {
+func backup(ctx context.Context, data, directory string) error {
 	if entries, err := os.ReadDir(directory); len(entries) > 0 {
 		return fmt.Errorf("%s is not empty: name a new directory for the backup", directory)
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -161,7 +161,7 @@ func backup(data, directory string) error {
 	}
 	for _, c := range copies {
 		defer os.Remove(c.path + ".part") // of a copy that failed
-		if err := c.file.copyTo(c.path + ".part"); err != nil {
+		if err := c.file.copyTo(ctx, c.path+".part"); err != nil {
 			return fmt.Errorf("no backup was made: %w", err)
 		}
 	}

@@ -7428,6 +7428,20 @@ func TestBackupOfAStoppedService(t *testing.T) {
 	j.recover(t, dir, "-delay", "0s")
 }
 
+// TestBackupThatIsInterrupted leaves a directory that another can be made in.
+func TestBackupThatIsInterrupted(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	backup := []string{"-data", filepath.Dir(a.engine.file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	require.ErrorContains(t, run(ctx, backup, nil, io.Discard, io.Discard), "no backup was made")
+	left, err := os.ReadDir(backup[3])
+	require.NoError(t, err)
+	require.Empty(t, left)
+	require.NoError(t, run(t.Context(), backup, nil, io.Discard, io.Discard))
+}
+
 // walKept is the most that the -wal file of orders.db takes at rest, in bytes.
 const walKept = truncateAbovePages * (24 + 4096)
 
@@ -8036,7 +8050,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 }
 
 // TestACutFirstStartIsNoDamage finds what a power cut during the very first
-// start can leave.
+// start can leave, and a -wal whose database was deleted.
 func TestACutFirstStartIsNoDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -8054,6 +8068,7 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 	require.NoError(t, err)
 	wal, err := os.ReadFile(killed + "-wal")
 	require.NoError(t, errors.Join(err, db.Close(), os.WriteFile(killed+"-wal", wal, 0o600)))
+	require.NoError(t, os.WriteFile(filepath.Join(cfg.data, "orders.db-wal"), wal, 0o600)) // of a database that was deleted
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
@@ -8213,7 +8228,7 @@ func leftByKill(tb testing.TB, path, text string) {
 // crash between the two upgrades can leave, and on them without metrics.db.
 func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 	t.Parallel()
-	for name, metrics := range map[string]string{"both": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
+	for name, metrics := range map[string]string{"both": "old", "orders.db is new": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
@@ -8224,6 +8239,9 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			}
 			if metrics == "new" {
 				execOn(t, projection, metricsUpgrade+"PRAGMA user_version = 2")
+			}
+			if name == "orders.db is new" {
+				execOn(t, orders, ordersUpgrade+"PRAGMA user_version = 3")
 			}
 			a, stop := openIdle(t, dir, nil, nil)
 			checkInvariants(t, a)
@@ -8238,7 +8256,7 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			require.True(t, again.replayed)
 			require.Equal(t, found[2].id, again.id)
 			stop()
-			require.NotEmpty(t, logged(t, dir, "the schema was upgraded"))
+			require.NotEmpty(t, logged(t, dir, "upgrading the schema: up to a minute for each 5,000,000 orders"))
 			a, _ = openTestApp(t, dir, nil, nil)
 			awaitRest(t, a, 0, 4)
 			commitTogether(t, a.store, sampleOrders(indexEvery))
@@ -8279,14 +8297,17 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	if raced() {
 		batches, size = 1, 2*expiryRows
 	}
+	var cached []ulid.ULID
 	for range batches {
-		commitTogether(t, a.store, sampleOrders(size))
+		cached = commitTogether(t, a.store, sampleOrders(size))
 	}
 	placed := int64(batches*size + 2)
 	newest := a.store.totals().newest
 	until(t, func() bool { return a.store.totals().removed == placed-1 }, "all but the one at work are removed")
 
-	require.Equal(t, http.StatusNotFound, get(t, a, first.header.Get("Location")).status)
+	for _, location := range []string{first.header.Get("Location"), "/orders/" + cached[0].String()} {
+		require.Equal(t, http.StatusNotFound, get(t, a, location).status)
+	}
 	require.Equal(t, "Processing", statusOf(t, a, held))
 	require.Equal(t, placed-1, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
 	require.Zero(t, a.metrics.summary(a.store.totals()).OrdersCompleted)
@@ -8294,20 +8315,115 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
 	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
 	stop()
-	var left, entries, runs int64
-	db, err := openSQLite(a.engine.file.path)
-	require.NoError(t, err)
-	require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&left, &entries, &runs))
-	require.NoError(t, db.Close())
-	require.EqualValues(t, 1, left, "the one at work")
+	stored := func() (orders, entries, runs int) {
+		db, err := openSQLite(a.engine.file.path)
+		require.NoError(t, err)
+		defer db.Close()
+		require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&orders, &entries, &runs))
+		return orders, entries, runs
+	}
+	rows, entries, runs := stored()
+	require.Equal(t, 1, rows, "the one at work")
 	require.True(t, entries == 1 || entries == 0 && raced(), "its part of the index, which so few orders do not fill")
-	require.LessOrEqual(t, runs, int64(2), "its run, and the newest")
+	require.LessOrEqual(t, runs, 2, "its run, and the newest")
 
 	release()
 	a, _ = openTestApp(t, dir, keep, nil)
 	require.Greater(t, high(ulid.MustParse(place(t, a, "user", "item"))), newest, "an ID is never used again")
 	until(t, func() bool { return a.store.totals().removed == placed+2 }, "the one that was at work is completed and removed")
 	require.Zero(t, counts(a).pending()+counts(a).processing)
+	found, _ := walk(t, a.store, filter{userID: "user", limit: 10})
+	require.Empty(t, found)
+	rows, entries, runs = stored()
+	require.Equal(t, []int{0, 0, 1}, []int{rows, entries, runs}, "only the newest run of the index stays")
+}
+
+// TestRetentionStopsNoOrder has a table that does not let go of a row.
+func TestRetentionStopsNoOrder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	keep := func(c *config) { c.store.keep = time.Second }
+	a, stop := openTestApp(t, dir, nil, nil)
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 1)
+	path := a.engine.file.path
+	stop()
+	execOn(t, path, "CREATE TRIGGER held BEFORE DELETE ON orders BEGIN SELECT RAISE(ABORT, 'held'); END")
+	a, stop = openTestApp(t, dir, keep, nil)
+	until(t, func() bool {
+		return len(logged(t, dir, "orders that were kept long enough could not be removed")) > 0
+	}, "a pass fails")
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 2)
+	require.Equal(t, []int64{2, 0}, []int64{counts(a).completed, counts(a).removed})
+	stop()
+	execOn(t, path, "DROP TRIGGER held")
+	a, _ = openTestApp(t, dir, keep, nil)
+	until(t, func() bool { return a.store.totals().removed == 2 }, "a later pass removes both")
+}
+
+// fullEngine has no room for a commit that removes orders.
+type fullEngine struct{ engine }
+
+func (e fullEngine) commit(b *batch) error {
+	if b.expiry != nil {
+		return errNotWritten
+	}
+	return e.engine.commit(b)
+}
+
+// TestRetentionWaitsForRoom lets orders go on where the disk has room for them
+// and not for what a removal writes.
+func TestRetentionWaitsForRoom(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), func(c *config) { c.store.keep = time.Hour }, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	_, err := a.engine.start()
+	require.NoError(t, err)
+	w := a.store.writer
+	w.engine, w.report = fullEngine{a.engine}, func(commitReport) {}
+	w.retention.start()
+	w.retention.due, w.retention.ahead = time.Time{}, 0
+	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")
+	require.Nil(t, w.retention.next(maxCreates), "and not at the next commit")
+}
+
+// TestFreedPagesAreUsedAgain fills the table three times, and empties it a few
+// orders at a time.
+func TestFreedPagesAreUsedAgain(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), nil, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	e, orders := a.engine, 2*maxCreates
+	_, err := e.start()
+	require.NoError(t, err)
+	commit := func(b *batch) {
+		require.NoError(t, e.commit(b))
+		require.NoError(t, e.tidy())
+	}
+	var pages [3]int64
+	for i := range pages {
+		for range orders / maxCreates {
+			b := newBatch(nil)
+			b.creates = sampleOrders(maxCreates)
+			a.store.writer.number(b.creates)
+			for _, c := range b.creates {
+				b.move(step{id: c.id, from: pending, to: completed, started: 1, took: 1})
+			}
+			commit(b)
+		}
+		require.NoError(t, e.file.QueryRow("PRAGMA page_count").Scan(&pages[i]))
+		removed, commits := 0, 0
+		for after := int64(-1); after != 0; commits++ {
+			b := newBatch(nil)
+			b.expiry = &expiry{after: max(after, 0), before: time.Now().Add(time.Hour).UnixMilli()}
+			commit(b)
+			removed, after = removed+len(b.removed), b.expiry.through
+		}
+		require.Equal(t, orders, removed)
+		require.Greater(t, commits, 1)
+	}
+	require.InEpsilon(t, pages[0], pages[2], 0.25, pages)
 }
 
 // TestAJumpOfTheClockRemovesNothing has the clock go ahead by more than a day,
@@ -9045,6 +9161,64 @@ func BenchmarkLargeTable(b *testing.B) {
 		func() load { return hammer(b, empty.addr, 256, http.StatusCreated, request) },
 		func() load { return hammer(b, large.addr, 256, http.StatusCreated, request) })
 	b.ReportMetric(started.Seconds(), "start-s")
+}
+
+// BenchmarkCreateBesideRetention is POST /orders while a million old orders are
+// removed, against a service that keeps all.
+func BenchmarkCreateBesideRetention(b *testing.B) {
+	orders := 1_000_000
+	if testing.Short() {
+		orders = 50_000
+	}
+	dir := b.TempDir()
+	seed(b, dir, orders, 0)
+	plain, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	var pace []float64
+	compare(b,
+		func() load { return hammer(b, plain.addr, 64, http.StatusCreated, request) },
+		func() load {
+			p := startProcess(b, dir, nil, "-delay", "0s", "-keep", "10s")
+			removed := func() int64 {
+				sum, err := getSummary(p.url())
+				require.NoError(b, err)
+				return sum.TotalOrdersProcessed - sum.OrdersCompleted
+			}
+			earlier := removed()
+			require.Eventually(b, func() bool { return removed() > earlier }, time.Minute, time.Millisecond)
+			earlier = removed()
+			l := hammer(b, p.addr, 64, http.StatusCreated, request)
+			pace = append(pace, float64(removed()-earlier)/float64(l.count))
+			p.stop(b)
+			return l
+		})
+	b.ReportMetric(median(pace), "removed/create")
+}
+
+// BenchmarkCreateBesideBackup is POST /orders while backups are made, one after
+// the other, against none.
+func BenchmarkCreateBesideBackup(b *testing.B) {
+	orders := 1_000_000
+	if testing.Short() {
+		orders = 50_000
+	}
+	dir := b.TempDir()
+	seed(b, dir, orders, 0)
+	p, request := startOurs(b, dir), postRequest(exampleOrder)
+	post := func() load { return hammer(b, p.addr, 64, http.StatusCreated, request) }
+	compare(b, post, func() load {
+		ctx, cancel := context.WithCancel(b.Context())
+		var backups sync.WaitGroup
+		backups.Go(func() {
+			for ctx.Err() == nil {
+				err := run(ctx, []string{"-data", filepath.Join(dir, "data"), "-backup", filepath.Join(b.TempDir(), "copy")}, nil, io.Discard, io.Discard)
+				assert.True(b, err == nil || ctx.Err() != nil, err)
+			}
+		})
+		l := post()
+		cancel()
+		backups.Wait()
+		return l
+	})
 }
 
 // BenchmarkFootprint is the resident memory of a process with 1,000,000

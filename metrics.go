@@ -101,12 +101,8 @@ func (m *metrics) check(t totals, place string) error {
 // start prepares metrics.db and has it hold t, which also rebuilds one that was
 // deleted or put back from a backup. Then it projects.
 func (m *metrics) start(t totals) error {
-	upgraded, err := m.file.open()
-	if err != nil {
+	if err := m.file.open(m.log); err != nil {
 		return err
-	}
-	if upgraded {
-		m.log.Info("the schema was upgraded", "file", m.file.path, "version", metricsVersion)
 	}
 	m.latest.CompareAndSwap(nil, &t) // the first commit may have come before
 	if err := m.take(*m.latest.Load()); err != nil {

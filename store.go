@@ -644,9 +644,15 @@ func (w *writer) turn(b *batch) error {
 
 // commit writes a batch, publishes it and answers it, in this order.
 func (w *writer) commit(b *batch) error {
-	began, expiry := time.Now(), b.expiry
+	began, x := time.Now(), b.expiry
 	w.number(b.creates)
 	err := w.engine.commit(b)
+	if x != nil {
+		if err != nil { // it may be too much for the disk: others come first
+			x.through = 0
+		}
+		w.retention.passed(x, time.Since(began))
+	}
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
 		w.publishTotals(b.totals)
 	}
@@ -659,11 +665,7 @@ func (w *writer) commit(b *batch) error {
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	took := time.Since(began)
-	if expiry != nil {
-		w.retention.passed(expiry, took)
-	}
-	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: took, totals: b.totals})
+	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
 	return nil
 }
 
@@ -749,7 +751,7 @@ type retention struct {
 	cursor int64            // upper half of the last ID that this pass has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	ahead  int              // orders that this pass looked at since as many were created; then an expiry is due too
+	ahead  int              // orders that the last expiry looked at, less those created since; at 0 the next is due too
 	warned bool             // of a jump of the clock
 }
 
@@ -957,12 +959,8 @@ func (e *sqliteEngine) look() (t totals, err error) {
 }
 
 func (e *sqliteEngine) start() (t totals, err error) {
-	upgraded, err := e.file.open()
-	if err != nil {
+	if err = e.file.open(e.log); err != nil {
 		return t, err
-	}
-	if upgraded {
-		e.log.Info("the schema was upgraded", "file", e.file.path, "version", ordersVersion)
 	}
 	if err = e.prepare(); err != nil {
 		return t, explain(e.file.path, err)
@@ -1904,28 +1902,37 @@ func exists(path string) bool {
 
 // open makes the database if need be, opens it durably, and upgrades an older
 // one. Call inspect first.
-func (d *database) open() (upgraded bool, err error) {
+func (d *database) open(log *logger) (err error) {
 	if d.found == 0 {
 		if err := d.create(); err != nil {
-			return false, err
+			return err
 		}
 	}
 	if err := syncFile(d.path + "-wal"); err != nil {
-		return false, fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
+		return fmt.Errorf("cannot bring %s-wal to disk: %w; check its owner and mode, and the disk", d.path, err)
 	}
 	if d.DB, err = openSQLite(d.path, "mode=rw"); err != nil {
-		return false, err
+		return err
 	}
 	if err := d.setDurable(); err != nil {
-		return false, err
+		return err
 	}
 	d.remember()
-	if d.found == d.version {
-		return false, nil
+	if d.found < d.version {
+		log.Info("upgrading the schema: up to a minute for each 5,000,000 orders", "file", d.path, "from", d.found, "to", d.version)
+		return explain(d.path, d.upgrade())
 	}
+	return nil
+}
+
+// upgrade runs in one transaction. Its indexes are sorted in files beside the
+// database, since memory may not have room for them.
+func (d *database) upgrade() error {
+	directory := strings.ReplaceAll(filepath.Dir(d.path), "'", "''")
 	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.found):], "")
-	_, err = d.Exec(fmt.Sprintf("BEGIN IMMEDIATE; %s; PRAGMA user_version = %d; COMMIT", steps, d.version))
-	return true, explain(d.path, err)
+	_, err := d.Exec(fmt.Sprintf("PRAGMA temp_store_directory = '%s'; PRAGMA temp_store = FILE; BEGIN IMMEDIATE; %s; PRAGMA user_version = %d; COMMIT; "+
+		"PRAGMA temp_store = MEMORY; PRAGMA wal_checkpoint(TRUNCATE)", directory, steps, d.version))
+	return err
 }
 
 // setDurable sets what a commit must survive, and reads it back.
@@ -1951,7 +1958,12 @@ func (d *database) setDurable() error {
 // that no power cut leaves a part of one.
 func (d *database) create() error {
 	unfinished := d.path + ".new"
-	os.Remove(unfinished) // of a start that was cut off; SQLite drops the -wal beside an empty file
+	// SQLite would take a -wal or a -journal of an earlier file for this one's.
+	for _, leftover := range []string{unfinished, d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
+		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("cannot remove %s, whose database is gone: %w", leftover, err)
+		}
+	}
 	if err := makeDataFile(unfinished); err != nil {
 		return err
 	}
@@ -1963,7 +1975,10 @@ func (d *database) create() error {
 	if err := errors.Join(explain(d.path, err), db.Close()); err != nil {
 		return err
 	}
-	if err := cmp.Or(syncFile(unfinished), os.Rename(unfinished, d.path)); err != nil {
+	if err = syncFile(unfinished); err == nil {
+		err = os.Rename(unfinished, d.path)
+	}
+	if err != nil {
 		return fmt.Errorf("cannot make %s: %w", d.path, err)
 	}
 	syncDirectory(filepath.Dir(d.path))
@@ -1999,12 +2014,14 @@ func (d *database) inPlace() error {
 	return nil
 }
 
-const copyPages = 64 // of a step of a copy; between two it yields for as long as one takes
+const copyPages = 1024 // 4 MB at a time
 
 // copyTo writes a copy, as of one moment, while others read and write. Its
 // transaction keeps it from starting over with every commit; the WAL grows
-// meanwhile (https://sqlite.org/backup.html).
-func (d *database) copyTo(path string) error {
+// meanwhile (https://sqlite.org/backup.html). Each part is brought to disk at
+// once, and followed by a rest: one large fsync at the end would hold up those
+// of the service.
+func (d *database) copyTo(ctx context.Context, path string) error {
 	if err := makeFile(path); err != nil {
 		return err
 	}
@@ -2013,12 +2030,12 @@ func (d *database) copyTo(path string) error {
 		return err
 	}
 	defer source.Close()
-	conn, err := source.Conn(context.Background())
+	conn, err := source.Conn(ctx)
 	if err != nil {
 		return explain(d.path, err)
 	}
 	defer conn.Close()
-	if _, err := conn.ExecContext(context.Background(), "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
+	if _, err := conn.ExecContext(ctx, "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
 		return explain(d.path, err)
 	}
 	err = conn.Raw(func(c any) error {
@@ -2031,14 +2048,15 @@ func (d *database) copyTo(path string) error {
 		for more := true; more && err == nil; {
 			began := time.Now()
 			more, err = b.Step(copyPages)
-			time.Sleep(time.Since(began))
+			err = cmp.Or(err, syncFile(path), ctx.Err())
+			time.Sleep(2 * time.Since(began))
 		}
 		return errors.Join(err, b.Finish())
 	})
 	if err != nil {
 		return fmt.Errorf("cannot copy %s to %s: %w", d.path, path, err)
 	}
-	return syncFile(path)
+	return nil
 }
 
 // setBusyTimeout needs the one connection: it is the writer's.
