@@ -12,6 +12,7 @@
 //	server.go  HTTP: routes, handlers, validation, problem documents, the Prometheus page
 //	worker.go  feeder, channel, pool, the work
 //	metrics.go metrics.db, its projector, the summary, histogram and exposition types
+//	postgres.go the store's engine for more than one machine, and who of them leads
 //	store.go   orders: the domain, the store with its writer, the SQLite engine
 //	cache.go   status, and the bounded map of statuses
 //	log.go     slog over lumberjack
@@ -26,6 +27,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
@@ -181,11 +183,13 @@ type app struct {
 	log      *logger
 	lock     io.Closer // of the data directory
 	metrics  *metrics
-	engine   *sqliteEngine
-	store    *store
-	pool     *pool
+	sqlite   *sqliteEngine // has the orders, unless
+	postgres *postgres     // replicas share them
 	listener net.Listener
 	server   *server
+	store    *store // with postgres, only while this replica leads; so the rest
+	pool     *pool
+	pass     string // that requests passed on by other replicas carry; or empty
 }
 
 // openApp looks at the databases and changes nothing in them yet.
@@ -201,8 +205,9 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	if err := a.look(); err != nil {
 		return nil, a.abandon(err)
 	}
-	a.store = newStore(a.engine, cfg.store, a.log)
-	a.pool = newPool(cfg.pool, a.store, a.log)
+	if a.sqlite != nil {
+		a.equip(a.sqlite)
+	}
 	return a, nil
 }
 
@@ -217,38 +222,73 @@ func (a *app) look() (err error) {
 	if a.lock, err = lockDirectory(a.cfg.data); err != nil {
 		return err
 	}
-	a.engine = newSQLiteEngine(a.cfg.data, a.log)
-	held, err := a.engine.look()
-	if err != nil {
-		return err
-	}
 	if a.metrics, err = openMetrics(a.cfg.data, a.log); err != nil {
 		return err
 	}
-	return a.metrics.check(held, a.engine.file.path)
-}
-
-// start begins to write, and to work on what was left unfinished. After it, the
-// address is bound but not yet served.
-func (a *app) start() (err error) {
-	if err = a.store.start(a.committed); err != nil {
+	if a.cfg.orders == "" {
+		engine := newSQLiteEngine(a.cfg.data, a.log)
+		held, err := engine.look()
+		if err != nil {
+			return err
+		}
+		a.sqlite = engine
+		return a.metrics.check(held, engine.file.path)
+	}
+	if a.postgres, err = newPostgres(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
 		return err
 	}
-	if err = a.metrics.start(a.store.totals()); err != nil {
+	a.postgres.url, err = a.cfg.advertised()
+	return err
+}
+
+// equip makes what works on orders that an engine keeps.
+func (a *app) equip(e engine) {
+	a.store = newStore(e, a.cfg.store, a.log)
+	a.pool = newPool(a.cfg.pool, a.store, a.log)
+}
+
+// start begins to write, and to work on what was left unfinished, where this
+// process leads. After it, the address is bound but not yet served.
+func (a *app) start() (err error) {
+	counted := *a.metrics.counted.Load()
+	if a.store != nil {
+		if err = a.store.start(a.committed); err != nil {
+			return err
+		}
+		counted = a.store.totals()
+	}
+	if err = a.metrics.start(counted); err != nil {
 		return err
 	}
 	if a.listener, err = listen(a.cfg.addr); err != nil {
 		return err
 	}
-	a.pool.start()
-	options := a.cfg.server
-	if a.local() {
-		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		options.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, options.names...)
+	a.server = newServer(a.serverOptions(), a.metrics, a.log)
+	if a.store != nil {
+		a.lead()
 	}
-	a.server = newServer(options, a.store, a.pool, a.metrics, a.log)
 	a.announce()
 	return nil
+}
+
+func (a *app) serverOptions() serverOptions {
+	o := a.cfg.server
+	if a.local() {
+		host, _, _ := net.SplitHostPort(a.cfg.addr)
+		o.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, o.names...)
+	}
+	if a.postgres != nil {
+		o.gauges = a.postgres.gauges
+	} else {
+		o.gauges = a.sqlite.gauges
+	}
+	return o
+}
+
+// lead begins to work on what was left unfinished, and to answer for orders.
+func (a *app) lead() {
+	a.pool.start()
+	a.server.leads.Store(&leadership{a.store, a.pool, a.pass})
 }
 
 // committed tells those who live on commits of one.
@@ -259,19 +299,76 @@ func (a *app) committed(r commitReport) {
 	}
 }
 
-// serve answers requests until ctx is done or the store fails, and takes
-// everything down in the reverse order.
+// serve answers requests until ctx is done or the orders cannot be kept any
+// longer, and takes everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
-	served := make(chan error, 1)
-	go func() { served <- a.server.serve(a.listener) }()
-	var err error
-	select {
-	case <-ctx.Done():
-	case <-a.store.failed():
-	case err = <-served:
-		a.log.Error("cannot accept connections any more", "error", err)
+	ctx, stop := context.WithCancelCause(ctx)
+	go func() {
+		err := a.server.serve(a.listener)
+		if !errors.Is(err, http.ErrServerClosed) {
+			a.log.Error("cannot accept connections any more", "error", err)
+			stop(err)
+		}
+	}()
+	err := a.keepLeading(ctx)
+	if ctx.Err() != nil {
+		if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
+			err = nil
+		}
 	}
 	return errors.Join(err, a.close())
+}
+
+// keepLeading returns when ctx is done, or with the reason why the orders cannot
+// be kept any longer. A replica that is deposed stands by until it leads again.
+func (a *app) keepLeading(ctx context.Context) error {
+	for {
+		var err error
+		if a.store == nil {
+			if err = a.standBy(ctx, a.server.leader.follow); err != nil {
+				return err
+			}
+			if err = a.store.start(a.committed); err == nil {
+				a.lead()
+				a.log.Info("this replica leads", "resumed", a.store.totals().unfinished())
+			}
+		}
+		if err == nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-a.store.failed():
+			}
+		}
+		if a.postgres == nil {
+			return nil // close tells why
+		}
+		if err = errors.Join(err, a.stepDown()); errors.Is(err, errBroken) {
+			return err
+		}
+		a.log.Warn("this replica leads no more", "because", err)
+	}
+}
+
+// standBy returns once this replica leads; follow is told who does meanwhile.
+func (a *app) standBy(ctx context.Context, follow func(url, pass string)) error {
+	engine, err := a.postgres.standBy(ctx, follow)
+	if err != nil {
+		return err
+	}
+	a.pass = engine.pass
+	a.equip(engine)
+	return nil
+}
+
+// stepDown takes down what works on orders: they are another replica's now.
+func (a *app) stepDown() error {
+	a.server.leads.Store(nil)
+	a.pool.stop()
+	a.pool.drain(time.Now())
+	err := a.store.close()
+	a.store, a.pool = nil, nil
+	return err
 }
 
 const sayAfter = 100 * time.Millisecond // a stop that waits longer than this says for what
@@ -280,14 +377,20 @@ const sayAfter = 100 * time.Millisecond // a stop that waits longer than this sa
 // answers meanwhile; what is left waits in the table. The last writes come
 // after everyone who writes.
 func (a *app) close() error {
-	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", a.pool.active.Load())
+	atWork := int64(0)
+	if a.pool != nil {
+		atWork = a.pool.active.Load()
+	}
+	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", atWork)
 	deadline := time.Now().Add(a.cfg.drain)
 	say := time.AfterFunc(sayAfter, func() {
 		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
-			max(a.cfg.drain, answerTime), a.pool.active.Load())
+			max(a.cfg.drain, answerTime), atWork)
 	})
-	a.pool.stop()
-	a.pool.drain(deadline)
+	if a.pool != nil {
+		a.pool.stop()
+		a.pool.drain(deadline)
+	}
 	a.server.shutdown(deadline)
 	say.Stop()
 	err := a.closeFiles()
@@ -343,18 +446,25 @@ func (a *app) announce() {
 	if a.cfg.server.certificate != nil {
 		scheme = "https"
 	}
-	addr, unfinished := a.listener.Addr().String(), a.store.totals().accepted-a.store.totals().completed
+	addr, work := a.listener.Addr().String(), a.cfg.describeWork()
 	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
-	work := a.cfg.describeWork()
-	fmt.Fprintf(a.console, "%d workers, %s, %d unfinished orders resumed\n", a.cfg.pool.workers, work, unfinished)
-	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers,
-		"work", work, "resumed", unfinished, "version", versionLine())
+	orders := ""
+	if a.postgres != nil {
+		orders = "orders in " + a.postgres.place() + ", other replicas reach this one at " + a.postgres.url
+	} else {
+		orders = fmt.Sprintf("%d unfinished orders resumed", a.store.totals().unfinished())
+	}
+	fmt.Fprintf(a.console, "%d workers, %s, %s\n", a.cfg.pool.workers, work, orders)
+	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers, "work", work, "orders", orders, "version", versionLine())
 	if a.cfg.server.token == "" && !a.local() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	if len(a.cfg.unknown) > 0 {
 		a.warn("no setting is called " + strings.Join(a.cfg.unknown, " or ") + ": see orderd -h for those that are")
+	}
+	if a.store == nil {
+		return
 	}
 	if ahead := a.store.clockBehind(); ahead > time.Minute {
 		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
@@ -378,6 +488,8 @@ type config struct {
 	keyFile       string
 	workTokenFile string
 	data          string
+	orders        string // URL of a PostgreSQL database, or empty
+	advertise     string // where other replicas reach this one, or empty
 	delay         time.Duration
 	drain         time.Duration
 
@@ -417,6 +529,23 @@ func (c config) describeWork() string {
 	return c.delay.String() + " an order"
 }
 
+// advertised is where other replicas reach this one: the address, where that is
+// one that another machine can use.
+func (c config) advertised() (string, error) {
+	if c.advertise != "" {
+		return c.advertise, nil
+	}
+	addr, err := net.ResolveTCPAddr("tcp", c.addr)
+	if err != nil || addr.IP == nil || addr.IP.IsUnspecified() || addr.IP.IsLoopback() || addr.Port == 0 {
+		return "", usageError{fmt.Errorf("-advertise must say at which URL the other replicas reach this one, since -addr %s does not, such as -advertise http://10.0.0.7:8080", c.addr)}
+	}
+	scheme := "http://"
+	if c.certFile != "" {
+		scheme = "https://"
+	}
+	return scheme + addr.String(), nil
+}
+
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
@@ -430,7 +559,7 @@ var flagGroups = []struct {
 	names []string
 }{
 	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
-	{"Orders", []string{"data", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
+	{"Orders", []string{"data", "orders", "advertise", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
 	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
 	{insteadOfServing, []string{"backup", "version", "h"}},
 }
@@ -456,6 +585,8 @@ func (c *config) flags() *flag.FlagSet {
 	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
+	fs.StringVar(&c.orders, "orders", "", "URL of a PostgreSQL database that keeps the orders, for several replicas; instead of orders.db")
+	define(fs, &c.advertise, "advertise", "", "URL at which the other replicas on -orders reach this one; by default that of -addr", parseEndpoint)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
@@ -604,6 +735,10 @@ func (c config) contradiction(workAndDelay bool) error {
 	switch {
 	case workAndDelay:
 		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
+	case c.advertise != "" && c.orders == "":
+		return usageError{errors.New("-advertise is for replicas that share their orders: give -orders too, or leave it out")}
+	case c.backup != "" && c.orders != "":
+		return usageError{errors.New("-backup copies orders.db, and with -orders there is none: use pg_dump")}
 	case (c.certFile == "") != (c.keyFile == ""):
 		return usageError{errors.New("-tls-cert and -tls-key belong together: give both, or neither to serve plain HTTP")}
 	case c.server.readToken != "" && c.server.token == "":

@@ -442,14 +442,14 @@ func counts(a *app) totals {
 	return t
 }
 
-func walBytes(a *app) int64 { return int64(a.store.gauges()[0].value) }
+func walBytes(a *app) int64 { return int64(a.sqlite.gauges()[0].value) }
 
 // checkInvariants compares everything that tells the state of the orders. The
 // app must be at rest: nothing moves while it looks.
 func checkInvariants(tb testing.TB, a *app) {
 	tb.Helper()
 	until(tb, func() bool { return a.metrics.counted.Load().seq == a.store.totals().seq }, "metrics.db has counted all")
-	db, err := openSQLite(a.engine.file.path)
+	db, err := openSQLite(a.sqlite.file.path)
 	require.NoError(tb, err)
 	defer db.Close()
 
@@ -573,7 +573,7 @@ func exitBetweenCommits(a *app) {
 // answers one that it never commits.
 func answerBeforeCommit(a *app) {
 	batches := 0
-	a.engine.beforeCommit = func(b *batch) {
+	a.sqlite.beforeCommit = func(b *batch) {
 		if len(b.creates) == 0 {
 			return
 		}
@@ -588,9 +588,9 @@ func answerBeforeCommit(a *app) {
 
 // countTwice breaks the third promise: what a batch completes it counts again.
 func countTwice(a *app) {
-	a.engine.beforeCommit = func(b *batch) {
+	a.sqlite.beforeCommit = func(b *batch) {
 		if len(b.steps) > 0 {
-			a.engine.file.Exec("UPDATE totals SET accepted = accepted + 1, completed = completed + 1") // by the writer's connection
+			a.sqlite.file.Exec("UPDATE totals SET accepted = accepted + 1, completed = completed + 1") // by the writer's connection
 		}
 	}
 }
@@ -602,7 +602,7 @@ const heldCreates = 16
 // little longer, so that SIGTERM finds them there.
 func holdCommit(a *app) {
 	var once sync.Once
-	a.engine.beforeCommit = func(b *batch) {
+	a.sqlite.beforeCommit = func(b *batch) {
 		if len(b.creates) == 0 {
 			return
 		}
@@ -1927,7 +1927,7 @@ func TestIdempotencyKey(t *testing.T) {
 	})
 	t.Run("every key is kept once", func(t *testing.T) {
 		var keys, orders int64
-		require.NoError(t, a.engine.lists.QueryRow("SELECT count(DISTINCT key), count(*) FROM orders").Scan(&keys, &orders))
+		require.NoError(t, a.sqlite.lists.QueryRow("SELECT count(DISTINCT key), count(*) FROM orders").Scan(&keys, &orders))
 		require.Equal(t, orders, keys)
 		require.Equal(t, orders, a.store.totals().accepted)
 	})
@@ -2421,7 +2421,7 @@ func TestListPlans(t *testing.T) {
 	var got [][]string
 	recordLists(t, a, func(query string, args []any) {
 		if strings.HasPrefix(query, "SELECT "+orderColumns) {
-			got = append(got, queryPlan(t, a.engine.rows.DB, query, args...))
+			got = append(got, queryPlan(t, a.sqlite.rows.DB, query, args...))
 		}
 	})
 	p, r, c := pending, processing, completed
@@ -2462,11 +2462,11 @@ func TestListPlans(t *testing.T) {
 // restore.
 func recordLists(tb testing.TB, a *app, see func(query string, args []any)) (restore func()) {
 	tb.Helper()
-	plain := a.engine.lists.DB
-	recorded := sql.OpenDB(recorder{path: a.engine.file.path, driver: plain.Driver(), see: see})
-	a.engine.lists.DB = recorded
+	plain := a.sqlite.lists.DB
+	recorded := sql.OpenDB(recorder{path: a.sqlite.file.path, driver: plain.Driver(), see: see})
+	a.sqlite.lists.DB = recorded
 	restore = sync.OnceFunc(func() {
-		a.engine.lists.DB = plain
+		a.sqlite.lists.DB = plain
 		require.NoError(tb, recorded.Close())
 	})
 	tb.Cleanup(restore)
@@ -2538,7 +2538,7 @@ func TestMetricsJSON(t *testing.T) {
 	})
 	average := func() float64 {
 		var took int64
-		require.NoError(t, a.engine.lists.QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
+		require.NoError(t, a.sqlite.lists.QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
 		return float64(took) / float64(a.store.totals().completed) / 1e6
 	}
 	require.Equal(t, map[string]float64{"total_orders_processed": 1, "orders_pending": 2, "orders_processing": 1, "orders_completed": 1,
@@ -3283,7 +3283,7 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	var armed atomic.Bool
 	held, release := make(chan struct{}), make(chan struct{})
 	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.engine.beforeCommit = func(*batch) {
+		a.sqlite.beforeCommit = func(*batch) {
 			if armed.CompareAndSwap(true, false) {
 				held <- struct{}{}
 				<-release
@@ -3337,7 +3337,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
 	<-held
-	_, err := a.engine.file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
+	_, err := a.sqlite.file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
 	require.NoError(t, err)
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
 	until(t, func() bool {
@@ -3355,7 +3355,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 			require.Fail(t, "a create hangs while the disk takes nothing", "create %d", i)
 		}
 	}
-	_, err = a.engine.file.Exec("PRAGMA query_only = 0")
+	_, err = a.sqlite.file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
 	require.Equal(t, int64(1), a.store.totals().accepted)
@@ -3367,7 +3367,7 @@ func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	first := sampleOrder(1, "key")
 	require.NoError(t, a.store.create(first))
-	_, err := a.engine.file.Exec("PRAGMA query_only = 1") // the writer's connection
+	_, err := a.sqlite.file.Exec("PRAGMA query_only = 1") // the writer's connection
 	require.NoError(t, err)
 	for range 2 { // in the batch that fails, and behind it
 		again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
@@ -3377,7 +3377,7 @@ func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
 		require.ErrorIs(t, a.store.create(other), errKeyReused)
 		require.ErrorIs(t, a.store.create(fresh), errUnwritable)
 	}
-	_, err = a.engine.file.Exec("PRAGMA query_only = 0")
+	_, err = a.sqlite.file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(3, "new")) == nil }, "the refused key is free")
 	checkInvariants(t, a)
@@ -3416,11 +3416,11 @@ func TestRetryOfNothingIsAWrite(t *testing.T) {
 	t.Parallel()
 	a := lookedAt(t, t.TempDir(), nil, nil)
 	t.Cleanup(func() { require.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	_, err := a.engine.start()
+	_, err := a.sqlite.start()
 	require.NoError(t, err)
 	for range 2 {
 		before := walBytes(a)
-		require.NoError(t, a.engine.commit(newBatch(nil)))
+		require.NoError(t, a.sqlite.commit(newBatch(nil)))
 		require.Greater(t, walBytes(a), before)
 	}
 }
@@ -3429,7 +3429,7 @@ func TestReadyTellsOfACommitThatHangs(t *testing.T) {
 	t.Parallel()
 	held, release := make(chan struct{}), make(chan struct{})
 	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.engine.beforeCommit = func(*batch) {
+		a.sqlite.beforeCommit = func(*batch) {
 			held <- struct{}{}
 			<-release
 		}
@@ -3499,7 +3499,7 @@ func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
 			worked.note(id)
 			return work(ctx, id, 1)
 		}
-	}, func(a *app) { a.engine.beforeCommit = steps.note })
+	}, func(a *app) { a.sqlite.beforeCommit = steps.note })
 
 	require.Equal(t, int64(5), unfinished(a))
 	awaitRest(t, a, 3, 2) // the first Pending order has joined those that were Processing
@@ -3558,7 +3558,7 @@ func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
 	var commits diary
 	change := func(c *config) { c.store.now = func() time.Time { return time.UnixMilli(clock.Load()) } }
 	before := func(a *app) {
-		a.engine.beforeCommit = func(b *batch) {
+		a.sqlite.beforeCommit = func(b *batch) {
 			for _, c := range b.creates {
 				commits.note(c.id)
 			}
@@ -3703,7 +3703,7 @@ func TestListsOfAUser(t *testing.T) {
 	until(t, func() bool { return a.store.totals().pending() == 1900 }, "all steps are taken")
 	checkInvariants(t, a)
 	indexed := func() (n int64) {
-		require.NoError(t, a.engine.lists.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
+		require.NoError(t, a.sqlite.lists.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
 		return n
 	}
 	require.Greater(t, indexed(), int64(runOrders))
@@ -3761,7 +3761,7 @@ func TestListsOfAUser(t *testing.T) {
 		seldom, n := walk(t, a.store, filter{userID: "seldom", limit: 1000})
 		require.Equal(t, 1, n)
 		stop()
-		execOn(t, a.engine.file.path, `INSERT INTO user_runs SELECT id_high, 0, 0 FROM orders_by_user WHERE run = 0 AND id_high > ?;
+		execOn(t, a.sqlite.file.path, `INSERT INTO user_runs SELECT id_high, 0, 0 FROM orders_by_user WHERE run = 0 AND id_high > ?;
 			UPDATE orders_by_user SET run = (SELECT max(first) FROM user_runs WHERE first <= id_high) WHERE run = 0`, high(all[len(all)-1-3*pageRuns].id))
 		a, stop = openIdle(t, dir, nil, nil)
 		checkInvariants(t, a)
@@ -3778,7 +3778,7 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	path := a.engine.file.path
+	path := a.sqlite.file.path
 	stop()
 	extremes := []int64{0, 1, -1, math.MaxInt64, math.MinInt64, -1 << 60, 1 << 60, 1<<60 - 1, -1 << 31, 0x5555_5555_5555_5555, -0x5555_5555_5555_5556}
 	highs := []int64{1, 2, math.MaxInt64, math.MaxInt64 - 1, 1 << 62, 0xffff, 1_800_000_000_123 << 16, 1_800_000_000_999<<16 | 0xffff}
@@ -3821,28 +3821,28 @@ func TestDatabasesAreDurableAndOurs(t *testing.T) {
 		pragma string
 		want   string
 	}{
-		{a.engine.file.DB, "journal_mode", "wal"},
-		{a.engine.file.DB, "synchronous", "2"},
-		{a.engine.file.DB, "fullfsync", "1"},
-		{a.engine.file.DB, "checkpoint_fullfsync", "1"},
-		{a.engine.file.DB, "application_id", "1869767794"},
-		{a.engine.file.DB, "user_version", "3"},
+		{a.sqlite.file.DB, "journal_mode", "wal"},
+		{a.sqlite.file.DB, "synchronous", "2"},
+		{a.sqlite.file.DB, "fullfsync", "1"},
+		{a.sqlite.file.DB, "checkpoint_fullfsync", "1"},
+		{a.sqlite.file.DB, "application_id", "1869767794"},
+		{a.sqlite.file.DB, "user_version", "3"},
 		{a.metrics.file.DB, "journal_mode", "wal"},
 		{a.metrics.file.DB, "synchronous", "2"},
 		{a.metrics.file.DB, "application_id", "1869767789"},
 		{a.metrics.file.DB, "user_version", "2"},
-		{a.engine.lists.DB, "query_only", "1"},
-		{a.engine.lists.DB, "busy_timeout", "1000"},
-		{a.engine.rows.DB, "query_only", "1"},
-		{a.engine.rows.DB, "busy_timeout", "1000"},
-		{a.engine.file.DB, "wal_autocheckpoint", "0"},
+		{a.sqlite.lists.DB, "query_only", "1"},
+		{a.sqlite.lists.DB, "busy_timeout", "1000"},
+		{a.sqlite.rows.DB, "query_only", "1"},
+		{a.sqlite.rows.DB, "busy_timeout", "1000"},
+		{a.sqlite.file.DB, "wal_autocheckpoint", "0"},
 		{a.metrics.file.DB, "wal_autocheckpoint", "1"},
 	} {
 		var got string
 		require.NoError(t, tc.db.QueryRow("PRAGMA "+tc.pragma).Scan(&got))
 		require.Equal(t, tc.want, got, tc.pragma)
 	}
-	_, err := a.engine.lists.Exec("DELETE FROM orders")
+	_, err := a.sqlite.lists.Exec("DELETE FROM orders")
 	require.ErrorContains(t, err, "readonly")
 	for _, name := range []string{"orders.db", "orders.db-wal", "metrics.db"} {
 		info, err := os.Stat(filepath.Join(a.cfg.data, name))
@@ -4225,7 +4225,7 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 			worked.note(id)
 			return work(ctx, id, 1)
 		}
-	}, func(a *app) { a.engine.beforeCommit = steps.note })
+	}, func(a *app) { a.sqlite.beforeCommit = steps.note })
 
 	require.Equal(t, int64(12), unfinished(a))
 	end = seen.watch(a.store, ids)
@@ -4985,7 +4985,7 @@ func TestLostOrdersAreNoticedAtStart(t *testing.T) {
 			moveTo(t, a.store, ids[1], completed, 2)
 			checkInvariants(t, a)
 			stop()
-			orders, counts, seq := a.engine.file.path, a.metrics.file.path, a.store.totals().seq
+			orders, counts, seq := a.sqlite.file.path, a.metrics.file.path, a.store.totals().seq
 			execOn(t, counts, "UPDATE totals SET accepted = ?, completed = ?, seq = seq + 1", tc.accepted, tc.completed)
 			if tc.without {
 				require.NoError(t, os.Remove(orders))
@@ -7432,7 +7432,7 @@ func TestBackupOfAStoppedService(t *testing.T) {
 func TestBackupThatIsInterrupted(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	backup := []string{"-data", filepath.Dir(a.engine.file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
+	backup := []string{"-data", filepath.Dir(a.sqlite.file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	require.ErrorContains(t, run(ctx, backup, nil, io.Discard, io.Discard), "no backup was made")
@@ -7534,7 +7534,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	commitTogether(t, a.store, sampleOrders(1))
-	_, endFirst := holdSnapshot(t, a.engine.file.path)
+	_, endFirst := holdSnapshot(t, a.sqlite.file.path)
 	for walBytes(a) <= walKept*5/4 {
 		creates := sampleOrders(64)
 		for _, c := range creates {
@@ -7542,7 +7542,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 		}
 		commitTogether(t, a.store, creates)
 	}
-	_, endLast := holdSnapshot(t, a.engine.file.path)
+	_, endLast := holdSnapshot(t, a.sqlite.file.path)
 	endFirst()
 	require.Never(t, func() bool { return walBytes(a) <= walKept }, 2*retryPause, 100*time.Millisecond)
 	endLast()
@@ -7574,7 +7574,7 @@ func TestReaderHoldsTheWAL(t *testing.T) {
 		}
 	}
 	fill(func() bool { return a.store.totals().accepted >= 64 })
-	count, end := holdSnapshot(t, a.engine.file.path)
+	count, end := holdSnapshot(t, a.sqlite.file.path)
 	held := count()
 	fill(func() bool { return wal() > walKept*5/4 })
 	require.Equal(t, held, count())
@@ -7685,7 +7685,7 @@ func TestOverload(t *testing.T) {
 	holding, release := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		a.engine.beforeCommit = func(*batch) {
+		a.sqlite.beforeCommit = func(*batch) {
 			once.Do(func() {
 				close(holding)
 				<-release
@@ -7774,7 +7774,7 @@ func (e latePublisher) commit(b *batch) error {
 // another has told that it is Completed.
 func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	t.Parallel()
-	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) { a.store.writer.engine = latePublisher{a.engine} })
+	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) { a.store.writer.engine = latePublisher{a.sqlite} })
 	done := completed
 	var wrong atomic.Pointer[string]
 	var clients sync.WaitGroup
@@ -7821,7 +7821,7 @@ func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
 	body := orderBody(`"user"`, `"item"`, "1")
 	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	awaitRest(t, a, 0, 1)
-	execOn(t, a.engine.file.path, "DELETE FROM orders")
+	execOn(t, a.sqlite.file.path, "DELETE FROM orders")
 	second := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, second.status, second.body)
 	require.Empty(t, second.header.Get("Idempotent-Replayed"))
@@ -7836,7 +7836,7 @@ func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
 func TestAnOrderThatTheTableRefusesFailsAlone(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
-	execOn(t, a.engine.file.path, "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.user_id = 'poison' BEGIN SELECT RAISE(ABORT, 'poison'); END")
+	execOn(t, a.sqlite.file.path, "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.user_id = 'poison' BEGIN SELECT RAISE(ABORT, 'poison'); END")
 	for _, key := range []string{"", "cart"} {
 		creates := sampleOrders(3 * insertRows)
 		creates[insertRows].userID, creates[insertRows].key = "poison", key
@@ -7862,13 +7862,13 @@ func TestTheUserIndexStopsNoOrder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	execOn(t, a.engine.file.path, "CREATE TRIGGER broken BEFORE INSERT ON orders_by_user BEGIN SELECT RAISE(ABORT, 'broken'); END")
+	execOn(t, a.sqlite.file.path, "CREATE TRIGGER broken BEFORE INSERT ON orders_by_user BEGIN SELECT RAISE(ABORT, 'broken'); END")
 	for range 3 {
 		commitTogether(t, a.store, sampleOrders(indexEvery))
 	}
 	orders, _ := walk(t, a.store, filter{userID: "user7", limit: 2})
 	require.Len(t, orders, 3)
-	execOn(t, a.engine.file.path, "DROP TRIGGER broken")
+	execOn(t, a.sqlite.file.path, "DROP TRIGGER broken")
 	commitTogether(t, a.store, sampleOrders(2*indexEvery))
 	checkInvariants(t, a)
 	orders, _ = walk(t, a.store, filter{userID: "user7", limit: 2})
@@ -7969,7 +7969,7 @@ func TestPermanentErrorsEndTheService(t *testing.T) {
 			require.NoError(t, a.start())
 			ended := make(chan error, 1)
 			go func() { ended <- a.serve(t.Context()) }()
-			execOn(t, a.engine.file.path, test.damage)
+			execOn(t, a.sqlite.file.path, test.damage)
 			post(t, a, orderBody(`"user"`, `"item"`, "1"))
 			select {
 			case err := <-ended:
@@ -7992,7 +7992,7 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	}
 	awaitRest(t, a, 0, 3)
 	stop()
-	execOn(t, a.engine.file.path, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
+	execOn(t, a.sqlite.file.path, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
 	a, stop = openIdle(t, dir, nil, nil)
 	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
 		a.metrics.summary(a.store.totals()))
@@ -8101,7 +8101,7 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 		}
 		stop()
 		readers.Wait()
-		require.NoFileExists(t, a.engine.file.path+"-wal")
+		require.NoFileExists(t, a.sqlite.file.path+"-wal")
 	}
 }
 
@@ -8316,7 +8316,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
 	stop()
 	stored := func() (orders, entries, runs int) {
-		db, err := openSQLite(a.engine.file.path)
+		db, err := openSQLite(a.sqlite.file.path)
 		require.NoError(t, err)
 		defer db.Close()
 		require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&orders, &entries, &runs))
@@ -8346,7 +8346,7 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
-	path := a.engine.file.path
+	path := a.sqlite.file.path
 	stop()
 	execOn(t, path, "CREATE TRIGGER held BEFORE DELETE ON orders BEGIN SELECT RAISE(ABORT, 'held'); END")
 	a, stop = openTestApp(t, dir, keep, nil)
@@ -8378,10 +8378,10 @@ func TestRetentionWaitsForRoom(t *testing.T) {
 	t.Parallel()
 	a := lookedAt(t, t.TempDir(), func(c *config) { c.store.keep = time.Hour }, nil)
 	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	_, err := a.engine.start()
+	_, err := a.sqlite.start()
 	require.NoError(t, err)
 	w := a.store.writer
-	w.engine, w.report = fullEngine{a.engine}, func(commitReport) {}
+	w.engine, w.report = fullEngine{a.sqlite}, func(commitReport) {}
 	w.retention.start()
 	w.retention.due, w.retention.ahead = time.Time{}, 0
 	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")
@@ -8394,12 +8394,13 @@ func TestFreedPagesAreUsedAgain(t *testing.T) {
 	t.Parallel()
 	a := lookedAt(t, t.TempDir(), nil, nil)
 	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	e, orders := a.engine, 2*maxCreates
+	e, orders := a.sqlite, 2*maxCreates
 	_, err := e.start()
 	require.NoError(t, err)
 	commit := func(b *batch) {
 		require.NoError(t, e.commit(b))
-		require.NoError(t, e.tidy())
+		_, err = e.tidy()
+		require.NoError(t, err)
 	}
 	var pages [3]int64
 	for i := range pages {
@@ -9031,7 +9032,7 @@ func seed(tb testing.TB, dir string, completed, pending int) {
 	tb.Helper()
 	a, stop := openIdle(tb, dir, nil, nil)
 	stop()
-	db, err := sql.Open("sqlite", a.engine.file.path)
+	db, err := sql.Open("sqlite", a.sqlite.file.path)
 	require.NoError(tb, err)
 	defer db.Close()
 	_, err = db.Exec(`

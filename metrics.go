@@ -117,7 +117,19 @@ func (m *metrics) start(t totals) error {
 func (m *metrics) committed(r commitReport) {
 	m.commitSizes.observe(float64(r.creates + r.steps))
 	m.commitTimes.observe(r.took.Seconds())
-	m.latest.Store(&r.totals)
+	m.follow(r.totals)
+}
+
+// follow has metrics.db take over t soon, where more has changed than seq.
+func (m *metrics) follow(t totals) {
+	previous := m.latest.Swap(&t)
+	if previous != nil {
+		beat := *previous
+		beat.seq = t.seq
+		if beat == t {
+			return
+		}
+	}
 	nudge(m.changed)
 }
 

@@ -20,6 +20,8 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/http/httputil"
 	"net/netip"
 	"net/url"
 	"os"
@@ -67,14 +69,23 @@ type serverOptions struct {
 	certificate *certificate // to serve HTTPS with, or nil
 	names       []string     // Host names from -host, in lower case; with any, a peer on loopback is a proxy
 	hosts       []string     // all Host names that are ours; empty takes any
+	gauges      func() []gauge
+}
+
+// leadership is what answers for orders: with SQLite from start to end, with
+// PostgreSQL while this replica leads.
+type leadership struct {
+	store *store
+	pool  *pool
+	pass  string // that requests passed on by other replicas carry; or empty
 }
 
 // server is the HTTP side: Echo routes to the handlers, everything else is
 // net/http's own server with its limits set.
 type server struct {
 	serverOptions
-	store   *store
-	pool    *pool
+	leads   atomic.Pointer[leadership] // nil while another replica leads
+	leader  *forwarder                 // to that one
 	metrics *metrics
 	log     *logger
 	http    *http.Server
@@ -95,9 +106,9 @@ type route struct {
 	statuses     [600]atomic.Uint64 // by HTTP status code
 }
 
-func newServer(o serverOptions, s *store, p *pool, m *metrics, log *logger) *server {
+func newServer(o serverOptions, m *metrics, log *logger) *server {
 	srv := &server{
-		serverOptions: o, store: s, pool: p, metrics: m, log: log,
+		serverOptions: o, leader: newForwarder(), metrics: m, log: log,
 		tokenHash: sha256.Sum256([]byte(o.token)), readTokenHash: sha256.Sum256([]byte(o.readToken)),
 		boot:    strconv.FormatUint(rand.Uint64(), 36) + "-",
 		creates: newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
@@ -126,8 +137,8 @@ func (s *server) handler() http.Handler {
 	for path, handler := range map[string]echo.HandlerFunc{
 		"/":                 s.page,
 		"/openapi.json":     s.openAPI,
-		"/orders":           s.listOrders,
-		"/orders/:order_id": s.getOrder,
+		"/orders":           s.led(s.listOrders),
+		"/orders/:order_id": s.led(s.getOrder),
 		"/metrics":          s.getMetrics,
 		"/livez":            s.live,
 		"/healthz":          s.live,
@@ -135,7 +146,7 @@ func (s *server) handler() http.Handler {
 	} {
 		e.Match([]string{http.MethodGet, http.MethodHead}, path, handler)
 	}
-	e.POST("/orders", s.createOrder)
+	e.POST("/orders", s.led(s.createOrder))
 	for _, r := range e.Routes() {
 		s.routes[r.Method+r.Path] = &route{method: r.Method, path: r.Path}
 	}
@@ -143,6 +154,16 @@ func (s *server) handler() http.Handler {
 	s.routes["GET/orders/:order_id"].latency = &s.reads
 	s.routes[""] = &route{method: "other", path: "other"}
 	return e
+}
+
+// led has a request answered by whoever leads: here, or by the leader.
+func (s *server) led(here func(echo.Context, *leadership) error) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if l := s.leads.Load(); l != nil {
+			return here(c, l)
+		}
+		return s.leader.forward(c.Response(), c.Request(), s.client(c.Request()))
+	}
 }
 
 // canonical undoes percent-encoding that changes nothing, and gives an absolute
@@ -268,28 +289,39 @@ func (s *server) logRequest(id string, began time.Time, took time.Duration, requ
 	handler.Handle(context.Background(), line)
 }
 
-// client is the peer, or whom a proxy on this machine asks for: the address that
-// it has added to those that the client itself may have made up.
+// client is the peer, or whom a proxy on this machine or another replica asks
+// for: the address that it has added to those that the client may have made up.
 func (s *server) client(r *http.Request) string {
 	forwarded := r.Header["X-Forwarded-For"]
-	if len(s.names) == 0 || len(forwarded) == 0 {
+	if len(forwarded) == 0 || len(s.names) == 0 && !s.passedOn(r) {
 		return r.RemoteAddr
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	last := forwarded[len(forwarded)-1]
 	last = strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])
 	addr, err := netip.ParseAddr(last)
-	if err != nil || !peer.Addr().Unmap().IsLoopback() {
+	if err != nil || !peer.Addr().Unmap().IsLoopback() && !s.passedOn(r) {
 		return r.RemoteAddr
 	}
 	return addr.WithZone("").String()
+}
+
+// passedOn reports whether another replica, which follows this one, has passed
+// the request on: its word on client and Host is good.
+func (s *server) passedOn(r *http.Request) bool {
+	l, pass := s.leads.Load(), r.Header[passHeader]
+	return l != nil && l.pass != "" && len(pass) == 1 && subtle.ConstantTimeCompare([]byte(pass[0]), []byte(l.pass)) == 1
 }
 
 // answer calls the handler of a request that is admitted. A panic becomes an
 // error, with the stack for the log.
 func (s *server) answer(c echo.Context, handler echo.HandlerFunc) (err error) {
 	defer func() {
-		if r := recover(); r != nil {
+		switch r := recover(); r {
+		case nil:
+		case http.ErrAbortHandler: // an answer that was passed on has ended half-way: so must this one
+			panic(r)
+		default:
 			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
 		}
 	}()
@@ -308,7 +340,7 @@ var open = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz
 func (s *server) admit(c echo.Context) error {
 	request, path := c.Request(), c.Path()
 	switch {
-	case !s.ours(request.Host):
+	case !s.ours(request.Host) && !s.passedOn(request):
 		return newFault(http.StatusMisdirectedRequest, "This server does not answer for the host %q: use localhost, or start it with that name as -host.", request.Host)
 	case open[path]:
 		return nil
@@ -349,7 +381,7 @@ func (s *server) authorize(c echo.Context) error {
 }
 
 // createOrder answers once the order is on disk.
-func (s *server) createOrder(c echo.Context) error {
+func (s *server) createOrder(c echo.Context, l *leadership) error {
 	request := c.Request()
 	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
 		return newFault(http.StatusUnsupportedMediaType, "Send the order as Content-Type: application/json.")
@@ -372,7 +404,7 @@ func (s *server) createOrder(c echo.Context) error {
 		return err
 	}
 	n.key = key
-	if err := s.store.create(n); err != nil {
+	if err := l.store.create(n); err != nil {
 		return err
 	}
 	id := n.id.String()
@@ -596,7 +628,7 @@ func parseCents(number string) (int64, error) {
 // getOrder answers from memory, or on a miss from one indexed row; with
 // view=full always from the row. With Prefer: wait it holds the answer until the
 // order is Completed.
-func (s *server) getOrder(c echo.Context) error {
+func (s *server) getOrder(c echo.Context, l *leadership) error {
 	id, err := ulid.ParseStrict(c.Param("order_id"))
 	if err != nil {
 		return errNotFound
@@ -605,19 +637,19 @@ func (s *server) getOrder(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && s.pool.stopping.Err() == nil {
+	if wait, ok := preferredWait(c.Request().Header["Prefer"]); ok && l.pool.stopping.Err() == nil {
 		ctx, cancel := context.WithTimeout(c.Request().Context(), wait)
 		defer cancel()
-		defer context.AfterFunc(s.pool.stopping, cancel)()
-		if err := s.store.wait(ctx, id); err != nil {
+		defer context.AfterFunc(l.pool.stopping, cancel)()
+		if err := l.store.wait(ctx, id); err != nil {
 			return err
 		}
 		c.Response().Header().Set("Preference-Applied", fmt.Sprintf("wait=%d", wait/time.Second))
 	}
 	if full {
-		return s.wholeOrder(c, id)
+		return wholeOrder(c, l.store, id)
 	}
-	st, err := s.store.status(id)
+	st, err := l.store.status(id)
 	if err != nil {
 		return err
 	}
@@ -644,8 +676,8 @@ func fullView(query string) (full bool, err error) {
 	return full, nil
 }
 
-func (s *server) wholeOrder(c echo.Context, id ulid.ULID) error {
-	o, err := s.store.get(id)
+func wholeOrder(c echo.Context, s *store, id ulid.ULID) error {
+	o, err := s.get(id)
 	if err != nil {
 		return err
 	}
@@ -703,7 +735,7 @@ func newListedOrder(o order) listedOrder {
 
 // listOrders answers a page, newest first. Its cursor is the ID of the last
 // order, so pages stay right while orders arrive.
-func (s *server) listOrders(c echo.Context) error {
+func (s *server) listOrders(c echo.Context, l *leadership) error {
 	query, err := url.ParseQuery(c.Request().URL.RawQuery)
 	if err != nil {
 		return badQuery("the query cannot be read: %v", err)
@@ -712,7 +744,7 @@ func (s *server) listOrders(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	found, err := s.store.list(f)
+	found, err := l.store.list(f)
 	if err != nil {
 		return err
 	}
@@ -775,14 +807,24 @@ func parseFilter(query url.Values) (filter, error) {
 	return f, nil
 }
 
+// getMetrics answers for this process in Prometheus's format, and for the orders
+// in JSON.
 func (s *server) getMetrics(c echo.Context) error {
 	header := c.Response().Header()
 	header[echo.HeaderCacheControl] = noStore
-	header.Set(echo.HeaderVary, echo.HeaderAccept)
+	header[echo.HeaderVary] = []string{echo.HeaderAccept}
 	if prefersText(c.Request().Header.Values(echo.HeaderAccept)) {
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
-	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary(s.store.totals()))
+	return s.led(s.summary)(c)
+}
+
+func (s *server) summary(c echo.Context, l *leadership) error {
+	t, err := l.store.shownTotals()
+	if err != nil {
+		return err
+	}
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary(t))
 }
 
 // prefersText reports whether an Accept header ranks Prometheus's text format
@@ -815,31 +857,12 @@ func (s *server) prometheus() []byte {
 		ready = 1
 	}
 	e.one("orderd_ready", "gauge", "1 while /readyz says ready, else 0.", ready)
-	t, cache := s.store.totals(), s.store.cache
-	sum := s.metrics.summary(t)
-	e.one("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
-	e.one("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
-	e.one("orderd_orders_removed_total", "counter", "Completed orders removed from orders.db by -keep.", float64(t.removed))
-	e.family("orderd_orders", "gauge", "Orders in orders.db by status.")
-	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
-		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
+	for _, g := range s.gauges() {
+		e.one(g.name, "gauge", g.help, g.value)
 	}
-	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &s.pool.took)
-	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where orders.db cannot be read.", s.oldestPending())
-	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(s.pool.queue)))
-	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(s.pool.queue)))
-	e.one("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(s.pool.failed.Load()))
-	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(s.pool.parked.len()))
-	if s.pool.endpoint.url != "" {
-		down := 0.0
-		if shut, _ := s.pool.gate.state(); shut {
-			down = 1
-		}
-		e.one("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
+	if l := s.leads.Load(); l != nil {
+		s.ordersMetrics(&e, l)
 	}
-	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
-	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
-	e.one("orderd_cache_misses_total", "counter", "Status reads that went to orders.db.", float64(cache.misses.Load()))
 	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
 	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
 	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
@@ -850,12 +873,6 @@ func (s *server) prometheus() []byte {
 			}
 		}
 	}
-	e.histogram("orderd_commit_operations", "Creates and steps in one commit to orders.db.", &s.metrics.commitSizes)
-	e.histogram("orderd_commit_seconds", "Time of one commit to orders.db, its fsync included.", &s.metrics.commitTimes)
-	for _, g := range s.store.gauges() {
-		e.one(g.name, "gauge", g.help, g.value)
-	}
-	e.one("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", s.store.clockBehind().Seconds())
 	e.one("orderd_log_lines_dropped_total", "counter", "Log lines lost to a full buffer or a failing disk.", float64(s.log.dropped.Load()))
 	e.family("orderd_build_info", "gauge", "Always 1; the labels tell the build.")
 	version, commit := buildInfo()
@@ -864,9 +881,41 @@ func (s *server) prometheus() []byte {
 	return e.text
 }
 
+// ordersMetrics tells of the orders and the work on them.
+func (s *server) ordersMetrics(e *exposition, l *leadership) {
+	t, cache := l.store.totals(), l.store.cache
+	sum := s.metrics.summary(t)
+	e.one("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
+	e.one("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
+	e.one("orderd_orders_removed_total", "counter", "Completed orders removed by -keep.", float64(t.removed))
+	e.family("orderd_orders", "gauge", "Orders stored, by status.")
+	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
+		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
+	}
+	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.took)
+	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where the orders cannot be read.", oldestPending(l.store))
+	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(l.pool.queue)))
+	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(l.pool.queue)))
+	e.one("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(l.pool.failed.Load()))
+	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(l.pool.parked.len()))
+	if l.pool.endpoint.url != "" {
+		down := 0.0
+		if shut, _ := l.pool.gate.state(); shut {
+			down = 1
+		}
+		e.one("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
+	}
+	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
+	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
+	e.one("orderd_cache_misses_total", "counter", "Status reads that went to the table.", float64(cache.misses.Load()))
+	e.histogram("orderd_commit_operations", "Creates and steps in one commit of orders.", &s.metrics.commitSizes)
+	e.histogram("orderd_commit_seconds", "Time of one commit of orders, until it is durable.", &s.metrics.commitTimes)
+	e.one("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
+}
+
 // oldestPending is an age in seconds.
-func (s *server) oldestPending() float64 {
-	first, err := s.store.oldest(pending)
+func oldestPending(s *store) float64 {
+	first, err := s.oldest(pending)
 	if err != nil {
 		return math.NaN()
 	}
@@ -885,10 +934,14 @@ func (s *server) readyz(c echo.Context) error {
 
 // ready tells why creates are not taken, or soon will not be.
 func (s *server) ready() error {
-	if s.pool.stopping.Err() != nil {
+	l := s.leads.Load()
+	switch {
+	case l == nil:
+		return s.leader.ready()
+	case l.pool.stopping.Err() != nil:
 		return newFault(http.StatusServiceUnavailable, "The server is stopping; it answers until running work has ended.")
 	}
-	if err := s.store.ready(); err != nil {
+	if err := l.store.ready(); err != nil {
 		return newFault(http.StatusServiceUnavailable, "Orders are refused now: %v.", err)
 	}
 	return nil
@@ -914,6 +967,111 @@ func inlineHash(element string) string {
 	text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
 	hash := sha256.Sum256(text)
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+}
+
+// passHeader carries the leader's pass in a request that a replica passes on.
+// None passes such a request on again.
+const passHeader = "Orderd-Passed-On"
+
+// errNoLeader says that a request has not come to a leader.
+var errNoLeader = errors.New("no replica leads that can be reached")
+
+// forwarder passes requests on to the replica that leads.
+type forwarder struct {
+	transport *http.Transport
+	buffers   sync.Pool
+	leader    atomic.Pointer[destination] // nil where there is none
+}
+
+// destination is a leader during its term.
+type destination struct {
+	url   *url.URL
+	pass  string
+	gone  context.Context // done when it leads no more: what hangs there is given up
+	leave context.CancelFunc
+}
+
+func newForwarder() *forwarder {
+	return &forwarder{
+		transport: &http.Transport{
+			DialContext:         (&net.Dialer{Timeout: time.Second}).DialContext,
+			TLSHandshakeTimeout: time.Second,
+			MaxIdleConnsPerHost: 1024,
+			IdleConnTimeout:     time.Minute, // below the server's: no request meets a connection that it is closing
+			DisableCompression:  true,
+		},
+		buffers: sync.Pool{New: func() any { return new([32 << 10]byte) }},
+	}
+}
+
+// Get and Put make it a httputil.BufferPool.
+func (f *forwarder) Get() []byte  { return f.buffers.Get().(*[32 << 10]byte)[:] }
+func (f *forwarder) Put(b []byte) { f.buffers.Put((*[32 << 10]byte)(b)) }
+
+// follow is told where the leader is, "" for nowhere. It has one caller.
+func (f *forwarder) follow(address, pass string) {
+	old := f.leader.Load()
+	if old == nil && address == "" || old != nil && old.pass == pass && old.url.String() == address {
+		return
+	}
+	var next *destination
+	if u, err := url.Parse(address); err == nil && address != "" {
+		next = &destination{url: u, pass: pass}
+		next.gone, next.leave = context.WithCancel(context.Background())
+	}
+	f.leader.Store(next)
+	if old != nil {
+		old.leave()
+	}
+}
+
+// ready tells why requests cannot be passed on.
+func (f *forwarder) ready() error {
+	if f.leader.Load() == nil {
+		return errNoLeader
+	}
+	return nil
+}
+
+// forward answers with the leader's answer. Its error is that the request has
+// not come there, or for a create that this is not known.
+func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client string) error {
+	leader := f.leader.Load()
+	if leader == nil || r.Header.Get(passHeader) != "" {
+		return errNoLeader
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(leader.gone, cancel)()
+	var sent atomic.Bool
+	var failed error
+	proxy := httputil.ReverseProxy{
+		Transport:  f.transport,
+		BufferPool: f,
+		Rewrite: func(p *httputil.ProxyRequest) { // it has removed the client's own X-Forwarded headers
+			p.SetURL(leader.url)
+			p.SetXForwarded()
+			if host, _, err := net.SplitHostPort(client); err == nil {
+				client = host
+			}
+			p.Out.Header.Set("X-Forwarded-For", client)
+			p.Out.Header.Set(passHeader, leader.pass)
+			p.Out.Host = p.In.Host
+		},
+		ModifyResponse: func(answer *http.Response) error {
+			answer.Header.Del(echo.HeaderXRequestID) // this replica's own is set already
+			return nil
+		},
+		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
+			failed = fmt.Errorf("%w: %w", errNoLeader, err)
+			if r.Method == http.MethodPost && sent.Load() {
+				failed = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+			}
+		},
+	}
+	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
+	proxy.ServeHTTP(w, r.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	return failed
 }
 
 func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
@@ -951,13 +1109,15 @@ func faultOf(err error, c echo.Context) *fault {
 	case errors.Is(err, errKeyReused):
 		return newFault(http.StatusUnprocessableEntity, "This Idempotency-Key has already created an order with other content: use a new key for a new order.")
 	case errors.Is(err, errOutcomeUnknown):
-		f := newFault(http.StatusServiceUnavailable, "The disk failed while the order was written: it may or may not have been taken. Ask again with the same Idempotency-Key once the service is back.")
+		f := newFault(http.StatusServiceUnavailable, "The order may or may not have been taken: what it was written to, or the way there, failed meanwhile. Ask again with the same Idempotency-Key once the service is back.")
 		f.Type = "urn:orderd:problem:outcome-unknown"
 		return f
-	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed):
+	case errors.Is(err, errNoLeader):
+		return newFault(http.StatusServiceUnavailable, "No replica leads that can be reached from here: nothing was done. Try again later.")
+	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed), errors.Is(err, errInDoubt):
 		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
-	case errors.Is(err, errBehind):
-		return newFault(http.StatusServiceUnavailable, "The answer is not certain yet: %v. Try again later.", err)
+	case errors.Is(err, errBehind), errors.Is(err, errSilent), errors.Is(err, errDeposed):
+		return newFault(http.StatusServiceUnavailable, "The answer is not certain now: the database has not confirmed it. Try again later.")
 	case errors.Is(err, echo.ErrNotFound):
 		return newFault(http.StatusNotFound, "There is nothing at %s.", path)
 	case errors.Is(err, echo.ErrMethodNotAllowed):

@@ -101,7 +101,8 @@ type totals struct {
 	newestStarted int64 // upper half of the newest ID that ever left Pending
 }
 
-func (t totals) pending() int64 { return t.accepted - t.processing - t.completed }
+func (t totals) pending() int64    { return t.accepted - t.processing - t.completed }
+func (t totals) unfinished() int64 { return t.accepted - t.completed }
 
 // after returns the totals as b leaves them.
 func (t totals) after(b *batch) totals {
@@ -128,6 +129,34 @@ func (t totals) after(b *batch) totals {
 		}
 	}
 	t.removed += int64(len(b.removed))
+	return t
+}
+
+// census is what a table of orders holds, however it came to that.
+type census struct {
+	pending, processing, final int64 // orders
+	took                       int64 // µs, sum over the final
+	newest, newestStarted      int64 // upper halves of IDs
+}
+
+// agrees compares all but what only a count of the whole table tells.
+func (c census) agrees(t totals) bool {
+	return c.pending == t.pending() && c.processing == t.processing && c.newest <= t.newest
+}
+
+// mend returns the totals that follow on t. The lifetime sum of times stays,
+// where some of its orders are gone.
+func (c census) mend(t totals, log *logger) totals {
+	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
+		"accepted", t.removed+c.final+c.pending+c.processing, "were", t.accepted, "completed", t.removed+c.final, "completed_were", t.completed)
+	t.seq++
+	t.completed = t.removed + c.final
+	t.accepted = t.completed + c.pending + c.processing
+	t.processing = c.processing
+	t.newest, t.newestStarted = max(t.newest, c.newest), max(t.newestStarted, c.newestStarted)
+	if t.removed == 0 {
+		t.took = c.took
+	}
 	return t
 }
 
@@ -176,14 +205,21 @@ var (
 	errNotFound  = errors.New("no such order")
 	errKeyReused = errors.New("the idempotency key was used with other content")
 	errRejected  = errors.New("the table does not take this order")
-	errBehind    = errors.New("a commit is not confirmed yet")
+)
+
+// Why nothing is shown now: it may not be so any longer, or not be so yet.
+var (
+	errBehind = errors.New("a commit is not confirmed yet")
+	errSilent = errors.New("the database has not answered for too long")
 )
 
 // How a commit ends, besides well. Each wraps its cause.
 var (
-	errNotWritten     = errors.New("nothing was written")                     // try again
-	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")    // only a new start can find out
-	errBroken         = errors.New("the orders cannot be written any longer") // and that will not mend itself
+	errNotWritten     = errors.New("nothing was written")                      // try again
+	errInDoubt        = errors.New("the outcome of a commit is not known yet") // commit the same again, which finds out
+	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")     // only a new start can find out
+	errBroken         = errors.New("the orders cannot be written any longer")  // and that will not mend itself
+	errDeposed        = errors.New("another replica leads")                    // the commit wrote nothing, unless it wraps errOutcomeUnknown too
 )
 
 // ---- The store: the one door to orders. ----
@@ -207,17 +243,19 @@ const (
 // engine keeps orders durably. Only the writer calls commit and tidy; a read
 // also returns the seq that it saw.
 type engine interface {
-	// look returns the totals without changing anything.
-	look() (totals, error)
 	// start prepares for writing: schema, upgrade, the check of the totals.
 	start() (totals, error)
 	// commit writes a batch whole, and sets its totals, what its expiry removed, and
 	// each create's and step's own outcome. An expiry that fails is tried without.
-	// Its error wraps errNotWritten (the totals are then those that the table
-	// holds), errOutcomeUnknown or errBroken.
+	// Its error wraps one of those above (with errNotWritten, the totals are those
+	// that the table holds).
 	commit(*batch) error
-	// tidy does, between batches, what nobody waits for. Its errors are commit's.
-	tidy() error
+	// tidy does, between batches, what nobody waits for, and returns the totals as
+	// it leaves them. Its errors are commit's.
+	tidy() (totals, error)
+	// current tells why what was read from memory or table must not be shown: ask
+	// after the read. An engine that nobody can take over from has no reason.
+	current() error
 
 	find(id ulid.ULID) (o order, seq int64, err error)
 	findKey(key string) (o order, seq int64, err error)
@@ -227,13 +265,12 @@ type engine interface {
 	// oldest is the upper half of the oldest ID in a status that is not final, or math.MaxInt64.
 	oldest(status) (idHigh int64, err error)
 
-	gauges() []gauge
 	// close closes the files, unless the last commit's outcome is unknown: then
 	// nothing may be synced again and the next start finds out.
 	close() error
 }
 
-// gauge is a figure of one engine.
+// gauge is a figure that only one kind of engine has.
 type gauge struct {
 	name, help string
 	value      float64
@@ -291,6 +328,8 @@ func (s *store) create(c *create) error {
 		if earlier, findErr := s.shown(s.engine.findKey(c.key)); findErr == nil {
 			c.replay(earlier)
 			err = nil
+		} else if errors.Is(err, errInDoubt) { // the key's first create may be in that commit
+			err = errOutcomeUnknown
 		}
 	}
 	return cmp.Or(err, c.err)
@@ -315,7 +354,7 @@ func (s *store) step(st step) {
 // status answers from memory, or on a miss from the table.
 func (s *store) status(id ulid.ULID) (status, error) {
 	if st, ok := s.cache.get(id); ok {
-		return st, nil
+		return st, s.engine.current()
 	}
 	o, err := s.get(id)
 	return o.status, err
@@ -347,12 +386,12 @@ func (s *store) get(id ulid.ULID) (order, error) {
 
 func (s *store) list(f filter) (page, error) {
 	p, seq, err := s.engine.list(f)
-	return p, cmp.Or(err, s.await(seq))
+	return p, cmp.Or(err, s.await(seq), s.engine.current())
 }
 
 // shown holds an order that was read until it may be shown.
 func (s *store) shown(o order, seq int64, err error) (order, error) {
-	return o, cmp.Or(s.await(seq), err)
+	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
 // await returns once the commit seq is published. A table shows a commit a
@@ -379,12 +418,13 @@ func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.ol
 // totals are those of the last confirmed commit.
 func (s *store) totals() totals { return *s.published.Load() }
 
+// shownTotals are the totals, unless they may not be shown now.
+func (s *store) shownTotals() (totals, error) { return s.totals(), s.engine.current() }
+
 // clockBehind is how far the newest order's time is ahead of the clock, or 0.
 func (s *store) clockBehind() time.Duration {
 	return max(0, time.UnixMilli(s.totals().newest>>16).Sub(s.writer.now()))
 }
-
-func (s *store) gauges() []gauge { return s.engine.gauges() }
 
 // ready tells why a create would be refused now, or wait too long.
 func (s *store) ready() error { return s.intake.ready() }
@@ -424,6 +464,16 @@ func newBatch(steps []step) *batch {
 		b.moved[st.id] = i
 	}
 	return b
+}
+
+// again has the content of b for another attempt, after b's waiters were answered.
+func (b *batch) again() *batch {
+	next := newBatch(b.steps)
+	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
+	for _, c := range b.creates {
+		next.creates = append(next.creates, new(*c)) // the waiters keep their own
+	}
+	return next
 }
 
 func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
@@ -626,18 +676,17 @@ func (w *writer) gather() {
 func (w *writer) turn(b *batch) error {
 	b.expiry = w.retention.next(len(b.creates))
 	if b.operations() > 0 || b.expiry != nil {
-		err := w.commit(b)
-		if errors.Is(err, errNotWritten) {
-			return w.retry(b.steps, err)
-		}
-		if err != nil {
-			return err
+		w.number(b.creates)
+		if err := w.commit(b); err != nil {
+			return w.retry(b, err)
 		}
 	}
-	if err := w.engine.tidy(); errors.Is(err, errNotWritten) {
-		return w.retry(nil, err)
-	} else if err != nil {
-		return err
+	t, err := w.engine.tidy()
+	if err != nil {
+		return w.retry(newBatch(nil), err)
+	}
+	if t.seq > w.published.Load().seq {
+		w.publishTotals(t)
 	}
 	return nil
 }
@@ -645,7 +694,6 @@ func (w *writer) turn(b *batch) error {
 // commit writes a batch, publishes it and answers it, in this order.
 func (w *writer) commit(b *batch) error {
 	began, x := time.Now(), b.expiry
-	w.number(b.creates)
 	err := w.engine.commit(b)
 	if x != nil {
 		if err != nil { // it may be too much for the disk: others come first
@@ -669,10 +717,18 @@ func (w *writer) commit(b *batch) error {
 	return nil
 }
 
-// publicKind is what a client is told of an error of a commit.
+// publicKind is what the clients of a commit that failed are told.
 func publicKind(err error) error {
-	if errors.Is(err, errOutcomeUnknown) {
+	if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {
 		return errOutcomeUnknown
+	}
+	return errUnwritable
+}
+
+// refusalAfter is what later clients are told.
+func refusalAfter(err error) error {
+	if publicKind(err) == errOutcomeUnknown {
+		return errInDoubt
 	}
 	return errUnwritable
 }
@@ -712,20 +768,29 @@ func (w *writer) publish(b *batch) {
 
 func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
-// retry refuses creates and tries once a second to write the steps of a refused
-// batch, or just the totals, until that succeeds.
-func (w *writer) retry(steps []step, cause error) error {
-	if w.intake.refuse(errUnwritable) {
-		w.log.Warn("orders are refused until the store can be written", "error", cause)
-	}
+// retry refuses creates and tries once a second to write the steps of a batch
+// that failed, or just the totals, until that succeeds; or the whole batch,
+// while its outcome is in doubt. It returns an error that no retry mends.
+func (w *writer) retry(b *batch, err error) error {
 	for {
+		switch {
+		case errors.Is(err, errInDoubt):
+			b = b.again()
+		case errors.Is(err, errNotWritten):
+			b = newBatch(b.steps)
+		default:
+			return err
+		}
+		if w.intake.refuse(refusalAfter(err)) {
+			w.log.Warn("orders are refused until the store can be written", "error", err)
+		}
 		select {
 		case <-time.After(retryPause):
 		case <-w.quit:
 			return nil // the next start takes these steps again
 		}
-		if err := w.commit(newBatch(steps)); !errors.Is(err, errNotWritten) {
-			return err
+		if err = w.commit(b); err == nil {
+			return nil
 		}
 	}
 }
@@ -734,8 +799,10 @@ func (w *writer) retry(steps []step, cause error) error {
 // or a fault that no retry mends.
 func (w *writer) giveUp(err error) {
 	w.failure = err
-	w.log.Error("the writer gave up", "error", err)
-	w.intake.refuse(errUnwritable)
+	if !errors.Is(err, errDeposed) {
+		w.log.Error("the writer gave up", "error", err)
+	}
+	w.intake.refuse(refusalAfter(err))
 }
 
 // retention decides when completed orders are removed. It passes over the table
@@ -906,8 +973,17 @@ func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	return o, err
 }
 
-// ordersView is for people with the sqlite3 command line.
-func ordersView() string {
+// The statements of a census, for both engines.
+const (
+	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
+	(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders `
+	countFinal = `SELECT count(*), CAST(coalesce(sum(took), 0) AS bigint), (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0)
+	FROM orders WHERE status = 2`
+)
+
+// ordersView is for people with an SQL command line. amount and the pattern of a
+// time in Unix ms are what the two engines say differently.
+func ordersView(amount, timePattern string) string {
 	digits := make([]string, 26) // Crockford's base 32, 5 bits a digit, from the right
 	for i := range digits {
 		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
@@ -917,17 +993,18 @@ func ordersView() string {
 		case i > 12:
 			bits = fmt.Sprintf("(id_high >> %d) & 31", 5*i-64)
 		}
-		digits[25-i] = fmt.Sprintf("substr('%s', 1 + (%s), 1)", ulid.Encoding, bits)
+		digits[25-i] = fmt.Sprintf("substr('%s', 1 + CAST(%s AS integer), 1)", ulid.Encoding, bits)
 	}
-	const when = "strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', (%s) / 1000.0, 'unixepoch')"
 	return "\nCREATE VIEW orders_readable AS SELECT " + strings.Join(digits, " || ") + ` AS order_id,
 	CASE status WHEN 0 THEN 'Pending' WHEN 1 THEN 'Processing' ELSE 'Completed' END AS status,
-	user_id, item_ids, printf('%d.%02d', cents / 100, cents % 100) AS total_amount,
-	` + fmt.Sprintf(when, "id_high >> 16") + ` AS created_at,
-	` + fmt.Sprintf(when, "started") + ` AS started_at,
-	` + fmt.Sprintf(when, "started + took / 1000") + ` AS completed_at
+	user_id, item_ids, ` + amount + ` AS total_amount,
+	` + fmt.Sprintf(timePattern, "id_high >> 16") + ` AS created_at,
+	` + fmt.Sprintf(timePattern, "started") + ` AS started_at,
+	` + fmt.Sprintf(timePattern, "started + took / 1000") + ` AS completed_at
 FROM orders;`
 }
+
+var sqliteView = ordersView("printf('%d.%02d', cents / 100, cents % 100)", "strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', (%s) / 1000.0, 'unixepoch')")
 
 // sqliteEngine keeps orders in one SQLite file. One connection writes; reads
 // have connections of their own, which WAL mode lets read beside it.
@@ -949,10 +1026,11 @@ type sqliteEngine struct {
 func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
 	return &sqliteEngine{log: log, file: &database{
 		path: filepath.Join(directory, "orders.db"), appID: 0x6f726472, version: ordersVersion,
-		schema: ordersSchema + ordersView(), upgrades: []string{ordersUpgrade},
+		schema: ordersSchema + sqliteView, upgrades: []string{ordersUpgrade},
 	}}
 }
 
+// look returns the totals without changing anything.
 func (e *sqliteEngine) look() (t totals, err error) {
 	err = e.file.inspect(lookAtTotals, t.fields()...)
 	return t, err
@@ -992,36 +1070,19 @@ func (e *sqliteEngine) prepare() (err error) {
 	return err
 }
 
-// recount compares the totals with the orders that are not final, which have an
-// index, and mends them where somebody has changed the table by hand. The
-// lifetime sum of times stays, where some of its orders are gone.
+// recount mends the totals where somebody has changed the table by hand. It
+// counts the whole table only where the orders that are not final, which have
+// an index, do not agree with them.
 func (e *sqliteEngine) recount() error {
-	t := e.last
-	var inPending, inProcessing, newest int64
-	if err := e.file.QueryRow(`SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
-		(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders INDEXED BY orders_unfinished WHERE status < 2`).
-		Scan(&inPending, &inProcessing, &newest); err != nil {
+	var c census
+	if err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").
+		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(e.last) {
 		return err
 	}
-	if inPending == t.pending() && inProcessing == t.processing && newest <= t.newest {
-		return nil
-	}
-	var stored, took int64
-	if err := e.file.QueryRow(`SELECT count(*), coalesce(sum(took), 0), max(?, (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0))
-		FROM orders WHERE status = 2`, t.newestStarted).Scan(&stored, &took, &t.newestStarted); err != nil {
+	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
 		return err
 	}
-	t.completed = t.removed + stored
-	t.accepted = t.completed + inPending + inProcessing
-	t.processing = inProcessing
-	t.newest = max(t.newest, newest)
-	if t.removed == 0 {
-		t.took = took
-	}
-	t.seq++
-	e.log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
-		"accepted", t.accepted, "were", e.last.accepted, "completed", t.completed, "completed_were", e.last.completed)
-	return e.writeTotals(t)
+	return e.writeTotals(c.mend(e.last, e.log))
 }
 
 // writeTotals is a compare-and-set: it fails where another writer was there.
@@ -1341,15 +1402,18 @@ func (e *sqliteEngine) inPlace() error {
 	return nil
 }
 
-func (e *sqliteEngine) tidy() error {
+func (e *sqliteEngine) tidy() (totals, error) {
 	if err := e.inPlace(); err != nil {
-		return err
+		return e.last, err
 	}
 	if err := e.wal.run(); code(err) == sqlite3.SQLITE_IOERR_FSYNC {
-		return e.unknown(err)
+		return e.last, e.unknown(err)
 	}
-	return nil
+	return e.last, nil
 }
+
+// current has nothing to say: nobody else writes, as every commit makes sure of.
+func (e *sqliteEngine) current() error { return nil }
 
 // close closes the readers first, so that the writer's connection is the last
 // and removes the WAL.

@@ -1,0 +1,925 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/oklog/ulid/v2"
+)
+
+const postgresVersion = 1 // leader.version
+
+// postgresSchema is made in the first schema of the connection's search_path.
+// Every commit locks the row in leader, checks its term and seq, and counts seq up.
+const postgresSchema = `
+CREATE TABLE orders (
+	id_high  bigint   PRIMARY KEY, -- of the ULID: (Unix ms of creation << 16) + sequence; also the queue's order
+	id_low   bigint   NOT NULL,    -- of the ULID: random
+	cents    bigint   NOT NULL CHECK (cents >= 0),
+	started  bigint,               -- Unix ms of the first attempt
+	took     bigint,               -- µs from started to completion
+	status   smallint NOT NULL CHECK (status BETWEEN 0 AND 2), -- Pending, Processing, Completed
+	user_id  text     NOT NULL COLLATE "C",
+	item_ids text     NOT NULL,    -- comma-separated
+	key      text     COLLATE "C"  -- idempotency key
+);
+CREATE INDEX orders_by_user ON orders (user_id, id_high);
+CREATE INDEX orders_unfinished ON orders (status, id_high) WHERE status < 2; -- as small as the backlog
+CREATE UNIQUE INDEX orders_by_key ON orders (key) WHERE key IS NOT NULL;
+CREATE TABLE leader (
+	one            boolean PRIMARY KEY CHECK (one),
+	version        bigint  NOT NULL, -- of this schema
+	identity       bigint  NOT NULL, -- random, made with the tables
+	term           bigint  NOT NULL, -- counts leaders
+	since          bigint  NOT NULL, -- seq with which the term began
+	seq            bigint  NOT NULL, -- counts commits, over all terms
+	proven         bigint  NOT NULL, -- the highest seq whose commit the leader had confirmed when it wrote this row
+	ended          boolean NOT NULL, -- the leader has handed over: nobody need wait for it
+	url            text    NOT NULL, -- where the other replicas reach the leader
+	pass           text    NOT NULL, -- random, made with the term: what carries it was passed on by a replica
+	accepted       bigint  NOT NULL, -- orders ever
+	processing     bigint  NOT NULL, -- of these, being processed
+	completed      bigint  NOT NULL, -- of these, completed
+	took           bigint  NOT NULL, -- µs, sum over the completed
+	removed        bigint  NOT NULL, -- of the completed, removed since
+	newest         bigint  NOT NULL, -- id_high of the newest order ever
+	newest_started bigint  NOT NULL  -- id_high of the newest order that ever left Pending
+) WITH (fillfactor = 10); -- room for a commit's new version in the same page
+`
+
+var postgresView = ordersView("(cents / 100) || '.' || lpad((cents % 100)::text, 2, '0')",
+	`to_char(to_timestamp((%s) / 1000.0) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`)
+
+// sessionSettings make a session independent of what the server, the database
+// and the role set as their defaults. The plan of commitBatch is made while the
+// tables are empty and kept: without the enable_ settings it reads whole tables
+// later, and with them jit would compile for half a second a commit. What
+// synchronous_commit was read as is pinned, so that a reload cannot weaken it.
+const sessionSettings = `SET jit = off; SET plan_cache_mode = force_generic_plan;
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off;
+SET enable_indexscan = on; SET enable_nestloop = on; SET enable_material = on;
+SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off;
+SET statement_timeout = '60s'; SET lock_timeout = 0; SET idle_session_timeout = 0; SET idle_in_transaction_session_timeout = '10s';
+SELECT set_config('synchronous_commit', current_setting('synchronous_commit'), false);`
+
+const readSettings = `SELECT current_setting('server_version_num'), current_setting('fsync'), current_setting('full_page_writes'),
+	current_setting('synchronous_commit'), current_setting('server_encoding'), pg_is_in_recovery()::text;`
+
+const (
+	beatEvery      = 400 * time.Millisecond  // least time between commits of an idle leader
+	leaseTime      = 2500 * time.Millisecond // after sending its last confirmed commit a leader answers no longer
+	takeOverAfter  = 4 * time.Second         // with an unchanged seq the leader is taken to be gone
+	pollEvery      = 100 * time.Millisecond  // a standby's looks at the leader's row
+	connectTimeout = 2 * time.Second
+	commitTimeout  = 3 * time.Second       // and commitByte a byte of text: then the outcome is looked for on another connection; below takeOverAfter, so that waits for a synchronous standby depose nobody
+	commitByte     = 250 * time.Nanosecond // 4 MB/s, the least that a database must take
+	readTimeout    = 2 * time.Second
+	reconnectPause = 250 * time.Millisecond
+	postgresReads  = 8    // connections
+	expiryLooks    = 1024 // orders that an expiry looks at
+)
+
+// postgres is one replica's way to the database, whether it leads or stands by.
+type postgres struct {
+	config    *pgx.ConnConfig
+	url       string       // where other replicas reach this one
+	confirmed func(totals) // told of what a standby sees confirmed
+	log       *logger
+
+	// standBy's, and the writer's while this replica leads:
+	seen   leaderRow // the last row seen
+	proven mark      // the highest confirmed seq seen
+	warned bool      // PostgreSQL has warned
+
+	// For the gauges:
+	leading atomic.Bool
+	term    atomic.Int64
+	alive   atomic.Pointer[time.Time] // when seq was last seen to change, or as the leader lead.lease
+}
+
+// mark is a confirmed seq and the term in which it was seen.
+type mark struct{ term, seq int64 }
+
+// leaderRow is the row in leader.
+type leaderRow struct {
+	term, since, proven int64
+	ended               bool
+	url, pass           string
+	totals              totals
+}
+
+const readRow = "SELECT version, term, since, proven, ended, url, pass, " + totalsColumns + " FROM leader WHERE one"
+
+// newPostgres connects to nothing yet. counted is what metrics.db has counted:
+// a database with less has lost orders.
+func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger) (*postgres, error) {
+	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
+		return nil, errors.New("-orders must be the URL of a PostgreSQL database, such as postgres://orderd@db1/orderd")
+	}
+	config, err := pgx.ParseConfig(dsn)
+	if err != nil {
+		return nil, fmt.Errorf("-orders cannot be used: %w", err)
+	}
+	config.ConnectTimeout = connectTimeout
+	config.ValidateConnect = fitting
+	p := &postgres{config: config, confirmed: confirmed, log: log}
+	if counted.identity != 0 && counted.accepted > 0 {
+		p.seen.totals.identity, p.proven = counted.identity, mark{math.MaxInt64, counted.seq}
+	}
+	p.alive.Store(new(time.Now()))
+	return p, nil
+}
+
+// place names the database without user and password.
+func (p *postgres) place() string {
+	return fmt.Sprintf("the PostgreSQL database %s on %s:%d", p.config.Database, p.config.Host, p.config.Port)
+}
+
+func (p *postgres) gauges() []gauge {
+	leads := 0.0
+	if p.leading.Load() {
+		leads = 1
+	}
+	return []gauge{
+		{"orderd_leader", "1 while this replica leads, else 0.", leads},
+		{"orderd_term", "Term of the leader that this replica follows or is.", float64(p.term.Load())},
+		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*p.alive.Load()).Seconds()},
+	}
+}
+
+// unfit is what no waiting mends: a server, database or role with which no
+// promise can be kept.
+type unfit string
+
+func (u unfit) Error() string { return string(u) }
+
+// fitting refuses a server that is not durable, and passes over one that is in
+// recovery: pgx tries the next host of the URL then.
+func fitting(ctx context.Context, c *pgconn.PgConn) error {
+	results, err := c.Exec(ctx, readSettings+sessionSettings).ReadAll()
+	if err != nil {
+		return err
+	}
+	row := results[0].Rows[0]
+	version, fsync, pages, commit, encoding, recovering := string(row[0]), string(row[1]), string(row[2]), string(row[3]), string(row[4]), string(row[5])
+	switch {
+	case len(version) < 6 || version < "140000":
+		return unfit("the PostgreSQL server is older than version 14: use a newer one")
+	case fsync != "on" || pages != "on":
+		return unfit(fmt.Sprintf("the PostgreSQL server can lose what it confirmed (fsync %s, full_page_writes %s): set both to on", fsync, pages))
+	case commit != "on" && commit != "remote_apply":
+		return unfit(fmt.Sprintf("synchronous_commit is %s for this server, database or role: set it to on or remote_apply", commit))
+	case encoding != "UTF8":
+		return unfit(fmt.Sprintf("the database's encoding is %s: make one with encoding UTF8", encoding))
+	case recovering != "false":
+		return errors.New("the server is in recovery, as a standby is")
+	}
+	return nil
+}
+
+// connect opens a session.
+func (p *postgres) connect(ctx context.Context) (*pgx.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout)
+	defer cancel()
+	config := p.config.Copy()
+	config.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
+		p.warned = p.warned || n.SeverityUnlocalized == "WARNING" // whatever the language
+	}
+	c, err := pgx.ConnectConfig(ctx, config)
+	if refused, ok := errors.AsType[unfit](err); ok {
+		return nil, refused // without the list of hosts that were tried
+	}
+	return c, err
+}
+
+// remedies are the classes of SQLSTATE that no waiting mends, with the remedy
+// (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+var remedies = map[string]string{
+	"28": "check the user and the password (PGPASSWORD, PGPASSFILE)",
+	"3D": "make it with createdb, or correct -orders",
+	"3F": "correct the search_path of -orders",
+	"42": "let the role create and use tables in the schema",
+	"0A": "use PostgreSQL 14 or newer",
+	"22": "look for what else writes to these tables",
+	"23": "look for what else writes to these tables",
+	"XX": "put a backup in its place",
+}
+
+// refused turns an error that no waiting mends into one sentence; others are nil.
+func (p *postgres) refused(err error) error {
+	if u, ok := errors.AsType[unfit](err); ok {
+		return u
+	}
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code != "XX000" && remedies[e.Code[:2]] != "" {
+		return fmt.Errorf("%s cannot be used: %s: %s", p.place(), e.Message, remedies[e.Code[:2]])
+	}
+	return nil
+}
+
+// prepare makes the tables in an empty database. Where several replicas start
+// at once, one makes them: the others' transactions fail on the catalogue's own
+// uniqueness.
+func (p *postgres) prepare(ctx context.Context, c *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	var ours, orders bool
+	if err := c.QueryRow(ctx, "SELECT to_regclass('leader') IS NOT NULL, to_regclass('orders') IS NOT NULL").Scan(&ours, &orders); err != nil || ours {
+		return err
+	}
+	if orders {
+		return unfit("the database has a table orders of another program: use another database, or another schema through search_path")
+	}
+	_, err := c.PgConn().Exec(ctx, fmt.Sprintf("BEGIN; %s %s INSERT INTO leader VALUES (true, %d, %d, 0, 0, 0, 0, true, '', '', 0, 0, 0, 0, 0, 0, 0); COMMIT;",
+		postgresSchema, postgresView, postgresVersion, rand.Int64())).ReadAll()
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && slices.Contains([]string{"42P07", "23505", "42710"}, e.Code) {
+		_, err = c.Exec(ctx, "ROLLBACK")
+	}
+	return err
+}
+
+// look reads the leader's row and notices a loss.
+func (p *postgres) look(ctx context.Context, c *pgx.Conn) (r leaderRow, err error) {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	var version int64
+	if err := c.QueryRow(ctx, readRow).Scan(append([]any{&version, &r.term, &r.since, &r.proven, &r.ended, &r.url, &r.pass}, r.totals.fields()...)...); err != nil {
+		return r, err
+	}
+	if version != postgresVersion {
+		return r, unfit(fmt.Sprintf("the tables have schema version %d and this orderd knows %d: use the orderd that made them", version, postgresVersion))
+	}
+	return r, p.compare(r)
+}
+
+// compare holds a row against all that was confirmed before. Commits are lost
+// where seq went back, or where a later term began before the confirmed seq.
+func (p *postgres) compare(r leaderRow) error {
+	if known := p.seen.totals.identity; known != 0 && known != r.totals.identity {
+		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.place())
+	}
+	left := r.totals.seq
+	if r.term > p.proven.term {
+		left = min(left, r.since-1)
+	}
+	if left < p.proven.seq {
+		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
+			errBroken, p.place(), p.proven.seq, left, r.term)
+	}
+	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.proven.seq {
+		p.confirmed(before.totals)
+	}
+	if r.proven > p.proven.seq {
+		p.proven = mark{r.term, r.proven}
+	}
+	if r.totals.seq != p.seen.totals.seq {
+		p.alive.Store(new(time.Now()))
+	}
+	p.seen = r
+	p.term.Store(r.term)
+	return nil
+}
+
+// standBy returns once this replica leads. follow is told who leads, "" for
+// nobody. A database that cannot be reached is waited for.
+func (p *postgres) standBy(ctx context.Context, follow func(url, pass string)) (*lead, error) {
+	for {
+		l, err := p.watch(ctx, follow)
+		switch {
+		case err == nil:
+			return l, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, errBroken):
+			return nil, err
+		case p.refused(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // later, a server that changes may say so for a while
+			return nil, p.refused(err)
+		}
+		follow("", "")
+		p.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
+		sleep(ctx, retryPause)
+	}
+}
+
+// watch looks at the row, on one connection, until this replica leads or the
+// connection fails.
+func (p *postgres) watch(ctx context.Context, follow func(url, pass string)) (l *lead, err error) {
+	c, err := p.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if l == nil {
+			c.Close(context.Background())
+		}
+	}()
+	if err := p.prepare(ctx, c); err != nil {
+		return nil, err
+	}
+	for changed := time.Now(); ctx.Err() == nil; sleep(ctx, pollEvery) {
+		seq := p.seen.totals.seq
+		r, err := p.look(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		if r.totals.seq != seq {
+			changed = time.Now()
+		}
+		if !r.ended && time.Since(changed) < takeOverAfter {
+			follow(r.url, r.pass)
+			continue
+		}
+		follow("", "")
+		if l, err := p.takeOver(ctx, c, r); !errors.Is(err, errDeposed) {
+			return l, err
+		}
+		changed = time.Now()
+	}
+	return nil, ctx.Err()
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
+const beginTerm = `UPDATE leader SET term = term + 1, seq = seq + 1, since = seq + 1, ended = false, url = $3, pass = $4
+WHERE one AND term = $1 AND seq = $2`
+
+// takeOver begins a term where the row is still as it was seen. Where that was
+// done and its answer was lost, the term ends as any other whose leader is gone.
+func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lead, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	pass := ulid.Make().String()
+	tag, err := c.Exec(ctx, beginTerm, r.term, r.totals.seq, p.url, pass)
+	if err == nil && tag.RowsAffected() == 0 {
+		return nil, errDeposed
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.term, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, p.url, pass
+	p.seen = r
+	l := &lead{replica: p, term: r.term, pass: pass, conn: c, arrived: true}
+	if err := l.prepare(ctx, c); err != nil {
+		return nil, err
+	}
+	pool, err := pgxpool.ParseConfig(p.config.ConnString())
+	if err != nil {
+		return nil, err
+	}
+	pool.ConnConfig, pool.MaxConns = p.config.Copy(), postgresReads
+	if l.reads, err = pgxpool.NewWithConfig(context.Background(), pool); err != nil {
+		return nil, err
+	}
+	p.term.Store(r.term)
+	p.leading.Store(true)
+	return l, nil
+}
+
+// lead is the engine of the replica that leads, for one term.
+type lead struct {
+	replica *postgres // its seen is the row as this leader left it
+	term    int64
+	pass    string
+	reads   *pgxpool.Pool
+
+	// The writer's:
+	conn    *pgx.Conn
+	over    error // why this engine leads no more
+	inDoubt bool  // what was sent last may or may not be in the table, or still arrive
+	arrived bool  // the commit is in the table, perhaps on no other server: a beat that is confirmed proves it
+
+	proven atomic.Int64              // the highest seq that PostgreSQL has confirmed
+	lease  atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
+}
+
+// commitBatch runs a whole batch in one statement, and so in one transaction
+// and one round trip. Everything joins held: where the row is no longer as this
+// leader left it, nothing is written and no row is answered. A statement that
+// waits for the row's lock checks it anew when it gets it. It answers an earlier
+// order and its key for every key that was used before, or else no order; then
+// the steps that did not find their order, and the new totals.
+const commitBatch = `
+WITH held AS MATERIALIZED (
+	SELECT one FROM leader WHERE one AND term = $1 AND seq = $2 FOR UPDATE
+), sent AS MATERIALIZED (
+	SELECT c.* FROM held, unnest($5::bigint[], $6::bigint[], $7::bigint[], $8::text[], $9::text[], $10::text[])
+		AS c (id_high, id_low, cents, user_id, item_ids, key)
+), used AS MATERIALIZED (
+	SELECT o.* FROM sent s JOIN orders o ON o.key = s.key WHERE s.key <> ''
+), new AS (
+	INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids, key)
+	SELECT id_high, id_low, cents, 0, user_id, item_ids, nullif(key, '') FROM sent WHERE key NOT IN (SELECT key FROM used)
+	RETURNING id_high
+), moved AS (
+	UPDATE orders o SET status = s.next, started = s.started, took = CASE s.next WHEN 2 THEN s.took END
+	FROM held, unnest($11::bigint[], $12::smallint[], $13::smallint[], $14::bigint[], $15::bigint[]) AS s (id_high, previous, next, started, took)
+	WHERE o.id_high = s.id_high AND o.status = s.previous
+	RETURNING o.id_high, s.previous, s.next, s.took
+), gone AS (
+	DELETE FROM orders o USING held, unnest($16::bigint[]) AS g (id_high)
+	WHERE o.id_high = g.id_high AND o.status = 2
+	RETURNING o.id_high
+), done AS (
+	UPDATE leader l SET seq = l.seq + 1, proven = $3, ended = $4,
+		accepted = l.accepted + n.count, newest = greatest(l.newest, n.newest),
+		processing = l.processing + m.started - m.ended, completed = l.completed + m.completed, took = l.took + m.took,
+		newest_started = greatest(l.newest_started, m.newest), removed = l.removed + g.count
+	FROM held,
+		(SELECT count(*), max(id_high) AS newest FROM new) n,
+		(SELECT count(*) FILTER (WHERE next = 1) AS started, count(*) FILTER (WHERE previous = 1) AS ended, count(*) FILTER (WHERE next = 2) AS completed,
+			coalesce(sum(took) FILTER (WHERE next = 2), 0)::bigint AS took, max(id_high) AS newest FROM moved) m,
+		(SELECT count(*) FROM gone) g
+	WHERE l.one
+	RETURNING l.*
+)
+SELECT ` + maybeOrder + `, coalesce(o.key, ''),
+	CASE WHEN (SELECT count(*) FROM moved) < cardinality($11::bigint[]) THEN ARRAY(SELECT unnest($11::bigint[]) EXCEPT SELECT id_high FROM moved) END, t.*
+FROM (SELECT ` + totalsColumns + ` FROM done) t LEFT JOIN used o ON true`
+
+// maybeOrder are the columns of an order that may be missing.
+const maybeOrder = "coalesce(o.id_high, 0), coalesce(o.id_low, 0), coalesce(o.status, 0), coalesce(o.user_id, ''), coalesce(o.item_ids, ''), coalesce(o.cents, 0), coalesce(o.started, 0), coalesce(o.took, 0)"
+
+// prepare has commitBatch parsed on the writer's connection.
+func (l *lead) prepare(ctx context.Context, c *pgx.Conn) error {
+	_, err := c.Prepare(ctx, "commit", commitBatch)
+	return err
+}
+
+// start confirms the take-over with a first beat, and mends the totals where
+// somebody has changed the table by hand.
+func (l *lead) start() (totals, error) {
+	if err := l.commit(newBatch(nil)); err != nil {
+		return totals{}, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var c census
+	if err := l.conn.QueryRow(ctx, countUnfinished+"WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(l.replica.seen.totals) {
+		return l.replica.seen.totals, err
+	}
+	if err := l.conn.QueryRow(ctx, countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
+		return totals{}, err
+	}
+	t := c.mend(l.replica.seen.totals, l.replica.log)
+	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
+		append(t.fields(), l.term)...); err != nil {
+		return totals{}, err
+	}
+	l.replica.seen.totals = t
+	err := l.commit(newBatch(nil)) // fails where the totals were not written
+	return l.replica.seen.totals, err
+}
+
+// parcel is a batch as the arguments of commitBatch.
+type parcel struct {
+	batch                *batch
+	ended                bool // the last one: the leader hands over
+	ids, lows, cents     []int64
+	users, items, keys   []string
+	moved, started, took []int64
+	previous, next       []int16
+	gone                 []int64
+}
+
+// pack leaves out a create whose key an earlier one of the batch has.
+func pack(b *batch) *parcel {
+	p := &parcel{batch: b, moved: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
+	keys := map[string]bool{}
+	for _, c := range b.creates {
+		c.id, c.replayed, c.err = c.assigned, false, nil
+		if c.key != "" {
+			if keys[c.key] {
+				continue
+			}
+			keys[c.key] = true
+		}
+		p.ids, p.lows, p.cents = append(p.ids, high(c.id)), append(p.lows, low(c.id)), append(p.cents, c.cents)
+		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
+	}
+	for _, st := range b.steps {
+		p.moved, p.started, p.took = append(p.moved, high(st.id)), append(p.started, st.started), append(p.took, st.took)
+		p.previous, p.next = append(p.previous, int16(st.from)), append(p.next, int16(st.to))
+	}
+	for _, id := range b.removed {
+		p.gone = append(p.gone, high(id))
+	}
+	return p
+}
+
+// answerKeys answers the creates whose key has created an earlier order, in the
+// table or in this batch.
+func (p *parcel) answerKeys(earlier map[string]order) {
+	for _, c := range p.batch.creates {
+		if c.key == "" {
+			continue
+		}
+		if o, ok := earlier[c.key]; ok && o.id != c.assigned {
+			c.replay(o)
+		} else {
+			earlier[c.key] = c.order
+		}
+	}
+}
+
+var errFenced = errors.New("the row of the leader is no longer as this leader left it")
+
+// commit tries until the outcome is known, or for commitTimeout. Once an attempt
+// is in doubt it may still arrive, so nothing but the same batch may be sent
+// until that, or something later, is in the row.
+func (l *lead) commit(b *batch) error {
+	if l.over != nil {
+		return l.over
+	}
+	if err := l.expire(b); err != nil {
+		return err
+	}
+	p := pack(b)
+	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
+		err := l.advance(p)
+		doubtful := l.inDoubt || l.arrived
+		switch {
+		case err == nil:
+			b.totals = l.replica.seen.totals
+			return nil
+		case errors.Is(err, errDeposed), errors.Is(err, errBroken):
+			l.replica.leading.Store(false)
+			l.lease.Store(nil)
+			l.over = err
+			if doubtful {
+				return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+			}
+			return err
+		case !doubtful:
+			b.totals = l.replica.seen.totals
+			return fmt.Errorf("%w: %w", errNotWritten, err)
+		case time.Now().After(end):
+			return fmt.Errorf("%w: %w", errInDoubt, err)
+		}
+	}
+}
+
+// advance finds out what became of the last attempt, and makes the next: sends
+// the batch, or the beat that confirms it.
+func (l *lead) advance(p *parcel) error {
+	if err := l.reconnect(); err != nil {
+		return err
+	}
+	if l.inDoubt {
+		if err := l.findOut(p); err != nil {
+			return err
+		}
+	}
+	sent := time.Now()
+	if !l.arrived {
+		if err := l.send(p); err != nil {
+			return err
+		}
+	}
+	if l.arrived {
+		sent = time.Now()
+		if err := l.send(pack(newBatch(nil))); err != nil {
+			return err
+		}
+	}
+	if l.arrived {
+		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
+	}
+	l.replica.proven = mark{l.term, l.replica.seen.totals.seq}
+	l.proven.Store(l.replica.seen.totals.seq)
+	l.lease.Store(&sent)
+	l.replica.alive.Store(&sent)
+	return nil
+}
+
+// reconnect makes the writer's connection anew where it is gone.
+func (l *lead) reconnect() (err error) {
+	if l.conn != nil && !l.conn.IsClosed() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
+	if l.conn, err = l.replica.connect(ctx); errors.As(err, new(unfit)) {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	} else if err != nil {
+		return err
+	}
+	return l.prepare(ctx, l.conn)
+}
+
+// findOut looks in the row for what was sent last.
+func (l *lead) findOut(p *parcel) error {
+	before := l.replica.seen
+	r, err := l.replica.look(context.Background(), l.conn)
+	switch {
+	case err != nil:
+		return err
+	case r.term != l.term:
+		return errDeposed
+	case r.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
+		return nil
+	case r.totals.seq != before.totals.seq+1:
+		return errTampered
+	}
+	if !l.arrived {
+		earlier, err := l.ordersOfKeys(p.keys)
+		if err != nil {
+			l.replica.seen = before
+			return err
+		}
+		p.answerKeys(earlier)
+	}
+	l.inDoubt, l.arrived = false, true
+	return nil
+}
+
+var errTampered = fmt.Errorf("%w: the row in the table leader was changed by something else", errBroken)
+
+// ordersOfKeys reads, for the writer, the orders that keys have created.
+func (l *lead) ordersOfKeys(keys []string) (map[string]order, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
+	defer cancel()
+	found := map[string]order{}
+	rows, _ := l.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys)
+	defer rows.Close()
+	for rows.Next() {
+		var key string
+		o, err := scanOrder(rows.Scan, &key)
+		if err != nil {
+			return nil, err
+		}
+		found[key] = o
+	}
+	return found, rows.Err()
+}
+
+// send sends a batch once. An ERROR of the server has rolled it back; a FATAL
+// one, or a lost connection, tells nothing.
+func (l *lead) send(p *parcel) error {
+	seen := &l.replica.seen
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
+	defer cancel()
+	l.replica.warned = false
+	rows, _ := l.conn.Query(ctx, "commit", l.term, seen.totals.seq, l.replica.proven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+		p.moved, p.previous, p.next, p.started, p.took, p.gone)
+	t, err := p.absorb(rows)
+	if errors.Is(err, errFenced) {
+		return l.fenced(err)
+	}
+	if err != nil {
+		l.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
+		e, rolledBack := errors.AsType[*pgconn.PgError](err)
+		rolledBack = rolledBack && e.SeverityUnlocalized == "ERROR"
+		if rolledBack && l.replica.refused(err) != nil && e.Code != "0A000" { // that one is a plan that became invalid
+			return fmt.Errorf("%w: %w", errBroken, l.replica.refused(err))
+		}
+		l.inDoubt = l.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
+		return err
+	}
+	seen.totals = t
+	l.inDoubt, l.arrived = false, l.replica.warned // a cancelled wait for a synchronous standby is a warning and success
+	return nil
+}
+
+// fenced tells who was there: in doubt, perhaps the same batch, sent before.
+func (l *lead) fenced(err error) error {
+	if l.inDoubt {
+		return err
+	}
+	r, lookErr := l.replica.look(context.Background(), l.conn)
+	switch {
+	case lookErr != nil:
+		return lookErr
+	case r.term == l.term:
+		return errTampered
+	}
+	return errDeposed
+}
+
+// absorb reads the answer of commitBatch.
+func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
+	defer rows.Close()
+	var void []int64
+	earlier, answered := map[string]order{}, false
+	for ; rows.Next(); answered = true {
+		var key string
+		o, err := scanOrder(rows.Scan, append([]any{&key, &void}, t.fields()...)...)
+		if err != nil {
+			return t, err
+		}
+		if key != "" {
+			earlier[key] = o
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return t, err
+	}
+	if !answered {
+		return t, errFenced
+	}
+	p.answerKeys(earlier)
+	for i, st := range p.batch.steps {
+		p.batch.steps[i].void = slices.Contains(void, high(st.id))
+	}
+	return t, nil
+}
+
+// expire looks up what the batch is to remove. Completed orders never change,
+// and only this writer removes them, so the list stays right however often it
+// is sent.
+func (l *lead) expire(b *batch) error {
+	x := b.expiry
+	if x == nil || b.removed != nil {
+		return nil
+	}
+	if err := l.reconnect(); err != nil {
+		return fmt.Errorf("%w: %w", errNotWritten, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
+	defer cancel()
+	rows, _ := l.conn.Query(ctx, `SELECT id_high, id_low, status = 2 AND started + took / 1000 < $2 FROM orders
+		WHERE id_high > $1 AND id_high < $2 << 16 AND id_high <= $3 ORDER BY id_high LIMIT $4`,
+		x.after, x.before, l.replica.seen.totals.newestStarted, expiryLooks)
+	defer rows.Close()
+	b.removed, x.through, x.looked = []ulid.ULID{}, 0, 0
+	for ; rows.Next(); x.looked++ {
+		var idLow int64
+		var expired *bool // NULL where somebody else completed it
+		if err := rows.Scan(&x.through, &idLow, &expired); err != nil {
+			return fmt.Errorf("%w: %w", errNotWritten, err)
+		}
+		if expired != nil && *expired {
+			b.removed = append(b.removed, joinID(x.through, idLow))
+		}
+	}
+	if x.looked < expiryLooks {
+		x.through = 0
+	}
+	if err := rows.Err(); err != nil {
+		b.removed = nil
+		return fmt.Errorf("%w: %w", errNotWritten, err)
+	}
+	return nil
+}
+
+// tidy commits a beat where the last commit is long enough ago: standbys see by
+// it that the leader is there.
+func (l *lead) tidy() (totals, error) {
+	var err error
+	if sent := l.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
+		err = l.commit(newBatch(nil))
+	}
+	return l.replica.seen.totals, err
+}
+
+// current tells why nothing may be shown now: too long ago, this leader last
+// knew that nobody had taken over. Both clocks count, as the monotonic one
+// stands still while the machine sleeps.
+func (l *lead) current() error {
+	sent := l.lease.Load()
+	if sent == nil {
+		return errDeposed
+	}
+	now := time.Now()
+	if now.Sub(*sent) > leaseTime || now.Round(0).Sub(sent.Round(0)).Abs() > leaseTime {
+		return errSilent
+	}
+	return nil
+}
+
+// close hands over: standbys need not wait. Nothing is shown from here on.
+func (l *lead) close() error {
+	l.lease.Store(nil)
+	l.replica.leading.Store(false)
+	if l.over == nil && !l.inDoubt && !l.arrived && l.reconnect() == nil {
+		last := pack(newBatch(nil))
+		last.ended = true
+		if err := l.send(last); err != nil {
+			l.replica.log.Warn("the other replicas will wait: no hand-over", "error", err)
+		}
+	}
+	l.reads.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if l.conn != nil {
+		l.conn.Close(ctx)
+	}
+	return nil
+}
+
+// query reads what source finds, in one snapshot with the leader's row, and
+// returns that row's seq. It ends after readBytes of text, and then more is true.
+func (l *lead) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
+	defer cancel()
+	least, room := l.proven.Load(), readBytes
+	rows, err := l.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
+	if err != nil {
+		return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
+	}
+	defer rows.Close()
+	for room > 0 && rows.Next() {
+		var term int64
+		o, err := scanOrder(rows.Scan, &term, &seq)
+		if err != nil {
+			return nil, false, 0, err
+		}
+		if term != l.term || seq < least { // the latter from a server that was left behind
+			return nil, false, 0, errDeposed
+		}
+		if !o.id.IsZero() {
+			orders = append(orders, o)
+			room -= len(o.userID) + len(o.itemIDs)
+		}
+	}
+	if rows.Close(); rows.Err() != nil {
+		return nil, false, 0, fmt.Errorf("%w: %w", errSilent, rows.Err())
+	}
+	return orders, room <= 0, seq, nil
+}
+
+func (l *lead) one(source string, args ...any) (o order, seq int64, err error) {
+	orders, _, seq, err := l.query(source, args...)
+	if err == nil && len(orders) == 0 {
+		return o, seq, errNotFound
+	}
+	if err != nil {
+		return o, 0, err
+	}
+	return orders[0], seq, nil
+}
+
+func (l *lead) find(id ulid.ULID) (order, int64, error) {
+	return l.one("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
+}
+
+func (l *lead) findKey(key string) (order, int64, error) {
+	return l.one("SELECT * FROM orders WHERE key = $1", key)
+}
+
+// list makes a page cost by its size and not by the table's: Pending and
+// Processing orders have an index of their own, and no Completed order is newer
+// than the newest that was started.
+func (l *lead) list(f filter) (p page, seq int64, err error) {
+	where, args := "id_high < $1", []any{f.before, f.limit + 1}
+	add := func(condition string, arg any) {
+		args = append(args, arg)
+		where += fmt.Sprintf(" AND "+condition, len(args))
+	}
+	if f.userID != "" {
+		add("user_id = $%d", f.userID)
+	}
+	if f.status != nil {
+		add("status = $%d", int16(*f.status))
+		if f.status.final() {
+			where += " AND id_high <= l.newest_started"
+		} else {
+			where += " AND status < 2"
+		}
+	}
+	orders, more, seq, err := l.query("SELECT * FROM orders WHERE "+where+" ORDER BY id_high DESC LIMIT $2", args...)
+	p.orders = orders[:min(len(orders), f.limit)]
+	if more || len(orders) > f.limit {
+		p.next = p.orders[len(p.orders)-1].id
+	}
+	return p, seq, err
+}
+
+// backlog reads both unfinished statuses by their index; most of it is Pending.
+// It waits until what it has read is confirmed: no order is worked on before.
+func (l *lead) backlog(after int64, limit int) (found []queued, err error) {
+	const part = "(SELECT * FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
+	orders, _, seq, err := l.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
+	for err == nil && l.proven.Load() < seq {
+		time.Sleep(publishPause)
+		err = l.current()
+	}
+	for _, o := range orders {
+		found = append(found, queued{o.id, o.status})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+func (l *lead) oldest(st status) (int64, error) {
+	o, _, err := l.one("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
+	if errors.Is(err, errNotFound) {
+		return math.MaxInt64, nil
+	}
+	return high(o.id), err
+}
