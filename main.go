@@ -27,7 +27,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
@@ -302,19 +301,18 @@ func (a *app) committed(r commitReport) {
 // serve answers requests until ctx is done or the orders cannot be kept any
 // longer, and takes everything down in the reverse order.
 func (a *app) serve(ctx context.Context) error {
-	ctx, stop := context.WithCancelCause(ctx)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	served := make(chan error, 1)
 	go func() {
-		err := a.server.serve(a.listener)
-		if !errors.Is(err, http.ErrServerClosed) {
-			a.log.Error("cannot accept connections any more", "error", err)
-			stop(err)
-		}
+		served <- a.server.serve(a.listener)
+		stop()
 	}()
 	err := a.keepLeading(ctx)
-	if ctx.Err() != nil {
-		if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
-			err = nil
-		}
+	select {
+	case err = <-served:
+		a.log.Error("cannot accept connections any more", "error", err)
+	default:
 	}
 	return errors.Join(err, a.close())
 }
@@ -325,7 +323,9 @@ func (a *app) keepLeading(ctx context.Context) error {
 	for {
 		var err error
 		if a.store == nil {
-			if err = a.standBy(ctx, a.server.leader.follow); err != nil {
+			if err = a.standBy(ctx, a.server.leader.follow); ctx.Err() != nil {
+				return nil
+			} else if err != nil {
 				return err
 			}
 			if err = a.store.start(a.committed); err == nil {

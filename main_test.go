@@ -8,10 +8,12 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	cryptorand "crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"database/sql"
 	"database/sql/driver"
+	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -52,6 +54,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/jackc/pgx/v5"
+	_ "github.com/jackc/pgx/v5/stdlib"
 	"github.com/labstack/echo/v4"
 	"github.com/oklog/ulid/v2"
 	"github.com/stretchr/testify/assert"
@@ -61,10 +65,11 @@ import (
 )
 
 var (
-	long       = flag.Bool("long", false, "take the crowds and backlogs in full")
-	killRounds = flag.Int("kill-rounds", 5, "how often TestKillNine kills the service")
-	killSeed   = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
-	readerHold = flag.Duration("reader-holds", time.Second, "how long TestReaderUnderLoad holds its transaction")
+	long        = flag.Bool("long", false, "take the crowds and backlogs in full")
+	killRounds  = flag.Int("kill-rounds", 5, "how often TestKillNine kills the service")
+	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
+	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
+	readerHold  = flag.Duration("reader-holds", time.Second, "how long TestReaderUnderLoad holds its transaction")
 )
 
 // newTestApp opens the whole service on real files and a free port, serves it,
@@ -93,6 +98,9 @@ func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app)
 	}
 	a, err := openApp(cfg, io.Discard)
 	require.NoError(tb, err)
+	if a.postgres != nil {
+		require.NoError(tb, a.standBy(tb.Context(), func(string, string) {}))
+	}
 	if before != nil {
 		before(a)
 	}
@@ -130,6 +138,7 @@ func testConfig(dir string) config {
 	cfg.addr, cfg.data, cfg.log.file = "127.0.0.1:0", dir+"/data", dir+"/logs/orderd.log"
 	cfg.store.cache = 10_000 // the usual million would cost each app 16 MB to clear
 	cfg.store.now, cfg.pool.now, cfg.pool.work = time.Now, time.Now, simulate(0)
+	cfg.orders, cfg.advertise = ordersURL(dir), "http://127.0.0.1:1"
 	return cfg
 }
 
@@ -375,6 +384,36 @@ func execOn(tb testing.TB, path, query string, args ...any) {
 	require.NoError(tb, errors.Join(err, db.Close()))
 }
 
+// openOrders opens the table of orders as another program does.
+func openOrders(tb testing.TB, a *app) (db *sql.DB) {
+	tb.Helper()
+	var err error
+	if a.postgres != nil {
+		db, err = sql.Open("pgx", a.cfg.orders)
+	} else {
+		db, err = openSQLite(a.sqlite.file.path)
+	}
+	require.NoError(tb, err)
+	tb.Cleanup(func() { db.Close() })
+	return db
+}
+
+// tamper changes the table of orders behind the service's back.
+func tamper(tb testing.TB, a *app, query string, args ...any) {
+	tb.Helper()
+	_, err := openOrders(tb, a).Exec(query, args...)
+	require.NoError(tb, err)
+}
+
+// onSQLite is the engine, for a test that is about it alone.
+func onSQLite(tb testing.TB, a *app) *sqliteEngine {
+	tb.Helper()
+	if a.sqlite == nil {
+		tb.Skip("this is about SQLite")
+	}
+	return a.sqlite
+}
+
 // logged are the lines with this message in the log of an app that has ended.
 func logged(tb testing.TB, dir, message string) (lines []map[string]any) {
 	tb.Helper()
@@ -448,15 +487,15 @@ func walBytes(a *app) int64 { return int64(a.sqlite.gauges()[0].value) }
 // app must be at rest: nothing moves while it looks.
 func checkInvariants(tb testing.TB, a *app) {
 	tb.Helper()
-	until(tb, func() bool { return a.metrics.counted.Load().seq == a.store.totals().seq }, "metrics.db has counted all")
-	db, err := openSQLite(a.sqlite.file.path)
-	require.NoError(tb, err)
-	defer db.Close()
-
+	until(tb, func() bool { // beats of a leader only count seq up
+		counted, held := *a.metrics.counted.Load(), a.store.totals()
+		return counted.seq == held.seq || a.postgres != nil && counted.accepted == held.accepted && counted.completed == held.completed
+	}, "metrics.db has counted all")
+	db := openOrders(tb, a)
 	found := totals{identity: a.store.totals().identity, seq: a.store.totals().seq}
 	inTable := map[ulid.ULID]status{}
 	var last ulid.ULID
-	rows, err := db.Query("SELECT id_high, id_low, status, started, took FROM orders ORDER BY rowid")
+	rows, err := db.Query("SELECT id_high, id_low, status, started, took FROM orders ORDER BY id_high")
 	require.NoError(tb, err)
 	defer rows.Close()
 	for rows.Next() {
@@ -485,24 +524,19 @@ func checkInvariants(tb testing.TB, a *app) {
 		found.took += *took
 	}
 	require.NoError(tb, rows.Err())
+	written := writtenTotals(tb, a, db)
+	found.seq = written.seq
+	require.Equal(tb, found, written, "the stored totals are those of the table")
+	found.seq = a.store.totals().seq
 	require.Equal(tb, found, a.store.totals(), "totals in memory are those of the table")
-	var written, projected totals
-	require.NoError(tb, db.QueryRow("SELECT "+totalsColumns+" FROM totals").Scan(written.fields()...))
-	require.Equal(tb, found, written, "totals in orders.db are those of the table")
-
-	var indexed, entries, older int64
-	require.NoError(tb, db.QueryRow(`SELECT count(*), (SELECT count(*) FROM orders_by_user),
-		(SELECT count(*) FROM orders WHERE id_high <= (SELECT max(last) FROM user_runs)) FROM orders_by_user JOIN orders USING (id_high)
-		WHERE user = user_id AND run = (SELECT max(first) FROM user_runs WHERE first <= id_high)`).Scan(&indexed, &entries, &older))
-	require.Equal(tb, []int64{indexed, indexed}, []int64{entries, older}, "every order up to the newest indexed one is indexed once")
-	require.Less(tb, found.accepted-indexed, int64(indexEvery))
 
 	counts, err := openSQLite(a.metrics.file.path)
 	require.NoError(tb, err)
 	defer counts.Close()
+	var projected totals
 	require.NoError(tb, counts.QueryRow("SELECT accepted, completed, took, seq, identity FROM totals").
 		Scan(&projected.accepted, &projected.completed, &projected.took, &projected.seq, &projected.identity))
-	require.Equal(tb, totals{accepted: found.accepted, completed: found.completed, took: found.took, seq: found.seq, identity: found.identity},
+	require.Equal(tb, totals{accepted: found.accepted, completed: found.completed, took: found.took, seq: projected.seq, identity: found.identity},
 		projected, "metrics.db holds the totals of orders.db")
 	average := 0.0
 	if found.completed > 0 {
@@ -513,16 +547,41 @@ func checkInvariants(tb testing.TB, a *app) {
 		OrdersPending: found.pending(), OrdersProcessing: found.processing, OrdersCompleted: found.completed,
 	}, a.metrics.summary(a.store.totals()))
 
-	for _, file := range []*sql.DB{db, counts} {
-		var verdict string
-		require.NoError(tb, file.QueryRow("PRAGMA integrity_check").Scan(&verdict))
-		require.Equal(tb, "ok", verdict)
+	if a.sqlite != nil {
+		checkSQLite(tb, a, db, counts, found)
 	}
-
 	require.True(tb, cacheAgrees(a.store.cache, inTable), "the cache agrees with the table and with its ring")
 	if found.completed == found.accepted {
 		require.Empty(tb, a.pool.queue)
 		until(tb, func() bool { return a.pool.parked.len() == 0 }, "nothing is parked")
+	}
+}
+
+func writtenTotals(tb testing.TB, a *app, db *sql.DB) (t totals) {
+	table := "totals"
+	if a.postgres != nil {
+		table = "leader"
+	}
+	require.NoError(tb, db.QueryRow("SELECT "+totalsColumns+" FROM "+table).Scan(t.fields()...))
+	return t
+}
+
+// checkSQLite looks at what only this engine has: the index of users, and files.
+func checkSQLite(tb testing.TB, a *app, db, counts *sql.DB, found totals) {
+	tb.Helper()
+	var counted int64
+	require.NoError(tb, counts.QueryRow("SELECT seq FROM totals").Scan(&counted))
+	require.Equal(tb, []int64{found.seq, found.seq}, []int64{counted, writtenTotals(tb, a, db).seq}, "both files are of one commit")
+	var indexed, entries, older int64
+	require.NoError(tb, db.QueryRow(`SELECT count(*), (SELECT count(*) FROM orders_by_user),
+		(SELECT count(*) FROM orders WHERE id_high <= (SELECT max(last) FROM user_runs)) FROM orders_by_user JOIN orders USING (id_high)
+		WHERE user = user_id AND run = (SELECT max(first) FROM user_runs WHERE first <= id_high)`).Scan(&indexed, &entries, &older))
+	require.Equal(tb, []int64{indexed, indexed}, []int64{entries, older}, "every order up to the newest indexed one is indexed once")
+	require.Less(tb, found.accepted-indexed, int64(indexEvery))
+	for _, file := range []*sql.DB{db, counts} {
+		var verdict string
+		require.NoError(tb, file.QueryRow("PRAGMA integrity_check").Scan(&verdict))
+		require.Equal(tb, "ok", verdict)
 	}
 }
 
@@ -623,6 +682,11 @@ func TestMain(m *testing.M) {
 			parallel.Value.Set("16") // most of them wait
 		}
 		code := m.Run()
+		if os.Getenv("ORDERD_TEST_POSTGRES") != "" {
+			if template, _ := templateCluster(); template != "" {
+				os.RemoveAll(template)
+			}
+		}
 		whole := !testing.Short()
 		for _, name := range []string{"test.run", "test.skip", "test.list", "test.fuzz"} {
 			whole = whole && flag.Lookup(name).Value.String() == ""
@@ -691,6 +755,11 @@ func startWrapped(tb testing.TB, wrapper []string, dir string, env []string, arg
 	tb.Helper()
 	p := launch(tb, wrapper, dir, env, args...)
 	p.addr = strings.TrimPrefix(p.stderr.waitFor(tb, announced, p.exited), announced)
+	if sharedPostgres != "" {
+		until(tb, func() bool {
+			return send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK
+		}, "it leads")
+	}
 	return p
 }
 
@@ -701,6 +770,9 @@ func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...s
 	require.NoError(tb, err)
 	command := append(slices.Clone(wrapper), self,
 		"-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
+	if url := ordersURL(dir); url != "" {
+		command = append(command, "-orders", url, "-advertise", "http://127.0.0.1:1")
+	}
 	command = append(command, args...)
 	p := &process{cmd: exec.Command(command[0], command[1:]...), dir: dir, stderr: &transcript{}, exited: make(chan struct{})}
 	for _, v := range os.Environ() {
@@ -1927,7 +1999,7 @@ func TestIdempotencyKey(t *testing.T) {
 	})
 	t.Run("every key is kept once", func(t *testing.T) {
 		var keys, orders int64
-		require.NoError(t, a.sqlite.lists.QueryRow("SELECT count(DISTINCT key), count(*) FROM orders").Scan(&keys, &orders))
+		require.NoError(t, openOrders(t, a).QueryRow("SELECT count(DISTINCT key), count(*) FROM orders").Scan(&keys, &orders))
 		require.Equal(t, orders, keys)
 		require.Equal(t, orders, a.store.totals().accepted)
 	})
@@ -2421,7 +2493,7 @@ func TestListPlans(t *testing.T) {
 	var got [][]string
 	recordLists(t, a, func(query string, args []any) {
 		if strings.HasPrefix(query, "SELECT "+orderColumns) {
-			got = append(got, queryPlan(t, a.sqlite.rows.DB, query, args...))
+			got = append(got, queryPlan(t, onSQLite(t, a).rows.DB, query, args...))
 		}
 	})
 	p, r, c := pending, processing, completed
@@ -2462,11 +2534,11 @@ func TestListPlans(t *testing.T) {
 // restore.
 func recordLists(tb testing.TB, a *app, see func(query string, args []any)) (restore func()) {
 	tb.Helper()
-	plain := a.sqlite.lists.DB
-	recorded := sql.OpenDB(recorder{path: a.sqlite.file.path, driver: plain.Driver(), see: see})
-	a.sqlite.lists.DB = recorded
+	plain := onSQLite(tb, a).lists.DB
+	recorded := sql.OpenDB(recorder{path: onSQLite(tb, a).file.path, driver: plain.Driver(), see: see})
+	onSQLite(tb, a).lists.DB = recorded
 	restore = sync.OnceFunc(func() {
-		a.sqlite.lists.DB = plain
+		onSQLite(tb, a).lists.DB = plain
 		require.NoError(tb, recorded.Close())
 	})
 	tb.Cleanup(restore)
@@ -2538,7 +2610,7 @@ func TestMetricsJSON(t *testing.T) {
 	})
 	average := func() float64 {
 		var took int64
-		require.NoError(t, a.sqlite.lists.QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
+		require.NoError(t, openOrders(t, a).QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
 		return float64(took) / float64(a.store.totals().completed) / 1e6
 	}
 	require.Equal(t, map[string]float64{"total_orders_processed": 1, "orders_pending": 2, "orders_processing": 1, "orders_completed": 1,
@@ -2631,6 +2703,13 @@ func TestMetricsText(t *testing.T) {
 		samples[m[1]+m[2]] = value
 	}
 	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
+	if a.postgres != nil {
+		kinds["orderd_wal_bytes"] = "gauge"
+		for _, g := range a.postgres.gauges() {
+			require.Equal(t, "gauge", kinds[g.name])
+			delete(kinds, g.name)
+		}
+	}
 	require.Equal(t, map[string]string{
 		"orderd_orders_processed_total": "counter", "orderd_orders_removed_total": "counter", "orderd_ready": "gauge", "orderd_orders_accepted_total": "counter",
 		"orderd_orders": "gauge", "orderd_processing_seconds": "histogram", "orderd_oldest_pending_seconds": "gauge",
@@ -2999,6 +3078,29 @@ func TestHost(t *testing.T) {
 	}
 }
 
+// TestWithoutALeader asks a server that is to pass everything on, and cannot.
+func TestWithoutALeader(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	location := "/orders/" + place(t, a, "u", "i")
+	led := a.server.leads.Swap(nil)
+	t.Cleanup(func() { a.server.leads.Store(led) })
+	for _, path := range []string{location, "/orders", "/metrics", "/readyz"} {
+		got := get(t, a, path)
+		require.Equal(t, http.StatusServiceUnavailable, got.status, path)
+		require.Equal(t, "1", got.header.Get("Retry-After"))
+	}
+	got := post(t, a, exampleOrder)
+	require.Equal(t, http.StatusServiceUnavailable, got.status)
+	require.Contains(t, got.body, "The request was not taken")
+	for _, path := range []string{"/", "/openapi.json", "/livez"} {
+		require.Equal(t, http.StatusOK, send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, nil, "").status, path)
+	}
+	own := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
+	require.Equal(t, http.StatusOK, own.status)
+	require.NotContains(t, own.body, "orderd_orders{")
+}
+
 func TestToken(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, func(c *config) { c.server.token, c.server.readToken = "s3cret", "r3ad" })
@@ -3283,7 +3385,7 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	var armed atomic.Bool
 	held, release := make(chan struct{}), make(chan struct{})
 	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.sqlite.beforeCommit = func(*batch) {
+		onSQLite(t, a).beforeCommit = func(*batch) {
 			if armed.CompareAndSwap(true, false) {
 				held <- struct{}{}
 				<-release
@@ -3337,7 +3439,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
 	<-held
-	_, err := a.sqlite.file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
+	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
 	require.NoError(t, err)
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
 	until(t, func() bool {
@@ -3355,7 +3457,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 			require.Fail(t, "a create hangs while the disk takes nothing", "create %d", i)
 		}
 	}
-	_, err = a.sqlite.file.Exec("PRAGMA query_only = 0")
+	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
 	require.Equal(t, int64(1), a.store.totals().accepted)
@@ -3367,7 +3469,7 @@ func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	first := sampleOrder(1, "key")
 	require.NoError(t, a.store.create(first))
-	_, err := a.sqlite.file.Exec("PRAGMA query_only = 1") // the writer's connection
+	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection
 	require.NoError(t, err)
 	for range 2 { // in the batch that fails, and behind it
 		again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
@@ -3377,7 +3479,7 @@ func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
 		require.ErrorIs(t, a.store.create(other), errKeyReused)
 		require.ErrorIs(t, a.store.create(fresh), errUnwritable)
 	}
-	_, err = a.sqlite.file.Exec("PRAGMA query_only = 0")
+	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(3, "new")) == nil }, "the refused key is free")
 	checkInvariants(t, a)
@@ -3416,11 +3518,11 @@ func TestRetryOfNothingIsAWrite(t *testing.T) {
 	t.Parallel()
 	a := lookedAt(t, t.TempDir(), nil, nil)
 	t.Cleanup(func() { require.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	_, err := a.sqlite.start()
+	_, err := onSQLite(t, a).start()
 	require.NoError(t, err)
 	for range 2 {
 		before := walBytes(a)
-		require.NoError(t, a.sqlite.commit(newBatch(nil)))
+		require.NoError(t, onSQLite(t, a).commit(newBatch(nil)))
 		require.Greater(t, walBytes(a), before)
 	}
 }
@@ -3429,7 +3531,7 @@ func TestReadyTellsOfACommitThatHangs(t *testing.T) {
 	t.Parallel()
 	held, release := make(chan struct{}), make(chan struct{})
 	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.sqlite.beforeCommit = func(*batch) {
+		onSQLite(t, a).beforeCommit = func(*batch) {
 			held <- struct{}{}
 			<-release
 		}
@@ -3499,7 +3601,7 @@ func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
 			worked.note(id)
 			return work(ctx, id, 1)
 		}
-	}, func(a *app) { a.sqlite.beforeCommit = steps.note })
+	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
 
 	require.Equal(t, int64(5), unfinished(a))
 	awaitRest(t, a, 3, 2) // the first Pending order has joined those that were Processing
@@ -3558,7 +3660,7 @@ func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
 	var commits diary
 	change := func(c *config) { c.store.now = func() time.Time { return time.UnixMilli(clock.Load()) } }
 	before := func(a *app) {
-		a.sqlite.beforeCommit = func(b *batch) {
+		onSQLite(t, a).beforeCommit = func(b *batch) {
 			for _, c := range b.creates {
 				commits.note(c.id)
 			}
@@ -3703,7 +3805,7 @@ func TestListsOfAUser(t *testing.T) {
 	until(t, func() bool { return a.store.totals().pending() == 1900 }, "all steps are taken")
 	checkInvariants(t, a)
 	indexed := func() (n int64) {
-		require.NoError(t, a.sqlite.lists.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
+		require.NoError(t, onSQLite(t, a).lists.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
 		return n
 	}
 	require.Greater(t, indexed(), int64(runOrders))
@@ -3761,7 +3863,7 @@ func TestListsOfAUser(t *testing.T) {
 		seldom, n := walk(t, a.store, filter{userID: "seldom", limit: 1000})
 		require.Equal(t, 1, n)
 		stop()
-		execOn(t, a.sqlite.file.path, `INSERT INTO user_runs SELECT id_high, 0, 0 FROM orders_by_user WHERE run = 0 AND id_high > ?;
+		tamper(t, a, `INSERT INTO user_runs SELECT id_high, 0, 0 FROM orders_by_user WHERE run = 0 AND id_high > ?;
 			UPDATE orders_by_user SET run = (SELECT max(first) FROM user_runs WHERE first <= id_high) WHERE run = 0`, high(all[len(all)-1-3*pageRuns].id))
 		a, stop = openIdle(t, dir, nil, nil)
 		checkInvariants(t, a)
@@ -3778,7 +3880,7 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	path := a.sqlite.file.path
+	db := openOrders(t, a)
 	stop()
 	extremes := []int64{0, 1, -1, math.MaxInt64, math.MinInt64, -1 << 60, 1 << 60, 1<<60 - 1, -1 << 31, 0x5555_5555_5555_5555, -0x5555_5555_5555_5556}
 	highs := []int64{1, 2, math.MaxInt64, math.MaxInt64 - 1, 1 << 62, 0xffff, 1_800_000_000_123 << 16, 1_800_000_000_999<<16 | 0xffff}
@@ -3792,9 +3894,6 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 	for range 300 {
 		ids = append(ids, joinID(rand.Int64(), int64(rand.Uint64())))
 	}
-	db, err := openSQLite(path)
-	require.NoError(t, err)
-	defer db.Close()
 	for i, id := range ids {
 		o := order{id: id, userID: fmt.Sprint("user", i), itemIDs: "a,b", cents: rand.Int64N(maxCents+1) >> (i % 50), status: status(i % 3)}
 		if o.status >= processing {
@@ -3803,11 +3902,11 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 		if o.status == completed {
 			o.took = rand.Int64N(1e12)
 		}
-		_, err := db.Exec("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, iif(?3 > 0, ?, NULL), iif(?3 = 2, ?, NULL), NULL)",
-			high(id), low(id), o.status, o.userID, o.itemIDs, o.cents, o.started, o.took)
+		_, err := db.Exec("INSERT INTO orders ("+insertColumns+", started, took) VALUES ($1, $2, CAST($3 AS smallint), $4, $5, $6, NULL, nullif($7, 0), CASE WHEN CAST($3 AS smallint) = 2 THEN CAST($8 AS bigint) END)",
+			high(id), low(id), int64(o.status), o.userID, o.itemIDs, o.cents, o.started, o.took)
 		require.NoError(t, err)
 		var shown listedOrder
-		require.NoError(t, db.QueryRow("SELECT order_id, user_id, item_ids, total_amount, status, created_at, started_at, completed_at FROM orders_readable WHERE user_id = ?", o.userID).
+		require.NoError(t, db.QueryRow("SELECT order_id, user_id, item_ids, total_amount, status, created_at, started_at, completed_at FROM orders_readable WHERE user_id = $1", o.userID).
 			Scan(&shown.OrderID, &shown.UserID, &shown.ItemIDs, &shown.TotalAmount, &shown.Status, &shown.CreatedAt, &shown.StartedAt, &shown.CompletedAt))
 		require.Equal(t, newListedOrder(o), shown)
 	}
@@ -3821,28 +3920,28 @@ func TestDatabasesAreDurableAndOurs(t *testing.T) {
 		pragma string
 		want   string
 	}{
-		{a.sqlite.file.DB, "journal_mode", "wal"},
-		{a.sqlite.file.DB, "synchronous", "2"},
-		{a.sqlite.file.DB, "fullfsync", "1"},
-		{a.sqlite.file.DB, "checkpoint_fullfsync", "1"},
-		{a.sqlite.file.DB, "application_id", "1869767794"},
-		{a.sqlite.file.DB, "user_version", "3"},
+		{onSQLite(t, a).file.DB, "journal_mode", "wal"},
+		{onSQLite(t, a).file.DB, "synchronous", "2"},
+		{onSQLite(t, a).file.DB, "fullfsync", "1"},
+		{onSQLite(t, a).file.DB, "checkpoint_fullfsync", "1"},
+		{onSQLite(t, a).file.DB, "application_id", "1869767794"},
+		{onSQLite(t, a).file.DB, "user_version", "3"},
 		{a.metrics.file.DB, "journal_mode", "wal"},
 		{a.metrics.file.DB, "synchronous", "2"},
 		{a.metrics.file.DB, "application_id", "1869767789"},
 		{a.metrics.file.DB, "user_version", "2"},
-		{a.sqlite.lists.DB, "query_only", "1"},
-		{a.sqlite.lists.DB, "busy_timeout", "1000"},
-		{a.sqlite.rows.DB, "query_only", "1"},
-		{a.sqlite.rows.DB, "busy_timeout", "1000"},
-		{a.sqlite.file.DB, "wal_autocheckpoint", "0"},
+		{onSQLite(t, a).lists.DB, "query_only", "1"},
+		{onSQLite(t, a).lists.DB, "busy_timeout", "1000"},
+		{onSQLite(t, a).rows.DB, "query_only", "1"},
+		{onSQLite(t, a).rows.DB, "busy_timeout", "1000"},
+		{onSQLite(t, a).file.DB, "wal_autocheckpoint", "0"},
 		{a.metrics.file.DB, "wal_autocheckpoint", "1"},
 	} {
 		var got string
 		require.NoError(t, tc.db.QueryRow("PRAGMA "+tc.pragma).Scan(&got))
 		require.Equal(t, tc.want, got, tc.pragma)
 	}
-	_, err := a.sqlite.lists.Exec("DELETE FROM orders")
+	_, err := onSQLite(t, a).lists.Exec("DELETE FROM orders")
 	require.ErrorContains(t, err, "readonly")
 	for _, name := range []string{"orders.db", "orders.db-wal", "metrics.db"} {
 		info, err := os.Stat(filepath.Join(a.cfg.data, name))
@@ -4225,7 +4324,7 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 			worked.note(id)
 			return work(ctx, id, 1)
 		}
-	}, func(a *app) { a.sqlite.beforeCommit = steps.note })
+	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
 
 	require.Equal(t, int64(12), unfinished(a))
 	end = seen.watch(a.store, ids)
@@ -4985,7 +5084,7 @@ func TestLostOrdersAreNoticedAtStart(t *testing.T) {
 			moveTo(t, a.store, ids[1], completed, 2)
 			checkInvariants(t, a)
 			stop()
-			orders, counts, seq := a.sqlite.file.path, a.metrics.file.path, a.store.totals().seq
+			orders, counts, seq := onSQLite(t, a).file.path, a.metrics.file.path, a.store.totals().seq
 			execOn(t, counts, "UPDATE totals SET accepted = ?, completed = ?, seq = seq + 1", tc.accepted, tc.completed)
 			if tc.without {
 				require.NoError(t, os.Remove(orders))
@@ -5792,9 +5891,10 @@ type journal struct {
 	reads      int
 	violations []string
 
-	minimum time.Duration // of an order's processing
-	large   bool          // every order, so that the WAL is soon full
-	average float64       // as the service said last
+	replicas bool          // a connection that breaks and a 503 are passed over: others answer
+	minimum  time.Duration // of an order's processing
+	large    bool          // every order, so that the WAL is soon full
+	average  float64       // as the service said last
 }
 
 func newJournal(name string, minimum time.Duration) *journal {
@@ -5937,8 +6037,11 @@ func (j *journal) load(base string, n, most int) (stop func()) {
 				}
 				in := j.next()
 				o, err := j.send(client, base, in)
-				if err != nil {
+				if err != nil && !j.replicas {
 					return
+				}
+				if o != accepted && j.replicas {
+					time.Sleep(5 * time.Millisecond)
 				}
 				if o == accepted {
 					if in.id <= last {
@@ -5983,8 +6086,10 @@ func (j *journal) observe(base string) (stop func()) {
 					return
 				default:
 				}
-				if err := look(client, r); err != nil {
+				if err := look(client, r); err != nil && !j.replicas {
 					return // the service has gone
+				} else if err != nil {
+					time.Sleep(5 * time.Millisecond)
 				}
 			}
 		})
@@ -5997,7 +6102,7 @@ func (j *journal) observe(base string) (stop func()) {
 		floor := maps.Clone(j.seen) // shown before the request
 		j.mu.Unlock()
 		page, err := fetchPage(client, base+"/orders?limit=200")
-		if errors.Is(err, errNotListed) {
+		if errors.Is(err, errNotListed) && !(j.replicas && strings.HasSuffix(err.Error(), " 503")) {
 			j.violate("%v", err)
 		}
 		if err != nil {
@@ -6047,7 +6152,7 @@ func (j *journal) look(client *http.Client, base string, r *rand.Rand) error {
 	if err != nil {
 		return err
 	}
-	if !known && response.StatusCode == http.StatusNotFound {
+	if !known && response.StatusCode == http.StatusNotFound || j.replicas && response.StatusCode == http.StatusServiceUnavailable {
 		return nil
 	}
 	err = json.Unmarshal(text, &answer)
@@ -6245,18 +6350,38 @@ func (j *journal) checkFiles(dir string) error {
 			bad("%s: %v", name, err)
 		}
 	}
-	var rows, done, spent int64
-	var t, counted totals
-	look("orders.db", `SELECT o.*, accepted, processing, completed, took FROM totals,
-		(SELECT count(*), coalesce(sum(status = 2), 0), coalesce(sum(took), 0) FROM orders) o`,
-		&rows, &done, &spent, &t.accepted, &t.processing, &t.completed, &t.took)
-	look("metrics.db", "SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took)
-	if rows != done || t.accepted != rows || t.completed != rows || t.processing != 0 || t.took != spent ||
-		counted.accepted != t.accepted || counted.completed != t.completed || counted.took != t.took {
-		bad("%d rows, %d completed, %d µs; totals %+v; metrics.db %+v", rows, done, spent, t, counted)
+	compare := func(look func(name, query string, into ...any), totalsTable string) {
+		var rows, done, spent int64
+		var t, counted totals
+		look("orders.db", `SELECT o.*, accepted, processing, completed, l.took FROM `+totalsTable+` l,
+			(SELECT count(*), count(*) FILTER (WHERE status = 2), CAST(coalesce(sum(took), 0) AS bigint) FROM orders) o`,
+			&rows, &done, &spent, &t.accepted, &t.processing, &t.completed, &t.took)
+		look("metrics.db", "SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.took)
+		if rows != done || t.accepted != rows || t.completed != rows || t.processing != 0 || t.took != spent ||
+			counted.accepted != t.accepted || counted.completed != t.completed || counted.took != t.took {
+			bad("%d rows, %d completed, %d µs; totals %+v; metrics.db %+v", rows, done, spent, t, counted)
+		}
+		if rows > 0 && math.Abs(j.average-float64(spent)/float64(rows)/1e6) > 1e-9 {
+			bad("the average was %v and is %v", j.average, float64(spent)/float64(rows)/1e6)
+		}
 	}
-	if rows > 0 && math.Abs(j.average-float64(spent)/float64(rows)/1e6) > 1e-9 {
-		bad("the average was %v and is %v", j.average, float64(spent)/float64(rows)/1e6)
+	if url := ordersURL(dir); url != "" {
+		compare(func(name, query string, into ...any) {
+			if name == "metrics.db" {
+				look(name, query, into...)
+				return
+			}
+			db, err := sql.Open("pgx", url)
+			if err == nil {
+				defer db.Close()
+				err = db.QueryRow(query).Scan(into...)
+			}
+			if err != nil {
+				bad("%s: %v", url, err)
+			}
+		}, "leader")
+	} else {
+		compare(look, "totals")
 	}
 	return toldOf(wrong)
 }
@@ -7432,7 +7557,7 @@ func TestBackupOfAStoppedService(t *testing.T) {
 func TestBackupThatIsInterrupted(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	backup := []string{"-data", filepath.Dir(a.sqlite.file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
+	backup := []string{"-data", filepath.Dir(onSQLite(t, a).file.path), "-backup", filepath.Join(t.TempDir(), "copy")}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	require.ErrorContains(t, run(ctx, backup, nil, io.Discard, io.Discard), "no backup was made")
@@ -7534,7 +7659,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	commitTogether(t, a.store, sampleOrders(1))
-	_, endFirst := holdSnapshot(t, a.sqlite.file.path)
+	_, endFirst := holdSnapshot(t, onSQLite(t, a).file.path)
 	for walBytes(a) <= walKept*5/4 {
 		creates := sampleOrders(64)
 		for _, c := range creates {
@@ -7542,7 +7667,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 		}
 		commitTogether(t, a.store, creates)
 	}
-	_, endLast := holdSnapshot(t, a.sqlite.file.path)
+	_, endLast := holdSnapshot(t, onSQLite(t, a).file.path)
 	endFirst()
 	require.Never(t, func() bool { return walBytes(a) <= walKept }, 2*retryPause, 100*time.Millisecond)
 	endLast()
@@ -7574,7 +7699,7 @@ func TestReaderHoldsTheWAL(t *testing.T) {
 		}
 	}
 	fill(func() bool { return a.store.totals().accepted >= 64 })
-	count, end := holdSnapshot(t, a.sqlite.file.path)
+	count, end := holdSnapshot(t, onSQLite(t, a).file.path)
 	held := count()
 	fill(func() bool { return wal() > walKept*5/4 })
 	require.Equal(t, held, count())
@@ -7685,7 +7810,7 @@ func TestOverload(t *testing.T) {
 	holding, release := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		a.sqlite.beforeCommit = func(*batch) {
+		onSQLite(t, a).beforeCommit = func(*batch) {
 			once.Do(func() {
 				close(holding)
 				<-release
@@ -7821,7 +7946,7 @@ func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
 	body := orderBody(`"user"`, `"item"`, "1")
 	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	awaitRest(t, a, 0, 1)
-	execOn(t, a.sqlite.file.path, "DELETE FROM orders")
+	tamper(t, a, "DELETE FROM orders")
 	second := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, second.status, second.body)
 	require.Empty(t, second.header.Get("Idempotent-Replayed"))
@@ -7836,7 +7961,7 @@ func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
 func TestAnOrderThatTheTableRefusesFailsAlone(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
-	execOn(t, a.sqlite.file.path, "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.user_id = 'poison' BEGIN SELECT RAISE(ABORT, 'poison'); END")
+	tamper(t, a, "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.user_id = 'poison' BEGIN SELECT RAISE(ABORT, 'poison'); END")
 	for _, key := range []string{"", "cart"} {
 		creates := sampleOrders(3 * insertRows)
 		creates[insertRows].userID, creates[insertRows].key = "poison", key
@@ -7862,13 +7987,13 @@ func TestTheUserIndexStopsNoOrder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	execOn(t, a.sqlite.file.path, "CREATE TRIGGER broken BEFORE INSERT ON orders_by_user BEGIN SELECT RAISE(ABORT, 'broken'); END")
+	tamper(t, a, "CREATE TRIGGER broken BEFORE INSERT ON orders_by_user BEGIN SELECT RAISE(ABORT, 'broken'); END")
 	for range 3 {
 		commitTogether(t, a.store, sampleOrders(indexEvery))
 	}
 	orders, _ := walk(t, a.store, filter{userID: "user7", limit: 2})
 	require.Len(t, orders, 3)
-	execOn(t, a.sqlite.file.path, "DROP TRIGGER broken")
+	tamper(t, a, "DROP TRIGGER broken")
 	commitTogether(t, a.store, sampleOrders(2*indexEvery))
 	checkInvariants(t, a)
 	orders, _ = walk(t, a.store, filter{userID: "user7", limit: 2})
@@ -7969,7 +8094,7 @@ func TestPermanentErrorsEndTheService(t *testing.T) {
 			require.NoError(t, a.start())
 			ended := make(chan error, 1)
 			go func() { ended <- a.serve(t.Context()) }()
-			execOn(t, a.sqlite.file.path, test.damage)
+			tamper(t, a, test.damage)
 			post(t, a, orderBody(`"user"`, `"item"`, "1"))
 			select {
 			case err := <-ended:
@@ -7992,7 +8117,7 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	}
 	awaitRest(t, a, 0, 3)
 	stop()
-	execOn(t, a.sqlite.file.path, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
+	tamper(t, a, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
 	a, stop = openIdle(t, dir, nil, nil)
 	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
 		a.metrics.summary(a.store.totals()))
@@ -8101,7 +8226,7 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 		}
 		stop()
 		readers.Wait()
-		require.NoFileExists(t, a.sqlite.file.path+"-wal")
+		require.NoFileExists(t, onSQLite(t, a).file.path+"-wal")
 	}
 }
 
@@ -8315,17 +8440,15 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
 	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
 	stop()
-	stored := func() (orders, entries, runs int) {
-		db, err := openSQLite(a.sqlite.file.path)
-		require.NoError(t, err)
-		defer db.Close()
-		require.NoError(t, db.QueryRow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM orders_by_user), (SELECT count(*) FROM user_runs)").Scan(&orders, &entries, &runs))
-		return orders, entries, runs
+	stored := func(table string) (rows int) {
+		require.NoError(t, openOrders(t, a).QueryRow("SELECT count(*) FROM "+table).Scan(&rows))
+		return rows
 	}
-	rows, entries, runs := stored()
-	require.Equal(t, 1, rows, "the one at work")
-	require.True(t, entries == 1 || entries == 0 && raced(), "its part of the index, which so few orders do not fill")
-	require.LessOrEqual(t, runs, 2, "its run, and the newest")
+	require.Equal(t, 1, stored("orders"), "the one at work")
+	if a.sqlite != nil {
+		require.True(t, stored("orders_by_user") == 1 || raced(), "its part of the index, which so few orders do not fill")
+		require.LessOrEqual(t, stored("user_runs"), 2, "its run, and the newest")
+	}
 
 	release()
 	a, _ = openTestApp(t, dir, keep, nil)
@@ -8334,8 +8457,10 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.Zero(t, counts(a).pending()+counts(a).processing)
 	found, _ := walk(t, a.store, filter{userID: "user", limit: 10})
 	require.Empty(t, found)
-	rows, entries, runs = stored()
-	require.Equal(t, []int{0, 0, 1}, []int{rows, entries, runs}, "only the newest run of the index stays")
+	require.Zero(t, stored("orders"))
+	if a.sqlite != nil {
+		require.Equal(t, []int{0, 1}, []int{stored("orders_by_user"), stored("user_runs")}, "only the newest run of the index stays")
+	}
 }
 
 // TestRetentionStopsNoOrder has a table that does not let go of a row.
@@ -8346,7 +8471,7 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
-	path := a.sqlite.file.path
+	path := onSQLite(t, a).file.path
 	stop()
 	execOn(t, path, "CREATE TRIGGER held BEFORE DELETE ON orders BEGIN SELECT RAISE(ABORT, 'held'); END")
 	a, stop = openTestApp(t, dir, keep, nil)
@@ -8378,7 +8503,7 @@ func TestRetentionWaitsForRoom(t *testing.T) {
 	t.Parallel()
 	a := lookedAt(t, t.TempDir(), func(c *config) { c.store.keep = time.Hour }, nil)
 	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	_, err := a.sqlite.start()
+	_, err := onSQLite(t, a).start()
 	require.NoError(t, err)
 	w := a.store.writer
 	w.engine, w.report = fullEngine{a.sqlite}, func(commitReport) {}
@@ -9032,7 +9157,7 @@ func seed(tb testing.TB, dir string, completed, pending int) {
 	tb.Helper()
 	a, stop := openIdle(tb, dir, nil, nil)
 	stop()
-	db, err := sql.Open("sqlite", a.sqlite.file.path)
+	db, err := sql.Open("sqlite", onSQLite(tb, a).file.path)
 	require.NoError(tb, err)
 	defer db.Close()
 	_, err = db.Exec(`
@@ -9251,4 +9376,1002 @@ func BenchmarkFootprint(b *testing.B) {
 	}
 	b.ReportMetric(float64(bytes)/float64(accepted), "bytes/order")
 	b.ReportMetric(0, "ns/op")
+}
+
+// ---- PostgreSQL ----
+
+// sharedPostgres is the URL of a database for this process, where its tests run
+// on PostgreSQL instead of SQLite.
+var sharedPostgres = os.Getenv("TEST_POSTGRES")
+
+// ordersURL is -orders for an app on dir: a schema of its own.
+func ordersURL(dir string) string {
+	if sharedPostgres == "" {
+		return ""
+	}
+	schema := fmt.Sprintf("s%x", sha256.Sum256([]byte(dir)))[:40]
+	db, err := sql.Open("pgx", sharedPostgres)
+	if err == nil {
+		_, err = db.Exec("CREATE SCHEMA IF NOT EXISTS " + schema)
+		db.Close()
+	}
+	if err != nil {
+		panic(err)
+	}
+	return sharedPostgres + "&search_path=" + schema
+}
+
+// cluster is a PostgreSQL server of the test's own.
+type cluster struct {
+	dir  string
+	port int
+	cmd  *exec.Cmd
+}
+
+// postgresProgram is a command of PostgreSQL's that runs, as the server demands,
+// not as root, and ends with the test.
+func postgresProgram(name string, args ...string) *exec.Cmd {
+	command := []string{"--pdeathsig", "QUIT"}
+	if os.Getuid() == 0 {
+		command = append(command, "--reuid", "postgres", "--regid", "postgres", "--clear-groups")
+	}
+	cmd := exec.Command("setpriv", append(append(command, filepath.Join(os.Getenv("ORDERD_TEST_POSTGRES"), name)), args...)...)
+	cmd.Dir = "/"
+	return cmd
+}
+
+// templateCluster is an empty database directory to copy: initdb takes seconds.
+var templateCluster = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "orderd-postgres-")
+	if err != nil {
+		return "", err
+	}
+	if os.Getuid() == 0 {
+		if out, err := exec.Command("chown", "postgres:postgres", dir).CombinedOutput(); err != nil {
+			return dir, fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	out, err := postgresProgram("initdb", "-D", filepath.Join(dir, "0"), "-A", "trust", "-U", "orderd", "-E", "UTF8", "--locale=C.UTF-8", "-N").CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, out)
+	}
+	return dir, err
+})
+
+var clusters atomic.Int64 // made so far
+
+func needsPostgres(tb testing.TB) {
+	tb.Helper()
+	if os.Getenv("ORDERD_TEST_POSTGRES") == "" {
+		tb.Skip("ORDERD_TEST_POSTGRES is not set to the folder of PostgreSQL's server programs")
+	}
+}
+
+// newCluster makes and starts a server on loopback.
+func newCluster(tb testing.TB, settings ...string) *cluster {
+	tb.Helper()
+	needsPostgres(tb)
+	template, err := templateCluster()
+	require.NoError(tb, err)
+	c := &cluster{dir: filepath.Join(template, fmt.Sprint(clusters.Add(1))), port: freePort(tb)}
+	out, err := exec.Command("cp", "-a", filepath.Join(template, "0"), c.dir).CombinedOutput()
+	require.NoError(tb, err, "%s", out)
+	tb.Cleanup(func() { os.RemoveAll(c.dir) })
+	c.set(tb, append([]string{"listen_addresses='127.0.0.1'", "unix_socket_directories=''", "shared_buffers='32MB'", "max_connections=200"}, settings...)...)
+	c.start(tb)
+	return c
+}
+
+func freePort(tb testing.TB) int {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(tb, err)
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// standby copies the server, to follow it under that name.
+func (c *cluster) standby(tb testing.TB, name string) *cluster {
+	tb.Helper()
+	s := &cluster{dir: c.dir + "-" + name, port: freePort(tb)}
+	out, err := postgresProgram("pg_basebackup", "-D", s.dir, "-R", "-X", "stream", "-c", "fast", "-d", c.url("application_name="+name)).CombinedOutput()
+	require.NoError(tb, err, "%s", out)
+	tb.Cleanup(func() { os.RemoveAll(s.dir) })
+	s.set(tb, "synchronous_standby_names=''")
+	s.start(tb)
+	return s
+}
+
+func (c *cluster) set(tb testing.TB, settings ...string) {
+	tb.Helper()
+	f, err := os.OpenFile(filepath.Join(c.dir, "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
+	require.NoError(tb, err)
+	_, err = fmt.Fprintln(f, strings.Join(append(settings, fmt.Sprintf("port=%d", c.port)), "\n"))
+	require.NoError(tb, errors.Join(err, f.Close()))
+}
+
+// start returns once the server takes connections. It ends with the test.
+func (c *cluster) start(tb testing.TB) {
+	tb.Helper()
+	var said transcript
+	c.cmd = postgresProgram("postgres", "-D", c.dir)
+	c.cmd.Stderr = &said
+	require.NoError(tb, c.cmd.Start())
+	exited := make(chan struct{})
+	go func(cmd *exec.Cmd) {
+		cmd.Wait()
+		close(exited)
+	}(c.cmd)
+	tb.Cleanup(func() {
+		c.cmd.Process.Signal(syscall.SIGQUIT)
+		<-exited
+	})
+	persist(tb, func() bool {
+		select {
+		case <-exited:
+			require.Fail(tb, "the server has ended", said.String())
+		default:
+		}
+		conn, err := pgx.Connect(tb.Context(), c.url(""))
+		if err != nil {
+			time.Sleep(20 * time.Millisecond)
+			return false
+		}
+		conn.Close(tb.Context())
+		return true
+	}, "the server takes connections")
+}
+
+// stop is a fast shutdown (SIGINT), an immediate one (SIGQUIT), or kill -9.
+func (c *cluster) stop(tb testing.TB, how os.Signal) {
+	tb.Helper()
+	require.NoError(tb, c.cmd.Process.Signal(how))
+	until(tb, func() bool {
+		_, err := os.Stat(filepath.Join(c.dir, "postmaster.pid"))
+		gone := c.cmd.Process.Signal(syscall.Signal(0)) != nil
+		return gone && (err != nil || how == syscall.SIGKILL)
+	}, "the server has ended")
+	if how == syscall.SIGKILL {
+		os.Remove(filepath.Join(c.dir, "postmaster.pid"))
+	}
+}
+
+func (c *cluster) promote(tb testing.TB) {
+	tb.Helper()
+	ask[bool](tb, c, "SELECT pg_promote()")
+}
+
+func (c *cluster) url(params string) string {
+	return fmt.Sprintf("postgres://orderd@127.0.0.1:%d/postgres?sslmode=disable&%s", c.port, params)
+}
+
+func (c *cluster) exec(tb testing.TB, queries ...string) {
+	tb.Helper()
+	conn, err := pgx.Connect(tb.Context(), c.url("application_name=asker"))
+	require.NoError(tb, err)
+	defer conn.Close(tb.Context())
+	for _, query := range queries {
+		_, err := conn.Exec(tb.Context(), query)
+		require.NoError(tb, err, query)
+	}
+}
+
+func ask[T any](tb testing.TB, c *cluster, query string, args ...any) (v T) {
+	tb.Helper()
+	conn, err := pgx.Connect(tb.Context(), c.url("application_name=asker"))
+	require.NoError(tb, err)
+	defer conn.Close(tb.Context())
+	require.NoError(tb, conn.QueryRow(tb.Context(), query, args...).Scan(&v))
+	return v
+}
+
+// newReplica is a way to the database, without a service around it.
+func newReplica(tb testing.TB, dsn string) *postgres {
+	tb.Helper()
+	log := newLogger(io.Discard, slog.LevelInfo, io.Discard)
+	tb.Cleanup(func() { log.close() })
+	p, err := newPostgres(dsn, totals{}, func(totals) {}, log)
+	require.NoError(tb, err)
+	p.url = "http://127.0.0.1:1"
+	return p
+}
+
+func nobodyFollows(string, string) {}
+
+// leadOn returns the engine of a replica that leads.
+func leadOn(tb testing.TB, p *postgres) *lead {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(tb.Context(), time.Minute)
+	defer cancel()
+	l, err := p.standBy(ctx, nobodyFollows)
+	require.NoError(tb, err)
+	_, err = l.start()
+	require.NoError(tb, err)
+	return l
+}
+
+var newestSample atomic.Int64
+
+// batchOf are orders with their IDs, as the writer hands them to an engine.
+func batchOf(creates ...*create) *batch {
+	b := newBatch(nil)
+	for _, c := range creates {
+		n := max(newestSample.Add(1), time.Now().UnixMilli()<<16)
+		newestSample.Store(n)
+		c.assigned = joinID(n, rand.Int64())
+		c.id = c.assigned
+		b.creates = append(b.creates, c)
+	}
+	return b
+}
+
+// stepsOf move orders that were stored.
+func stepsOf(from, to status, took int64, creates ...*create) (steps []step) {
+	for _, c := range creates {
+		if c.stored() {
+			steps = append(steps, step{id: c.id, from: from, to: to, started: int64(c.id.Time()) + 5, took: took})
+		}
+	}
+	return steps
+}
+
+// requireExact compares the totals with the table.
+func requireExact(tb testing.TB, c *cluster) {
+	tb.Helper()
+	require.True(tb, ask[bool](tb, c, `SELECT accepted - removed = (SELECT count(*) FROM orders) AND processing = (SELECT count(*) FROM orders WHERE status = 1)
+		AND completed - removed = (SELECT count(*) FROM orders WHERE status = 2) AND (removed > 0 OR l.took = (SELECT coalesce(sum(o.took), 0) FROM orders o)) FROM leader l`))
+}
+
+// onPostgreSQL are the tests that hold for both engines.
+var onPostgreSQL = strings.Join([]string{
+	"EndToEnd", "CreateAccepts", "CreateRefusesFields", "CreateRefusesBodies", "IdempotencyKey", "IdempotencyKeyOutlivesARestart", "GetOrder", "Wait",
+	"AnswersWhileItWaitsForRunningWork", "PreferHeader", "ListOrders", "ListPages", "ListPagesEndAfterSoManyBytes", "MetricsJSON", "MetricsNegotiation", "MetricsText",
+	"Routes", "Host", "Token", "PagesOfOtherSites", "OneResourceUnderEveryName", "ClientInTheRequestLog", "RequestLog",
+	"StepsAreTakenOnlyFromTheStatusOfTheRow", "ReopeningForgetsNothing",
+	"BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound", "OneWorkerTakesOrdersFirstInFirstOut",
+	"BacklogFoundAtStartIsTakenInOrder", "APanicCostsOneAttempt", "ParkedOrdersAreBounded", "Drain",
+	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
+	"CountsAgreeOnceIdle", "MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
+	"WorkThatPanics", "BacklogAfterTheLoadHasEnded", "OneFailingOrderStopsNoOther", "AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
+	"AClockThatWasAheadIsTold", "ListsPushNoStatusOut", "CompletedOrdersAreRemoved", "AJumpOfTheClockRemovesNothing", "Waiters", "RandomIDs",
+}, "|")
+
+// TestOnPostgreSQL runs the tests of what an engine must do on the other one, in
+// another process.
+func TestOnPostgreSQL(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "fsync=on")
+	self, err := os.Executable()
+	require.NoError(t, err)
+	cmd := exec.CommandContext(t.Context(), self, "-test.run", "^Test("+onPostgreSQL+")$", "-test.parallel", "8", "-test.v", "-kill-rounds", "2")
+	cmd.Env = append(os.Environ(), "TEST_POSTGRES="+c.url(""))
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	require.NotContains(t, string(out), "--- SKIP: Test", "a test that is about SQLite is not for this list")
+	require.Equal(t, strings.Count(onPostgreSQL, "|")+1, strings.Count(string(out), "\n--- PASS: Test"), "a test of this list is gone")
+}
+
+func TestUnfitServersAreRefused(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	c.exec(t, "CREATE ROLE loose LOGIN", "ALTER ROLE loose SET synchronous_commit = off", "CREATE ROLE poor LOGIN",
+		"CREATE DATABASE latin ENCODING LATIN1 LOCALE 'C' TEMPLATE template0", "CREATE SCHEMA taken", "CREATE TABLE taken.orders ()")
+	refused := func(dsn, sentence string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		var stderr transcript
+		err := run(ctx, []string{"-orders", dsn, "-advertise", "http://127.0.0.1:1", "-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", t.TempDir() + "/log"}, nil, io.Discard, &stderr)
+		require.ErrorContains(t, err, sentence)
+		require.Equal(t, 1, exitCode(err, io.Discard))
+		require.NotContains(t, err.Error(), "\n")
+	}
+	refused("file:orders", "must be the URL of a PostgreSQL database")
+	refused("postgres://host:port/", "-orders cannot be used")
+	refused(strings.Replace(c.url(""), "orderd@", "loose@", 1), "synchronous_commit is off")
+	refused(strings.Replace(c.url(""), "orderd@", "poor@", 1), "permission denied")
+	refused(strings.Replace(c.url(""), "orderd@", "nobody@", 1), "does not exist: check the user")
+	refused(strings.Replace(c.url(""), "/postgres", "/latin", 1), "encoding is LATIN1")
+	refused(strings.Replace(c.url(""), "/postgres", "/none", 1), "does not exist: make it")
+	refused(c.url("search_path=none"), "no schema")
+	refused(c.url("search_path=taken"), "another program")
+	leadOn(t, newReplica(t, c.url(""))).close()
+	c.exec(t, "UPDATE leader SET version = 7")
+	refused(c.url(""), "schema version 7")
+	c.stop(t, os.Interrupt)
+	c.set(t, "full_page_writes=off")
+	c.start(t)
+	refused(c.url(""), "full_page_writes off")
+}
+
+func TestOneOfManyReplicasMakesTheTables(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	var group sync.WaitGroup
+	identities := make([]int64, 8)
+	for i := range identities {
+		p := newReplica(t, c.url(""))
+		group.Go(func() {
+			conn, err := p.connect(t.Context())
+			if err == nil {
+				defer conn.Close(t.Context())
+				if err = p.prepare(t.Context(), conn); err == nil {
+					_, err = p.look(t.Context(), conn)
+				}
+			}
+			assert.NoError(t, err)
+			identities[i] = p.seen.totals.identity
+		})
+	}
+	group.Wait()
+	require.Len(t, slices.Compact(identities), 1)
+	require.NotZero(t, identities[0])
+}
+
+// TestCommitOnPostgreSQL runs on defaults of the role that would spoil it.
+func TestCommitOnPostgreSQL(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	c.exec(t, "CREATE SCHEMA shop")
+	for _, setting := range []string{"jit = on", "jit_above_cost = 0", "plan_cache_mode = force_custom_plan", "default_transaction_isolation = 'serializable'",
+		"enable_nestloop = off", "enable_indexscan = off", "idle_session_timeout = 200", "search_path = shop", "DateStyle = 'German'", "timezone = 'Asia/Kathmandu'", "bytea_output = escape", "default_transaction_read_only = on"} {
+		c.exec(t, "ALTER ROLE orderd SET "+setting)
+	}
+	l := leadOn(t, newReplica(t, c.url("")))
+	t.Cleanup(func() { l.close() })
+
+	a, b := sampleOrder(1, "k1"), sampleOrder(2, "")
+	again, differs := sampleOrder(1, "k1"), sampleOrder(3, "k1")
+	first := batchOf(a, b, again, differs)
+	require.NoError(t, l.commit(first))
+	require.True(t, a.stored() && b.stored() && again.replayed)
+	require.Equal(t, a.id, again.id)
+	require.ErrorIs(t, differs.err, errKeyReused)
+	require.EqualValues(t, 2, first.totals.accepted)
+	require.Equal(t, high(b.id), first.totals.newest)
+
+	differs, again = sampleOrder(3, "k1"), sampleOrder(1, "k1")
+	second := batchOf(differs, again)
+	second.steps = append(stepsOf(pending, processing, 0, a, b), step{id: ulid.Make(), from: pending, to: processing, started: 1})
+	require.NoError(t, l.commit(second))
+	require.ErrorIs(t, differs.err, errKeyReused)
+	require.True(t, again.replayed)
+	require.Equal(t, []bool{false, false, true}, []bool{second.steps[0].void, second.steps[1].void, second.steps[2].void})
+	require.Equal(t, totals{identity: second.totals.identity, seq: second.totals.seq, accepted: 2, processing: 2, newest: high(b.id), newestStarted: high(b.id)}, second.totals)
+
+	third := newBatch(append(stepsOf(processing, completed, 1500, a), stepsOf(pending, completed, 7, b)...))
+	require.NoError(t, l.commit(third))
+	require.False(t, third.steps[0].void)
+	require.True(t, third.steps[1].void, "it is Processing")
+	require.EqualValues(t, 1500, third.totals.took)
+	_, seq, err := l.find(ulid.Make())
+	require.ErrorIs(t, err, errNotFound)
+	require.GreaterOrEqual(t, seq, third.totals.seq)
+
+	removal := newBatch(nil)
+	removal.expiry = &expiry{before: time.Now().Add(time.Hour).UnixMilli()}
+	require.NoError(t, l.commit(removal))
+	require.Equal(t, []ulid.ULID{a.id}, removal.removed)
+	require.EqualValues(t, 1, removal.totals.removed)
+	fresh := sampleOrder(1, "k1")
+	require.NoError(t, l.commit(batchOf(fresh)))
+	require.True(t, fresh.stored(), "the key of a removed order is free")
+	queue, err := l.backlog(0, 10)
+	require.NoError(t, err)
+	require.Equal(t, []queued{{b.id, processing}, {fresh.id, pending}}, queue)
+}
+
+// TestTheFence writes as a leader that is no longer one, and as one that is late.
+func TestTheFence(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	l := leadOn(t, newReplica(t, c.url("")))
+	t.Cleanup(func() { l.close() })
+	for _, test := range []struct {
+		name      string
+		term, seq int64
+		ends      error
+	}{
+		{"an earlier seq of the same term", 0, -1, errBroken},
+		{"an earlier term", -1, 0, errDeposed},
+		{"an earlier term and seq", -1, -1, errDeposed},
+	} {
+		other := newReplica(t, c.url(""))
+		conn, err := other.connect(t.Context())
+		require.NoError(t, err)
+		other.seen = l.replica.seen
+		other.seen.totals.seq += test.seq
+		late := &lead{replica: other, term: l.term + test.term, conn: conn}
+		require.NoError(t, late.prepare(t.Context(), conn))
+		b := batchOf(sampleOrder(1, ""))
+		err = late.commit(b)
+		require.ErrorIs(t, err, test.ends, test.name)
+		require.NotErrorIs(t, err, errOutcomeUnknown, test.name)
+		conn.Close(t.Context())
+	}
+	require.Zero(t, ask[int64](t, c, "SELECT count(*) FROM orders"))
+	first, second := newReplica(t, c.url("")), newReplica(t, c.url(""))
+	var rows [2]leaderRow
+	var conns [2]*pgx.Conn
+	for i, p := range []*postgres{first, second} {
+		var err error
+		conns[i], err = p.connect(t.Context())
+		require.NoError(t, err)
+		rows[i], err = p.look(t.Context(), conns[i])
+		require.NoError(t, err)
+	}
+	_, err := first.takeOver(t.Context(), conns[0], rows[0])
+	require.NoError(t, err)
+	_, err = second.takeOver(t.Context(), conns[1], rows[1])
+	require.ErrorIs(t, err, errDeposed, "of two that saw the same row, one takes over")
+}
+
+// dropper is a TCP proxy to a server, which loses its answers on demand, and
+// every request to cancel.
+type dropper struct {
+	addr  string
+	every atomic.Int64 // one answer in so many is lost, with its connection; 0 loses none
+
+	mu      sync.Mutex // guards clients
+	clients []net.Conn
+}
+
+func newDropper(tb testing.TB, c *cluster) *dropper {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(tb, err)
+	tb.Cleanup(func() { l.Close() })
+	d := &dropper{addr: l.Addr().String()}
+	tb.Cleanup(d.cut)
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go d.carry(tb, client, fmt.Sprintf("127.0.0.1:%d", c.port))
+		}
+	}()
+	return d
+}
+
+// carry leaves the server's end open where the client's is cut: what it was
+// sent goes on.
+func (d *dropper) carry(tb testing.TB, client net.Conn, addr string) {
+	defer client.Close()
+	server, err := net.Dial("tcp", addr)
+	if err != nil {
+		return
+	}
+	tb.Cleanup(func() { server.Close() })
+	d.mu.Lock()
+	d.clients = append(d.clients, client)
+	d.mu.Unlock()
+	go func() {
+		buffer := make([]byte, 64<<10)
+		for {
+			n, err := client.Read(buffer)
+			if err != nil {
+				time.AfterFunc(time.Second, func() { server.Close() })
+				return
+			}
+			if n == 16 && binary.BigEndian.Uint32(buffer[4:]) == 80877102 { // CancelRequest
+				client.Close()
+				return
+			}
+			server.Write(buffer[:n])
+		}
+	}()
+	buffer := make([]byte, 64<<10)
+	for {
+		n, err := server.Read(buffer)
+		if every := d.every.Load(); err != nil || every > 0 && rand.Int64N(every) == 0 {
+			return
+		}
+		if _, err := client.Write(buffer[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// cut closes every connection on the client's side.
+func (d *dropper) cut() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, client := range d.clients {
+		client.Close()
+	}
+	d.clients = nil
+}
+
+func (d *dropper) url() string {
+	return fmt.Sprintf("postgres://orderd@%s/postgres?sslmode=disable", d.addr)
+}
+
+// pound commits batches, each of which completes the orders of the one before
+// it, with keys that come twice in a batch and in two batches. It returns how
+// many orders were stored.
+func pound(t *testing.T, l *lead, batches int) (stored int) {
+	t.Helper()
+	var last []*create
+	for i := range batches {
+		creates := sampleOrders(20)
+		for j := range 5 {
+			key := fmt.Sprintf("key-%d-%d", i/2, j)
+			creates = append(creates, sampleOrder(j, key), sampleOrder(j, key))
+		}
+		b := batchOf(creates...)
+		b.steps = stepsOf(pending, completed, 3, last...)
+		persist(t, func() bool {
+			err := l.commit(b)
+			if err != nil {
+				require.True(t, errors.Is(err, errNotWritten) || errors.Is(err, errInDoubt), err)
+				time.Sleep(20 * time.Millisecond)
+			}
+			return err == nil
+		}, "the batch is committed")
+		for j, c := range creates {
+			require.NoError(t, c.err)
+			require.Equal(t, j >= 20 && (j%2 == 1 || i%2 == 1), c.replayed, "create %d of batch %d", j, i)
+			if c.stored() {
+				stored++
+			}
+		}
+		last = creates
+	}
+	persist(t, func() bool { return l.commit(newBatch(stepsOf(pending, completed, 3, last...))) == nil }, "the last ones are completed")
+	return stored
+}
+
+func requirePounded(t *testing.T, c *cluster, stored int) {
+	t.Helper()
+	requireExact(t, c)
+	require.EqualValues(t, stored, ask[int64](t, c, "SELECT accepted FROM leader"))
+	require.EqualValues(t, stored, ask[int64](t, c, "SELECT completed FROM leader"))
+}
+
+func TestUnknownOutcomesAreFoundOut(t *testing.T) {
+	t.Parallel()
+	t.Run("answers that are lost", func(t *testing.T) {
+		t.Parallel()
+		c := newCluster(t)
+		d := newDropper(t, c)
+		l := leadOn(t, newReplica(t, d.url()))
+		d.every.Store(8)
+		stored := pound(t, l, many(600))
+		d.every.Store(0)
+		require.NoError(t, l.close())
+		requirePounded(t, c, stored)
+	})
+	t.Run("sessions that are terminated", func(t *testing.T) {
+		t.Parallel()
+		c := newCluster(t)
+		p := newReplica(t, c.url(""))
+		l := leadOn(t, p)
+		ended := make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		t.Cleanup(cancel)
+		go func() {
+			defer close(ended)
+			conn, err := pgx.Connect(ctx, c.url("application_name=asker"))
+			for commits := int64(-1); err == nil && ctx.Err() == nil; {
+				if now := p.alive.Load().UnixNano(); now != commits { // once for each commit at most
+					commits = now
+					conn.Exec(ctx, "SELECT pg_sleep(random() * 0.05), pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name <> 'asker' AND backend_type = 'client backend'")
+				}
+				sleep(ctx, 20*time.Millisecond)
+			}
+		}()
+		stored := pound(t, l, many(600))
+		cancel()
+		<-ended
+		require.NoError(t, l.close())
+		requirePounded(t, c, stored)
+	})
+	t.Run("a server that restarts", func(t *testing.T) {
+		t.Parallel()
+		c := newCluster(t)
+		l := leadOn(t, newReplica(t, c.url("")))
+		done := make(chan int, 1)
+		go func() { done <- pound(t, l, many(6000)) }()
+		for _, how := range []os.Signal{os.Interrupt, syscall.SIGQUIT, syscall.SIGKILL} {
+			<-time.After(300 * time.Millisecond)
+			c.stop(t, how)
+			c.start(t)
+		}
+		stored := <-done
+		require.NoError(t, l.close())
+		requirePounded(t, c, stored)
+	})
+}
+
+// TestOriginalAndResend has a batch arrive at the row before or after its own
+// resend, or never.
+func TestOriginalAndResend(t *testing.T) {
+	t.Parallel()
+	for _, dies := range []bool{false, true} {
+		t.Run(fmt.Sprintf("the original dies: %t", dies), func(t *testing.T) {
+			t.Parallel()
+			c := newCluster(t)
+			d := newDropper(t, c)
+			l := leadOn(t, newReplica(t, d.url()))
+			blocker, err := pgx.Connect(t.Context(), c.url(""))
+			require.NoError(t, err)
+			defer blocker.Close(t.Context())
+			_, err = blocker.Exec(t.Context(), "BEGIN; SELECT FROM leader FOR UPDATE")
+			require.NoError(t, err)
+			b := batchOf(sampleOrders(5)...)
+			done := make(chan error, 1)
+			go func() {
+				err := l.commit(b)
+				for errors.Is(err, errInDoubt) {
+					err = l.commit(b)
+				}
+				done <- err
+			}()
+			waiting := func(n int64) {
+				t.Helper()
+				persist(t, func() bool {
+					return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'") == n
+				}, "so many wait for the row")
+			}
+			waiting(1)
+			d.cut()
+			waiting(2)
+			if dies {
+				c.exec(t, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' ORDER BY query_start LIMIT 1")
+				waiting(1)
+			}
+			_, err = blocker.Exec(t.Context(), "COMMIT")
+			require.NoError(t, err)
+			require.NoError(t, <-done)
+			require.EqualValues(t, 5, ask[int64](t, c, "SELECT accepted FROM leader"))
+			requireExact(t, c)
+		})
+	}
+}
+
+func TestTakeOver(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	a := leadOn(t, newReplica(t, c.url("")))
+	require.NoError(t, a.current())
+	second := newReplica(t, c.url(""))
+	began := time.Now()
+	b := leadOn(t, second) // a commits nothing meanwhile
+	require.Greater(t, time.Since(began), takeOverAfter)
+	require.ErrorIs(t, a.current(), errSilent)
+	late := batchOf(sampleOrder(1, ""))
+	err := a.commit(late)
+	require.ErrorIs(t, err, errDeposed)
+	require.NotErrorIs(t, err, errOutcomeUnknown)
+	require.Zero(t, ask[int64](t, c, "SELECT accepted FROM leader"))
+	_, _, err = a.find(late.creates[0].id)
+	require.ErrorIs(t, err, errDeposed)
+	require.NoError(t, a.close())
+
+	led, followed := make(chan *lead, 1), make(chan string, 1)
+	go func() {
+		l, err := newReplica(t, c.url("")).standBy(t.Context(), func(url, _ string) {
+			select {
+			case followed <- url:
+			default:
+			}
+		})
+		assert.NoError(t, err)
+		led <- l
+	}()
+	require.Equal(t, second.url, <-followed)
+	began = time.Now()
+	require.NoError(t, b.close())
+	l := <-led
+	require.Less(t, time.Since(began), takeOverAfter, "who hands over is not waited for")
+	l.close()
+}
+
+// TestASynchronousStandby has waits for it cancelled: what is visible then is on
+// one server only, and must be neither shown nor answered.
+func TestASynchronousStandby(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	s := c.standby(t, "second")
+	c.exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'second'", "SELECT pg_reload_conf()")
+	persist(t, func() bool {
+		return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == 1
+	}, "the standby is synchronous")
+	l := leadOn(t, newReplica(t, c.url("")))
+	t.Cleanup(func() { l.close() })
+	placed := int64(0)
+	for _, end := range []string{"pg_cancel_backend", "pg_terminate_backend", ""} {
+		s.stop(t, os.Interrupt)
+		b := batchOf(sampleOrders(4)...)
+		done := make(chan error, 1)
+		go func() {
+			err := l.commit(b)
+			for errors.Is(err, errInDoubt) {
+				err = l.commit(b)
+			}
+			done <- err
+		}()
+		persist(t, func() bool {
+			return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == 1
+		}, "the commit waits for the standby")
+		if end != "" { // else the engine's own deadline cancels it
+			c.exec(t, "SELECT "+end+"(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+		}
+		persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
+		_, seq, err := l.find(b.creates[0].id)
+		require.NoError(t, err)
+		require.Greater(t, seq, l.proven.Load(), "it is not proven")
+		select {
+		case err := <-done:
+			require.Fail(t, "answered", "%v", err)
+		case <-time.After(time.Second):
+		}
+		s.start(t)
+		require.NoError(t, <-done)
+		placed += 4
+	}
+	last := batchOf(sampleOrders(6)...)
+	require.NoError(t, l.commit(last))
+	c.stop(t, syscall.SIGKILL)
+	s.promote(t)
+	next := leadOn(t, newReplica(t, s.url("")))
+	t.Cleanup(func() { next.close() })
+	_, _, err := next.find(last.creates[5].id)
+	require.NoError(t, err)
+	require.EqualValues(t, placed+6, next.replica.seen.totals.accepted)
+	requireExact(t, s)
+}
+
+// ---- replicas in processes of their own ----
+
+// replicas are processes on one database.
+type replicas struct {
+	orders string
+	dirs   []string
+	ports  []int
+	all    []*process
+}
+
+func startReplicas(tb testing.TB, orders string, n int, args ...string) *replicas {
+	tb.Helper()
+	r := &replicas{orders: orders}
+	for i := range n {
+		r.dirs, r.ports, r.all = append(r.dirs, tb.TempDir()), append(r.ports, freePort(tb)), append(r.all, nil)
+		r.start(tb, i, args...)
+	}
+	r.leader(tb)
+	return r
+}
+
+// start starts a replica anew, on the same data and address.
+func (r *replicas) start(tb testing.TB, i int, args ...string) {
+	tb.Helper()
+	r.all[i] = startProcess(tb, r.dirs[i], nil, append([]string{"-orders", r.orders, "-addr", fmt.Sprintf("127.0.0.1:%d", r.ports[i]),
+		"-advertise", r.url(i), "-delay", "5ms", "-workers", "64"}, args...)...)
+}
+
+func (r *replicas) url(i int) string { return fmt.Sprintf("http://127.0.0.1:%d", r.ports[i]) }
+
+func (r *replicas) urls() (urls []string) {
+	for i := range r.all {
+		urls = append(urls, r.url(i))
+	}
+	return urls
+}
+
+// leader waits for one, and returns its number.
+func (r *replicas) leader(tb testing.TB) (leader int) {
+	tb.Helper()
+	persist(tb, func() bool {
+		for i, p := range r.all {
+			got := send(tb.Context(), p.addr, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
+			if leader = i; strings.Contains(got.body, "\norderd_leader 1\n") && send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK {
+				return true
+			}
+		}
+		time.Sleep(10 * time.Millisecond)
+		return false
+	}, "a replica leads")
+	return leader
+}
+
+// TestReplicasUnderFaults runs clients and observers on all replicas while
+// something fails, and has the oracle check everything after each round.
+func TestReplicasUnderFaults(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	d := newDropper(t, c)
+	r := startReplicas(t, d.url(), 3)
+	seed := cmp.Or(*killSeed, uint64(time.Now().UnixNano()))
+	t.Logf("repeat with -kill-seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 1))
+	j := newJournal("replicas", 5*time.Millisecond)
+	j.rand, j.replicas = rand.New(rand.NewPCG(seed, 0)), true
+	hang := time.Duration(many(200)) * 100 * time.Millisecond // longer than a lease and a take-over, or just a lease
+	faults := []struct {
+		name string
+		make func()
+	}{
+		{"kill -9 of the leader", func() {
+			leader := r.leader(t)
+			r.all[leader].kill()
+			r.leaderAmong(t, leader)
+			r.start(t, leader)
+		}},
+		{"the leader stands still and goes on", func() {
+			leader := r.leader(t)
+			require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGSTOP))
+			<-time.After(max(hang, 6*time.Second))
+			require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGCONT))
+		}},
+		{"kill -9 of a standby", func() {
+			standby := (r.leader(t) + 1) % len(r.all)
+			r.all[standby].kill()
+			r.start(t, standby)
+		}},
+		{"kill -9 of all", func() {
+			for i := range r.all {
+				r.all[i].kill()
+			}
+			for i := range r.all {
+				r.start(t, i)
+			}
+		}},
+		{"the leader hands over", func() {
+			leader := r.leader(t)
+			require.Equal(t, 0, r.all[leader].terminate(t, time.Minute), r.all[leader].stderr.String())
+			r.start(t, leader)
+		}},
+		{"PostgreSQL restarts", func() { c.stop(t, os.Interrupt); c.start(t) }},
+		{"PostgreSQL restarts at once", func() { c.stop(t, syscall.SIGQUIT); c.start(t) }},
+		{"sessions are terminated", func() {
+			for range 5 {
+				c.exec(t, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name <> 'asker' AND backend_type = 'client backend'")
+				<-time.After(time.Duration(random.Int64N(int64(300 * time.Millisecond))))
+			}
+		}},
+		{"answers are lost", func() { d.every.Store(10); <-time.After(2 * time.Second); d.every.Store(0) }},
+		{"PostgreSQL is away", func() {
+			c.stop(t, os.Interrupt)
+			<-time.After(hang * 3 / 2)
+			c.start(t)
+		}},
+	}
+	order := random.Perm(len(faults))
+	for round := range *faultRounds {
+		fault := faults[order[round%len(faults)]]
+		t.Logf("round %d: %s", round, fault.name)
+		var stops []func()
+		for _, url := range r.urls() {
+			stops = append(stops, j.load(url, 3, 100_000), j.observe(url))
+		}
+		<-time.After(time.Duration(random.Int64N(int64(time.Second))))
+		fault.make()
+		r.leader(t)
+		<-time.After(time.Duration(random.Int64N(int64(time.Second))))
+		for _, stop := range stops {
+			stop()
+		}
+		j.checkReplicas(t, r)
+		requireExact(t, c)
+	}
+	t.Logf("%d accepted, %d refused, %d unknown, %d reads", j.count(accepted), j.count(refused), j.count(unknown), j.reads)
+	require.NotZero(t, j.count(accepted))
+}
+
+// leaderAmong waits for a leader other than the one that is gone.
+func (r *replicas) leaderAmong(tb testing.TB, gone int) {
+	tb.Helper()
+	rest := &replicas{all: slices.Delete(slices.Clone(r.all), gone, gone+1)}
+	rest.leader(tb)
+}
+
+// checkReplicas sends what is unknown again, by its key, and asks one replica
+// after the other.
+func (j *journal) checkReplicas(t *testing.T, r *replicas) {
+	t.Helper()
+	client := newClient()
+	defer client.CloseIdleConnections()
+	for i, in := range j.intents {
+		if in.key != "" && in.outcome == unknown {
+			persist(t, func() bool {
+				o, err := j.send(client, r.url(i%len(r.all)), in)
+				in.outcome = o // refused: it was invalid
+				return err == nil && o != unknown
+			}, "the outcome is found out by the key")
+		}
+	}
+	for _, url := range r.urls() {
+		sum := drained(t, url)
+		require.NoError(t, j.verify(listAll(t, url), sum))
+	}
+}
+
+// TestLostCommitsAreNoticed promotes an asynchronous standby that lacks some
+// commits: every replica says so, stops, and refuses to start again.
+func TestLostCommitsAreNoticed(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	s := c.standby(t, "second")
+	both := fmt.Sprintf("postgres://orderd@127.0.0.1:%d,127.0.0.1:%d/postgres?sslmode=disable", c.port, s.port)
+	r := startReplicas(t, both, 2)
+	j := newJournal("lost", 5*time.Millisecond)
+	j.place(t, r.url(0), 5)
+	persist(t, func() bool { return ask[int64](t, s, "SELECT coalesce(max(completed), 0) FROM leader") == 5 }, "the standby has them")
+	s.exec(t, "ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
+	persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication") == 0 }, "the standby follows no more")
+	j.place(t, r.url(1), 5)
+	drained(t, r.url(0))
+	for i := range r.all { // by their own metrics.db
+		persist(t, func() bool {
+			counts, err := openSQLite(filepath.Join(r.dirs[i], "data", "metrics.db"), "mode=ro")
+			require.NoError(t, err)
+			defer counts.Close()
+			var n int
+			return counts.QueryRow("SELECT completed FROM totals").Scan(&n) == nil && n == 10
+		}, "the replica has counted them")
+	}
+	c.stop(t, syscall.SIGKILL)
+	s.promote(t)
+	for i, p := range r.all {
+		require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
+		require.Contains(t, p.stderr.String(), "has lost commits that it had confirmed")
+		again := launch(t, nil, r.dirs[i], nil, "-orders", both, "-advertise", r.url(i))
+		require.Equal(t, 1, again.wait(t, time.Minute), again.stderr.String())
+		require.Contains(t, again.stderr.String(), "has lost commits that it had confirmed")
+	}
+}
+
+// TestAStandbyPassesOn asks a standby for everything, beside the leader.
+func TestAStandbyPassesOn(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	r := startReplicas(t, c.url(""), 2)
+	leader := r.leader(t)
+	standby := 1 - leader
+	addr := r.all[standby].addr
+	header := keyed("cart")
+	header.Set("X-Forwarded-For", "6.6.6.6")
+	created := callAt(t, addr, http.MethodPost, "/orders", header, exampleOrder)
+	require.Equal(t, http.StatusCreated, created.status, created.body)
+	require.Equal(t, created.body, callAt(t, r.all[leader].addr, http.MethodPost, "/orders", keyed("cart"), exampleOrder).body)
+	location := created.header.Get("Location")
+	waited := callAt(t, addr, http.MethodGet, location, prefer("wait=10"), "")
+	require.Equal(t, "wait=10", waited.header.Get("Preference-Applied"))
+	require.Contains(t, waited.body, "Completed")
+	for _, path := range []string{location, location + "?view=full", "/orders?limit=1", "/metrics", "/orders?limit=0", "/orders/none", "/openapi.json", "/"} {
+		own, passed := callAt(t, r.all[leader].addr, http.MethodGet, path, nil, ""), callAt(t, addr, http.MethodGet, path, nil, "")
+		require.Equal(t, own.status, passed.status, path)
+		require.Equal(t, own.body, passed.body, path)
+		require.Equal(t, own.header.Get("Content-Type"), passed.header.Get("Content-Type"), path)
+	}
+	require.Equal(t, 1.0, metric(t, r.url(leader), "orderd_leader"))
+	require.Equal(t, 0.0, metric(t, r.url(standby), "orderd_leader"))
+	require.Equal(t, metric(t, r.url(leader), "orderd_term"), metric(t, r.url(standby), "orderd_term"))
+	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, "/readyz", nil, "").status)
+	hop := send(t.Context(), addr, http.MethodGet, location, http.Header{passHeader: {"guess"}}, "")
+	require.Equal(t, http.StatusServiceUnavailable, hop.status, "no request is passed on twice")
+
+	require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGSTOP))
+	began := time.Now()
+	hung := send(t.Context(), addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(t, http.StatusServiceUnavailable, hung.status)
+	require.Contains(t, hung.body, "outcome-unknown")
+	require.Less(t, time.Since(began), 6*time.Second)
+	r.leaderAmong(t, leader)
+	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, location, nil, "").status)
+	require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGCONT))
+	require.Equal(t, 0, r.all[standby].terminate(t, time.Minute))
+	r.leaderAmong(t, standby) // the one that stood still
+	for i, p := range r.all {
+		if i != standby {
+			require.Equal(t, 0, p.terminate(t, time.Minute))
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(r.dirs[leader], "logs", "orderd.log"))
+	require.NoError(t, err)
+	require.Contains(t, string(text), `"client":"127.0.0.1","method":"POST"`, "the leader logs for whom it was asked")
+	require.NotContains(t, string(text), "6.6.6.6")
 }

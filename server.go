@@ -1113,7 +1113,7 @@ func faultOf(err error, c echo.Context) *fault {
 		f.Type = "urn:orderd:problem:outcome-unknown"
 		return f
 	case errors.Is(err, errNoLeader):
-		return newFault(http.StatusServiceUnavailable, "No replica leads that can be reached from here: nothing was done. Try again later.")
+		return newFault(http.StatusServiceUnavailable, "The request was not taken: no replica leads that can be reached from this one. Try again later.")
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed), errors.Is(err, errInDoubt):
 		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
 	case errors.Is(err, errBehind), errors.Is(err, errSilent), errors.Is(err, errDeposed):
@@ -1130,7 +1130,7 @@ func faultOf(err error, c echo.Context) *fault {
 func (s *server) problem(err error, c echo.Context) {
 	f := faultOf(err, c)
 	header := c.Response().Header()
-	if f.Status == http.StatusInternalServerError {
+	if f.Status == http.StatusInternalServerError || errors.Is(err, errSilent) {
 		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	}
 	if c.Response().Committed {
