@@ -10277,9 +10277,9 @@ func (j *journal) checkReplicas(t *testing.T, r *replicas) {
 	for i, in := range j.intents {
 		if in.key != "" && in.outcome == unknown {
 			persist(t, func() bool {
-				o, err := j.send(client, r.url(i%len(r.all)), in)
-				in.outcome = o // refused: it was invalid
-				return err == nil && o != unknown
+				o, _ := j.send(client, r.url(i%len(r.all)), in)
+				in.outcome = o
+				return o == accepted || o == refused && strings.HasSuffix(in.body, `: -1}`) // else a 503 that says nothing of the first try
 			}, "the outcome is found out by the key")
 		}
 	}
@@ -10374,4 +10374,21 @@ func TestAStandbyPassesOn(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, string(text), `"client":"127.0.0.1","method":"POST"`, "the leader logs for whom it was asked")
 	require.NotContains(t, string(text), "6.6.6.6")
+}
+
+func TestReplicasWaitForTheDatabase(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	c.stop(t, os.Interrupt)
+	p := startProcess(t, t.TempDir(), nil, "-orders", c.url(""), "-advertise", "http://127.0.0.1:1")
+	require.Equal(t, http.StatusOK, send(t.Context(), p.addr, http.MethodGet, "/livez", nil, "").status)
+	require.Equal(t, http.StatusServiceUnavailable, send(t.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status)
+	began := time.Now()
+	got := send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(t, http.StatusServiceUnavailable, got.status)
+	require.Contains(t, got.body, "not taken")
+	require.Less(t, time.Since(began), time.Second)
+	c.start(t)
+	until(t, func() bool { return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated }, "it goes on by itself")
+	require.Equal(t, 0, p.terminate(t, time.Minute))
 }

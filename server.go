@@ -1069,7 +1069,7 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client strin
 			}
 		},
 	}
-	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from then on it may be
 	proxy.ServeHTTP(w, r.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	return failed
 }
