@@ -10389,6 +10389,8 @@ func TestReplicasWaitForTheDatabase(t *testing.T) {
 	require.Contains(t, got.body, "not taken")
 	require.Less(t, time.Since(began), time.Second)
 	c.start(t)
-	until(t, func() bool { return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated }, "it goes on by itself")
+	until(t, func() bool {
+		return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated
+	}, "it goes on by itself")
 	require.Equal(t, 0, p.terminate(t, time.Minute))
 }
