@@ -7883,6 +7883,64 @@ func TestAMillionPending(t *testing.T) {
 	require.Zero(t, behind, "orders that were started before an older one")
 }
 
+// doubtfulEngine ends commits with creates as told. In doubt, it commits the
+// same batch when it is asked again for the third time.
+type doubtfulEngine struct {
+	engine
+	err   error // errInDoubt or errOutcomeUnknown
+	tries atomic.Int64
+}
+
+func (e *doubtfulEngine) commit(b *batch) error {
+	if len(b.creates) == 0 {
+		return e.engine.commit(b)
+	}
+	if n := e.tries.Add(1); n <= 3 {
+		return e.err
+	}
+	return e.engine.commit(b)
+}
+
+// TestWhatIsInDoubtIsNotCalledRefused places orders while nobody knows whether
+// an earlier commit is in the table.
+func TestWhatIsInDoubtIsNotCalledRefused(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name string
+		err  error
+		ends bool // the writer
+	}{
+		{"until the next start", errOutcomeUnknown, true},
+		{"for a while", errInDoubt, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			e := &doubtfulEngine{err: test.err}
+			a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
+				e.engine, a.store.writer.engine = a.store.engine, e
+			})
+			require.ErrorIs(t, a.store.create(sampleOrder(1, "cart")), errOutcomeUnknown)
+			until(t, func() bool { return a.store.ready() != nil })
+			require.ErrorIs(t, a.store.create(sampleOrder(1, "cart")), errOutcomeUnknown, "its first create may be there")
+			require.ErrorIs(t, a.store.create(sampleOrder(2, "")), errInDoubt, "it is not taken")
+			if test.ends {
+				<-a.store.failed()
+				a.store.writer.failure = nil // the test closes it as if nothing had been
+				return
+			}
+			until(t, func() bool { return a.store.ready() == nil }, "the batch is committed in the end")
+			again := sampleOrder(1, "cart")
+			require.NoError(t, a.store.create(again))
+			require.True(t, again.replayed, "it was there")
+			require.EqualValues(t, 1, a.store.totals().accepted)
+			st, err := a.store.status(again.id)
+			require.NoError(t, err)
+			require.Equal(t, pending, st)
+			checkInvariants(t, a)
+		})
+	}
+}
+
 // ---- what people break: the table changed by hand, files taken away ----
 
 // latePublisher leaves time between a commit, which the table then shows, and
@@ -10321,6 +10379,27 @@ func TestLostCommitsAreNoticed(t *testing.T) {
 		again := launch(t, nil, r.dirs[i], nil, "-orders", both, "-advertise", r.url(i))
 		require.Equal(t, 1, again.wait(t, time.Minute), again.stderr.String())
 		require.Contains(t, again.stderr.String(), "has lost commits that it had confirmed")
+	}
+}
+
+// TestLossBehindALaterTerm has a replica look again only after another has led
+// on, past the seq that was confirmed.
+func TestLossBehindALaterTerm(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name  string
+		since int64 // seq with which the later term began
+		lost  bool
+	}{
+		{"it began with what was confirmed", 101, false},
+		{"it began before that", 100, true},
+	} {
+		p, err := newPostgres("postgres://orderd@db/orderd", totals{}, func(totals) {}, nil)
+		require.NoError(t, err)
+		require.NoError(t, p.compare(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
+		err = p.compare(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
+		require.Equal(t, test.lost, errors.Is(err, errBroken), test.name)
+		require.ErrorIs(t, p.compare(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
 	}
 }
 

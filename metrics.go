@@ -117,20 +117,18 @@ func (m *metrics) start(t totals) error {
 func (m *metrics) committed(r commitReport) {
 	m.commitSizes.observe(float64(r.creates + r.steps))
 	m.commitTimes.observe(r.took.Seconds())
-	m.follow(r.totals)
+	m.latest.Store(&r.totals)
+	nudge(m.changed)
 }
 
-// follow has metrics.db take over t soon, where more has changed than seq.
+// follow takes note of what a standby sees confirmed, unless just seq has
+// changed, as with every beat of an idle leader.
 func (m *metrics) follow(t totals) {
-	previous := m.latest.Swap(&t)
-	if previous != nil {
-		beat := *previous
-		beat.seq = t.seq
-		if beat == t {
-			return
-		}
+	beat := *m.latest.Swap(&t)
+	beat.seq = t.seq
+	if beat != t {
+		nudge(m.changed)
 	}
-	nudge(m.changed)
 }
 
 // project is the projector: it takes over the totals soon after they change.
