@@ -55,6 +55,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	_ "github.com/jackc/pgx/v5/stdlib"
 	"github.com/labstack/echo/v4"
 	"github.com/oklog/ulid/v2"
@@ -706,6 +707,8 @@ func TestMain(m *testing.M) {
 		main()
 	case "floor":
 		serveFloor()
+	case "transactions":
+		serveTransactions()
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -10472,4 +10475,146 @@ func TestReplicasWaitForTheDatabase(t *testing.T) {
 		return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated
 	}, "it goes on by itself")
 	require.Equal(t, 0, p.terminate(t, time.Minute))
+}
+
+// serveTransactions is what replicas are measured against: the same service in
+// its simplest form, with a transaction for each operation.
+func serveTransactions() {
+	ctx := context.Background()
+	db, err := pgxpool.New(ctx, os.Getenv("TEST_TRANSACTIONS"))
+	if err == nil {
+		_, err = db.Exec(ctx, "CREATE TABLE simple (id text PRIMARY KEY, user_id text, item_ids text, amount numeric, status smallint)")
+	}
+	if err != nil {
+		panic(err)
+	}
+	created := make(chan string, 1_000_000)
+	for range 8 {
+		go func() {
+			for id := range created {
+				for _, st := range []status{processing, completed} {
+					if _, err := db.Exec(ctx, "UPDATE simple SET status = $2 WHERE id = $1", id, int16(st)); err != nil {
+						panic(err)
+					}
+				}
+			}
+		}()
+	}
+	e := echo.New()
+	e.POST("/orders", func(c echo.Context) error {
+		var order struct {
+			UserID      string      `json:"user_id"`
+			ItemIDs     string      `json:"item_ids"`
+			TotalAmount json.Number `json:"total_amount"`
+		}
+		if err := c.Bind(&order); err != nil {
+			return err
+		}
+		id := ulid.Make().String()
+		if _, err := db.Exec(c.Request().Context(), "INSERT INTO simple VALUES ($1, $2, $3, $4::text::numeric, 0)", id, order.UserID, order.ItemIDs, order.TotalAmount.String()); err != nil {
+			return err
+		}
+		created <- id
+		return c.JSON(http.StatusCreated, map[string]string{"message": "Order created", "order_id": id})
+	})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Fprintf(os.Stderr, "orderd is open at http://%s\n", listener.Addr())
+	panic(http.Serve(listener, e))
+}
+
+// BenchmarkPostgres has server, replicas and clients on one machine.
+func BenchmarkPostgres(b *testing.B) {
+	c := newCluster(b)
+	r := startReplicas(b, c.url(""), 2, "-delay", "0s", "-workers", "8")
+	leader := r.leader(b)
+	post := postRequest(exampleOrder)
+	hammerLeader := func() load {
+		l := hammer(b, r.all[leader].addr, 256, http.StatusCreated, post)
+		drained(b, r.url(leader))
+		return l
+	}
+	b.Run("create-of-transactions", func(b *testing.B) {
+		c.exec(b, "CREATE DATABASE simple")
+		url := strings.Replace(c.url(""), "/postgres", "/simple", 1)
+		simple := startProcess(b, b.TempDir(), []string{childMode + "=transactions", "TEST_TRANSACTIONS=" + url + "pool_max_conns=16"})
+		compare(b, func() load {
+			l := hammer(b, simple.addr, 256, http.StatusCreated, post)
+			persist(b, func() bool {
+				conn, err := pgx.Connect(b.Context(), url)
+				require.NoError(b, err)
+				defer conn.Close(b.Context())
+				var left int
+				require.NoError(b, conn.QueryRow(b.Context(), "SELECT count(*) FROM simple WHERE status < 2").Scan(&left))
+				return left == 0
+			}, "all are completed")
+			return l
+		}, hammerLeader)
+	})
+	floor := startFloor(b)
+	b.Run("create", func(b *testing.B) {
+		compare(b, func() load { return hammer(b, floor.addr, 256, http.StatusCreated, post) }, hammerLeader)
+	})
+	get := getRequest(completedOrder(b, r.all[leader]))
+	fromLeader := func() load { return hammer(b, r.all[leader].addr, 64, http.StatusOK, get) }
+	b.Run("read", func(b *testing.B) {
+		compare(b, func() load { return hammer(b, floor.addr, 64, http.StatusOK, get) }, fromLeader)
+	})
+	b.Run("read-by-standby-of-leader", func(b *testing.B) {
+		compare(b, fromLeader, func() load { return hammer(b, r.all[1-leader].addr, 64, http.StatusOK, get) })
+	})
+	b.Run("gap", func(b *testing.B) {
+		b.ReportMetric(r.gap(b, func(p *process) { p.kill() }).Seconds(), "s-killed")
+		b.ReportMetric(r.gap(b, func(p *process) { require.Equal(b, 0, p.terminate(b, time.Minute)) }).Seconds(), "s-terminated")
+		b.ReportMetric(0, "ns/op")
+	})
+	if testing.Short() {
+		return
+	}
+	b.Run("create-with-5,000,000-of-none", func(b *testing.B) {
+		full := newCluster(b)
+		leadOn(b, newReplica(b, full.url(""))).close()
+		full.exec(b, `INSERT INTO orders SELECT ((1700000000000 + i / 50) << 16) + i % 50, (random() * 1e18)::bigint, 9999, 1700000000000 + i / 50, 2000000, 2, 'user' || i % 1000, 'item1,item2'
+			FROM generate_series(0, 4999999) i`,
+			`UPDATE leader SET accepted = 5000000, completed = 5000000, took = 5000000 * 2000000::bigint, newest = (SELECT max(id_high) FROM orders), newest_started = (SELECT max(id_high) FROM orders)`,
+			"CHECKPOINT")
+		large := startReplicas(b, full.url(""), 1, "-delay", "0s", "-workers", "8")
+		compare(b, hammerLeader, func() load {
+			l := hammer(b, large.all[0].addr, 256, http.StatusCreated, post)
+			drained(b, large.url(0))
+			return l
+		})
+	})
+}
+
+// gap ends the leader, and starts it again, while a client of the other replica
+// places orders. It returns the longest time without one.
+func (r *replicas) gap(tb testing.TB, end func(*process)) (longest time.Duration) {
+	tb.Helper()
+	leader := r.leader(tb)
+	other := r.all[1-leader]
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for last := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+			select {
+			case <-quit:
+				return
+			default:
+			}
+			if send(tb.Context(), other.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated {
+				longest, last = max(longest, time.Since(last)), time.Now()
+			}
+		}
+	}()
+	<-time.After(time.Second)
+	end(r.all[leader])
+	r.leaderAmong(tb, leader)
+	<-time.After(time.Second)
+	close(quit)
+	<-done
+	r.start(tb, leader)
+	return longest
 }
