@@ -9274,6 +9274,80 @@ func BenchmarkCreateByManyUsers(b *testing.B) {
 		func() load { return hammer(b, many.addr, 256, http.StatusCreated, requests...) })
 }
 
+// BenchmarkCreateWithKeys is POST /orders with an Idempotency-Key each, at
+// random, against none.
+func BenchmarkCreateWithKeys(b *testing.B) {
+	plain, ours, request := startOurs(b, b.TempDir()), startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	unused := func() (requests [][]byte) {
+		for range int(50_000 * lasting().Seconds()) {
+			header := fmt.Appendf(nil, "POST /orders HTTP/1.1\r\nIdempotency-Key: %016x-%016x\r\n", rand.Uint64(), rand.Uint64())
+			requests = append(requests, bytes.Replace(request, []byte("POST /orders HTTP/1.1\r\n"), header, 1))
+		}
+		return requests
+	}
+	compare(b,
+		func() load { return hammer(b, plain.addr, 256, http.StatusCreated, request) },
+		func() load { return hammer(b, ours.addr, 256, http.StatusCreated, unused()...) })
+}
+
+// BenchmarkCreateWithDelay is POST /orders where an order takes 2 s of 50,000
+// workers, against none. last-s is how long after the load the last one was
+// Completed and counted: first in, first out, no other took longer.
+func BenchmarkCreateWithDelay(b *testing.B) {
+	atOnce, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	delayed := startProcess(b, b.TempDir(), nil, "-delay", "2s", "-workers", "50000")
+	var last []float64
+	compare(b,
+		func() load { return hammer(b, atOnce.addr, 256, http.StatusCreated, request) },
+		func() load {
+			hammer(b, delayed.addr, 256, http.StatusCreated, request) // from then on as many are Completed as created
+			l := hammer(b, delayed.addr, 256, http.StatusCreated, request)
+			ended := time.Now()
+			drained(b, delayed.url())
+			last = append(last, time.Since(ended).Seconds())
+			return l
+		})
+	b.ReportMetric(median(last), "last-s")
+}
+
+// BenchmarkIdle is the processor time of a service with 1,000 orders in a pause
+// and 1,000 clients that wait for them.
+func BenchmarkIdle(b *testing.B) {
+	const n = 1000
+	var attempts atomic.Int64
+	all := make(chan struct{})
+	endpoint := newUserEndpoint(b, func(w http.ResponseWriter, r *http.Request) {
+		if attempts.Add(1) == n {
+			close(all)
+		}
+		<-all
+		withStatus(http.StatusServiceUnavailable, "Retry-After", "60")(w, r)
+	})
+	p := startProcess(b, b.TempDir(), nil, "-work", "http://"+endpoint.addr, "-workers", strconv.Itoa(n), "-drain", "0s")
+	for range n {
+		conn, err := net.Dial("tcp", p.addr)
+		require.NoError(b, err)
+		defer conn.Close()
+		_, err = conn.Write(postRequest(exampleOrder))
+		require.NoError(b, err)
+		created, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		require.NoError(b, err)
+		_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n", created.Header.Get("Location"))
+		require.NoError(b, err)
+	}
+	require.Eventually(b, func() bool {
+		return metric(b, p.url(), "orderd_cache_hits_total") >= n && metric(b, p.url(), "orderd_orders_parked") == n
+	}, time.Minute, 10*time.Millisecond)
+	earlier, ok := p.cpu()
+	if !ok {
+		b.Skip("needs /proc")
+	}
+	time.Sleep(10 * lasting())
+	now, _ := p.cpu()
+	b.ReportMetric((now-earlier).Seconds()/(10*lasting()).Seconds()*100, "%-of-a-core")
+	b.ReportMetric(0, "ns/op")
+}
+
 // BenchmarkRead is GET /orders/:order_id of a cached order.
 func BenchmarkRead(b *testing.B) {
 	base, ours := startFloor(b), startOurs(b, b.TempDir())

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -942,6 +944,13 @@ func (t *totals) fields() []any {
 	return []any{&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
 }
 
+func (t *totals) values() (values []any) {
+	for _, field := range t.fields() {
+		values = append(values, *field.(*int64))
+	}
+	return values
+}
+
 // lookAtTotals reads the same of each version.
 var lookAtTotals = map[int64]string{
 	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
@@ -954,7 +963,7 @@ const (
 	insertColumns = "id_high, id_low, status, user_id, item_ids, cents, key"
 	insertValues  = "(?, ?, 0, ?, ?, ?, ?)"
 	insertArgs    = 6  // placeholders of a row
-	insertRows    = 16 // of one INSERT where there are as many: they share the price of running a statement
+	insertRows    = 16 // most rows of one INSERT: they share the price of running a statement
 )
 
 func appendOrder(args []any, c *create) []any {
@@ -1087,45 +1096,106 @@ func (e *sqliteEngine) recount() error {
 
 // writeTotals is a compare-and-set: it fails where another writer was there.
 func (e *sqliteEngine) writeTotals(t totals) error {
-	result, err := e.write.totals.Exec(append(t.fields(), e.last.seq)...)
+	changed, err := e.write.totals.exec(append(t.values(), e.last.seq)...)
 	if err != nil {
 		return err
 	}
-	if n, err := result.RowsAffected(); err != nil || n != 1 {
+	if changed != 1 {
 		return fmt.Errorf("%w: %s was written by another program: stop it, and start orderd again (two of them on one directory are kept apart by orderd.lock: do not remove that)", errBroken, e.file.path)
 	}
 	e.last = t
 	return nil
 }
 
+// statement is one that the writer runs for each commit or order, as the driver
+// prepares it: database/sql takes a sixth of the writer's time to lock, convert
+// and copy what one goroutine does on one connection.
+type statement struct {
+	driver.Stmt
+	args []driver.NamedValue // reused
+}
+
+// exec takes int64, string and nil. It returns how many rows it changed.
+func (s *statement) exec(args ...any) (changed int64, err error) {
+	s.args = s.args[:0]
+	for i, arg := range args {
+		s.args = append(s.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+	}
+	result, err := s.Stmt.(driver.StmtExecContext).ExecContext(context.Background(), s.args)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
 // statements are the writer's.
 type statements struct {
-	begin, commit, rollback, insert, insertMany, findKey, step, expirable, remove, totals *sql.Stmt
+	begin, commit, rollback, insertOne, step, totals statement
+	insert                                           [insertRows + 1]statement // by the number of rows
+
+	findKey, expirable, remove *sql.Stmt
 }
 
 func prepareStatements(db *sql.DB) (s *statements, err error) {
-	prepare := func(query string) *sql.Stmt {
-		stmt, prepareErr := db.Prepare(query)
-		err = cmp.Or(err, prepareErr)
-		return stmt
+	s = &statements{}
+	for stmt, query := range map[**sql.Stmt]string{
+		&s.findKey: findKey,
+		&s.expirable: "SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
+			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit",
+		&s.remove: "DELETE FROM orders WHERE " + expiredOrders,
+	} {
+		if *stmt, err = db.Prepare(query); err != nil {
+			return s, err
+		}
 	}
-	const insert = " INTO orders (" + insertColumns + ") VALUES " + insertValues
-	s = &statements{
-		begin:    prepare("BEGIN IMMEDIATE"),
-		commit:   prepare("COMMIT"),
-		rollback: prepare("ROLLBACK"),
-		insert:   prepare("INSERT" + insert),
-		// OR ROLLBACK spares SQLite a statement journal.
-		insertMany: prepare("INSERT OR ROLLBACK" + insert + strings.Repeat(", "+insertValues, insertRows-1)),
-		findKey:    prepare(findKey),
-		step:       prepare("UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?"),
-		expirable: prepare("SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
-			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit"),
-		remove: prepare("DELETE FROM orders WHERE " + expiredOrders),
-		totals: prepare("UPDATE totals SET (" + totalsColumns + ") = (?" +
-			strings.Repeat(", ?", strings.Count(totalsColumns, ",")) + ") WHERE seq = ?"),
+	conn, err := db.Conn(context.Background())
+	if err != nil {
+		return s, err
 	}
+	defer conn.Close() // back to db, which keeps its one connection
+	err = conn.Raw(func(c any) (err error) {
+		for stmt, query := range s.queries() {
+			stmt.Stmt, err = c.(driver.Conn).Prepare(query)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	return s, err
+}
+
+func (s *statements) queries() map[*statement]string {
+	// An order whose key has created another is left out.
+	const insert = " INTO orders (" + insertColumns + ") VALUES " + insertValues
+	const unlessReplayed = " ON CONFLICT (key) WHERE key IS NOT NULL DO NOTHING"
+	queries := map[*statement]string{
+		&s.begin:     "BEGIN IMMEDIATE",
+		&s.commit:    "COMMIT",
+		&s.rollback:  "ROLLBACK",
+		&s.insertOne: "INSERT" + insert + unlessReplayed,
+		&s.step:      "UPDATE orders SET status = ?, started = ?, took = ? WHERE id_high = ? AND status = ?",
+		&s.totals: "UPDATE totals SET (" + totalsColumns + ") = (?" +
+			strings.Repeat(", ?", strings.Count(totalsColumns, ",")) + ") WHERE seq = ?",
+	}
+	for rows := 1; rows <= insertRows; rows++ {
+		// OR ROLLBACK spares SQLite a statement journal.
+		queries[&s.insert[rows]] = "INSERT OR ROLLBACK" + insert + strings.Repeat(", "+insertValues, rows-1) + unlessReplayed
+	}
+	return queries
+}
+
+// close must come before the connection's: SQLite would keep that open.
+func (s *statements) close() (err error) {
+	if s == nil {
+		return nil
+	}
+	for stmt := range s.queries() {
+		if stmt.Stmt != nil {
+			err = errors.Join(err, stmt.Close())
+		}
+	}
+	return err
 }
 
 // commit runs a batch in one transaction. Where old orders cannot be removed, or
@@ -1154,13 +1224,13 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*create) error) error
 	err := e.fill(b, insert)
 	if err != nil {
 		e.last = before
-		e.write.rollback.Exec() // fails where SQLite has rolled back by itself
+		e.write.rollback.exec() // fails where SQLite has rolled back by itself
 		return e.outcome(err)
 	}
 	if e.beforeCommit != nil {
 		e.beforeCommit(b)
 	}
-	if _, err := e.write.commit.Exec(); err != nil {
+	if _, err := e.write.commit.exec(); err != nil {
 		e.last = before
 		return e.commitOutcome(err)
 	}
@@ -1171,7 +1241,7 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*create) error) error
 
 // fill runs every statement of a batch except COMMIT.
 func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
-	if _, err := e.write.begin.Exec(); err != nil {
+	if _, err := e.write.begin.exec(); err != nil {
 		return err
 	}
 	if err := e.expire(b); err != nil {
@@ -1266,27 +1336,11 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 	return looked, rows.Err()
 }
 
-// insertTogether inserts many orders to a statement where there are many. It
-// ends with errRejected where the table does not take one of them.
+// insertTogether inserts many orders to a statement. It ends with errRejected
+// where the table does not take one of them.
 func (e *sqliteEngine) insertTogether(creates []*create) error {
-	args := make([]any, 0, insertRows*insertArgs)
-	for _, c := range creates {
-		if c.key != "" {
-			if err := e.insertKeyed(c); err != nil {
-				return rejected(err)
-			}
-			continue
-		}
-		args = appendOrder(args, c)
-		if len(args) == cap(args) {
-			if _, err := e.write.insertMany.Exec(args...); err != nil {
-				return rejected(err)
-			}
-			args = args[:0]
-		}
-	}
-	for ; len(args) > 0; args = args[insertArgs:] {
-		if _, err := e.write.insert.Exec(args[:insertArgs]...); err != nil {
+	for some := range slices.Chunk(creates, insertRows) {
+		if err := e.insert(&e.write.insert[len(some)], some); err != nil {
 			return rejected(err)
 		}
 	}
@@ -1295,11 +1349,11 @@ func (e *sqliteEngine) insertTogether(creates []*create) error {
 
 // insertEach keeps what the table does not take from the creates beside it.
 func (e *sqliteEngine) insertEach(creates []*create) error {
-	for _, c := range creates {
-		err := rejected(e.insertKeyed(c))
+	for one := range slices.Chunk(creates, 1) {
+		err := rejected(e.insert(&e.write.insertOne, one))
 		if errors.Is(err, errRejected) {
 			e.log.Error("an order was refused by the table", "error", err)
-			c.err = err
+			one[0].err = err
 		} else if err != nil {
 			return err
 		}
@@ -1307,23 +1361,32 @@ func (e *sqliteEngine) insertEach(creates []*create) error {
 	return nil
 }
 
-// insertKeyed inserts an order, or finds the one that its key has created. What
-// a transaction found that was rolled back does not count.
-func (e *sqliteEngine) insertKeyed(c *create) error {
-	c.id, c.replayed, c.err = c.assigned, false, nil
-	if c.key != "" {
+// insert inserts orders, and finds those that their keys have created. What a
+// transaction found that was rolled back does not count.
+func (e *sqliteEngine) insert(stmt *statement, creates []*create) error {
+	args := make([]any, 0, insertRows*insertArgs)
+	for _, c := range creates {
+		c.id, c.replayed, c.err = c.assigned, false, nil
+		args = appendOrder(args, c)
+	}
+	inserted, err := stmt.exec(args...)
+	if err != nil || inserted == int64(len(creates)) {
+		return err
+	}
+	for _, c := range creates {
+		if c.key == "" {
+			continue
+		}
 		var seq int64
 		earlier, err := scanOrder(e.write.findKey.QueryRow(c.key).Scan, &seq)
-		if err == nil {
-			c.replay(earlier)
-			return nil
-		}
-		if !errors.Is(err, sql.ErrNoRows) {
+		if err != nil {
 			return err
 		}
+		if earlier.id != c.id {
+			c.replay(earlier)
+		}
 	}
-	_, err := e.write.insert.Exec(appendOrder(nil, c)...)
-	return err
+	return nil
 }
 
 func rejected(err error) error {
@@ -1339,12 +1402,8 @@ func (e *sqliteEngine) step(st *step) error {
 	if st.to.final() {
 		took = st.took
 	}
-	result, err := e.write.step.Exec(st.to, st.started, took, high(st.id), st.from)
-	if err != nil {
-		return err
-	}
-	n, err := result.RowsAffected()
-	st.void = n != 1
+	changed, err := e.write.step.exec(int64(st.to), st.started, took, high(st.id), int64(st.from))
+	st.void = changed != 1
 	return err
 }
 
@@ -1372,7 +1431,7 @@ func (e *sqliteEngine) commitOutcome(err error) error {
 	// Only these two are known to leave the transaction rolled back:
 	// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
 	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE:
-		e.write.rollback.Exec()
+		e.write.rollback.exec()
 		return fmt.Errorf("%w: %w", errNotWritten, err)
 	// No room for the WAL's index (-shm), found after the fsync of the WAL: a start
 	// now would find the batch, unless a smaller commit takes its place in the WAL.
@@ -1421,7 +1480,7 @@ func (e *sqliteEngine) close() error {
 	if e.lost != nil {
 		return e.lost
 	}
-	return errors.Join(e.rows.close(), e.lists.close(), e.file.close())
+	return errors.Join(e.rows.close(), e.lists.close(), e.write.close(), e.file.close())
 }
 
 func (e *sqliteEngine) gauges() []gauge {

@@ -22,6 +22,7 @@ import (
 
 const (
 	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
+	feedPause    = 5 * time.Millisecond   // after a read that came to the end of the table, so that the next one finds more
 	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
 	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
 	longestPause = 5 * time.Second        // of the pool, and of orders that met with trouble: once it is over they all go on
@@ -126,6 +127,7 @@ func (p *pool) feed() {
 			case <-p.stopping.Done():
 			}
 		case len(orders) < feedRows:
+			time.Sleep(feedPause)
 			select {
 			case <-p.stored:
 			case <-p.stopping.Done():
