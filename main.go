@@ -592,7 +592,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
 	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
 	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
-	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
+	define(fs, &c.pool.places, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)

@@ -1271,7 +1271,7 @@ var flagTable = []struct {
 	{name: "work-timeout", initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
 		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
 	{name: "work-token-file", initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"go.mod", "go.sum"}},
-	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.queue },
+	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.places },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
 		accepted: []string{"1", "100000000"}, refused: []string{"0", "100000001"}, limits: "a whole number from 1 to 100000000"},
@@ -4142,7 +4142,7 @@ func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
 			var worked diary
 			release := make(chan struct{})
 			a := newTestApp(t, func(c *config) {
-				c.pool.workers, c.pool.queue = 1, tc.queue
+				c.pool.workers, c.pool.places = 1, tc.queue
 				work := hold(release)
 				c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 					worked.note(id)
@@ -4174,7 +4174,7 @@ func TestBacklogFoundAtStartIsTakenInOrder(t *testing.T) {
 	stop()
 	var worked diary
 	a, _ = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.queue = 1, 16
+		c.pool.workers, c.pool.places = 1, 16
 		c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
 			worked.note(id)
 			return nil
@@ -4292,7 +4292,7 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 	seen := forwardOnly{newest: map[ulid.ULID]status{}}
 	var failing atomic.Pointer[ulid.ULID]
 	a, stop := openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.queue, c.store.cache, c.drain = 2, 4, 3, 0
+		c.pool.workers, c.pool.places, c.store.cache, c.drain = 2, 4, 3, 0
 		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 			if failing.CompareAndSwap(nil, &id) {
 				return errors.New("no")
@@ -4321,7 +4321,7 @@ func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
 	var steps stepDiary
 	release := make(chan struct{})
 	a, stop = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.queue, c.store.cache = 1, 4, 3
+		c.pool.workers, c.pool.places, c.store.cache = 1, 4, 3
 		work := hold(release)
 		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 			worked.note(id)
@@ -4712,7 +4712,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			e := newUserEndpoint(t, withStatus(200))
 			a, stop := openTestApp(t, dir, func(c *config) {
 				e.works(c)
-				c.pool.workers, c.pool.queue = workers, 16
+				c.pool.workers, c.pool.places = workers, 16
 			}, func(a *app) { noteFirstAttempts(a, &worked) })
 			ids := commitTogether(t, a.store, sampleOrders(20))
 			awaitRest(t, a, 0, 20)
@@ -7720,7 +7720,7 @@ func TestWorkThatPanics(t *testing.T) {
 	broken.Store(true)
 	var mu sync.Mutex
 	var attempts []time.Time
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.queue = 1, 1 }, func(a *app) {
+	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
 		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
 			if o.userID != "bad" || !broken.Load() {
 				return nil
@@ -7761,7 +7761,7 @@ func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
 	var mu sync.Mutex
 	var worked []ulid.ULID
 	a := newTestApp(t, func(cfg *config) {
-		cfg.pool.workers, cfg.pool.queue = 1, 1
+		cfg.pool.workers, cfg.pool.places = 1, 1
 		cfg.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
 			<-release
 			mu.Lock()
@@ -7787,7 +7787,7 @@ func TestOneFailingOrderStopsNoOther(t *testing.T) {
 	t.Parallel()
 	var broken atomic.Bool
 	broken.Store(true)
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.queue = 1, 1 }, func(a *app) {
+	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
 		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
 			if o.userID == "never" && broken.Load() {
 				return errors.New("the work fails")

@@ -26,7 +26,7 @@ CREATE TABLE orders (
 	id_high  bigint   PRIMARY KEY, -- of the ULID: (Unix ms of creation << 16) + sequence; also the queue's order
 	id_low   bigint   NOT NULL,    -- of the ULID: random
 	cents    bigint   NOT NULL CHECK (cents >= 0),
-	started  bigint,               -- Unix ms of the first attempt
+	started  bigint,               -- Unix ms of the first attempt of the replica that completed it
 	took     bigint,               -- µs from started to completion
 	status   smallint NOT NULL CHECK (status BETWEEN 0 AND 2), -- Pending, Processing, Completed
 	user_id  text     NOT NULL COLLATE "C",

@@ -881,7 +881,7 @@ CREATE TABLE orders (
 	user_id  TEXT    NOT NULL,
 	item_ids TEXT    NOT NULL,    -- comma-separated
 	cents    INTEGER NOT NULL CHECK (cents >= 0),
-	started  INTEGER,             -- Unix ms of the first attempt
+	started  INTEGER,             -- Unix ms of the first attempt since the last start of orderd
 	took     INTEGER,             -- µs from started to completion
 	key      TEXT                 -- idempotency key
 ) STRICT;
@@ -1674,8 +1674,8 @@ func progress(row *sql.Row) (busy bool, pages, moved int64, err error) {
 // ---- Reads. ----
 
 const (
-	rowReaders  = 2         // connections that read one order
-	listReaders = 4         // connections that read many
+	rowReaders  = 3         // connections that read one order; the feeder's reads, short too, do not wait for lists
+	listReaders = 4         // connections that read lists
 	readBytes   = 256 << 10 // of text, after which a page ends
 )
 
@@ -1756,7 +1756,7 @@ func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o
 }
 
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.lists.backlog.Query(after, limit)
+	rows, err := e.rows.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}

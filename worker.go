@@ -26,22 +26,23 @@ const (
 	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
 	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
 	longestPause = 5 * time.Second        // of the pool, and of orders that met with trouble: once it is over they all go on
-	givesWay     = 10 * time.Millisecond  // more than the pool's is such an order's pause: another is tried first
+	givesWay     = 10 * time.Millisecond  // by which the pause of an order that met with trouble is longer than the pool's: another is tried first
 	maxParked    = 1_000_000              // orders in a pause; beyond them the feeder waits
 )
 
 // poolOptions are the pool's part of the configuration.
 type poolOptions struct {
 	workers  int
-	queue    int              // capacity of the channel
+	places   int              // in the channel
 	work     work             // where there is no endpoint
 	endpoint endpointOptions  // that does the work, or zero
 	now      func() time.Time // the wall clock
 }
 
 // work is what processing an order means. It may run more than once for one
-// order (after an error, a time-out, a stop or a crash), ends early when ctx is done, and returns an error for what should
-// be tried again. attempt counts from 1 since the process started.
+// order (after an error, a time-out, a stop or a crash), ends early when ctx is
+// done, and returns an error for what should be tried again. attempt counts from
+// 1 since the process started.
 type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
 // pool runs orders through Processing to Completed. The channel is a window on
@@ -86,7 +87,7 @@ type job struct {
 func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
 		poolOptions: o, store: s, log: log, made: time.Now(),
-		queue: make(chan queued, o.queue), stored: make(chan struct{}, 1),
+		queue: make(chan queued, o.places), stored: make(chan struct{}, 1),
 		took: newHistogram(durationBounds), gate: newGate(),
 		failures: &fewLines{log: log}, troubles: &fewLines{log: log},
 	}
