@@ -457,12 +457,12 @@ var orderFields = [...]struct {
 // decodeCreate reads a body into an order. A body that is no single JSON object
 // is a 400; all that is wrong with its fields is one 422.
 func decodeCreate(body []byte) (*create, error) {
-	body = bytes.Trim(body, jsonSpace)
-	if !utf8.Valid(body) || !json.Valid(body) || body[0] != '{' {
+	members, ok := membersOf(body)
+	if !ok || !utf8.Valid(body) {
 		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
 			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
 	}
-	n, members, found := &create{}, membersOf(body), 0
+	n, found := &create{}, 0
 	var bad []fieldError
 	for _, field := range orderFields {
 		to := func(format string, args ...any) {
@@ -506,41 +506,33 @@ func surplus(members []member) (bad []fieldError) {
 	return append(unknown, bad...)
 }
 
-const jsonSpace = " \t\r\n"
-
 // member is one of a JSON object's, its value as it is written.
 type member struct {
 	name  string
 	value json.RawMessage
 }
 
-// membersOf splits a valid JSON object. encoding/json would match names whatever
-// their case, or take twice as long for a map, which hides repetitions.
-func membersOf(object []byte) (members []member) {
-	members = make([]member, 0, len(orderFields))
-	var name json.RawMessage
-	start, depth := 1, 0 // start of the name or value at i
-	for i := 1; i < len(object); i++ {
-		switch c := object[i]; {
-		case c == '"':
-			for i++; object[i] != '"'; i++ {
-				if object[i] == '\\' {
-					i++
-				}
-			}
-		case c == ':' && depth == 0:
-			name, start = bytes.Trim(object[start:i], jsonSpace), i+1
-		case (c == ',' || c == '}') && depth == 0 && name != nil:
-			text, _ := unquote(name)
-			members = append(members, member{text, bytes.Trim(object[start:i], jsonSpace)})
-			name, start = nil, i+1
-		case c == '{' || c == '[':
-			depth++
-		case c == '}' || c == ']':
-			depth--
-		}
+// membersOf reads a single JSON object. Decoding into a struct would match names
+// whatever their case, and into a map hide repetitions.
+func membersOf(body []byte) (members []member, ok bool) {
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if brace, err := dec.Token(); err != nil || brace != json.Delim('{') {
+		return nil, false
 	}
-	return members
+	for dec.More() {
+		name, err := dec.Token()
+		if err != nil {
+			return nil, false
+		}
+		m := member{name: name.(string)}
+		if err := dec.Decode(&m.value); err != nil {
+			return nil, false
+		}
+		members = append(members, m)
+	}
+	_, err := dec.Token() // the closing brace
+	_, end := dec.Token()
+	return members, err == nil && end == io.EOF
 }
 
 // unquote reads a valid JSON string. whole is false for an escape such as

@@ -2128,8 +2128,9 @@ func (d *database) inPlace() error {
 	if time.Since(d.checked) < lookEvery {
 		return nil
 	}
-	for path, opened := range d.opened {
-		if now, err := os.Stat(path); err != nil || !os.SameFile(opened, now) {
+	for _, path := range []string{d.path, d.path + "-wal"} {
+		opened := d.opened[path]
+		if now, err := os.Stat(path); opened != nil && (err != nil || !os.SameFile(opened, now)) {
 			return fmt.Errorf("%s was removed or replaced while orderd has it open: move it back, or stop orderd and put a backup in its place", path)
 		}
 	}
