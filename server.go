@@ -448,36 +448,41 @@ func idempotencyKey(values []string) (string, error) {
 	return key, nil
 }
 
-// orderFields are the members of a body.
-var orderFields = [...]struct {
-	name  string
-	parse func(*create, json.RawMessage, report)
-}{{"user_id", (*create).parseUserID}, {"item_ids", (*create).parseItemIDs}, {"total_amount", (*create).parseAmount}}
-
 // decodeCreate reads a body into an order. A body that is no single JSON object
 // is a 400; all that is wrong with its fields is one 422.
 func decodeCreate(body []byte) (*create, error) {
-	members, ok := membersOf(body)
-	if !ok || !utf8.Valid(body) {
+	var members map[string]json.RawMessage // exact names, unlike a struct's
+	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
 		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
 			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
 	}
-	n, found := &create{}, 0
+	n := &create{}
+	known := [...]struct {
+		name  string
+		parse func(json.RawMessage, report)
+	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
 	var bad []fieldError
-	for _, field := range orderFields {
+	count := len(members)
+	for _, field := range known {
 		to := func(format string, args ...any) {
 			bad = append(bad, fieldError{field.name, fmt.Sprintf(format, args...)})
 		}
-		i := slices.IndexFunc(members, func(m member) bool { return m.name == field.name })
-		if i < 0 {
+		if value, ok := members[field.name]; ok {
+			field.parse(value, to)
+			delete(members, field.name)
+		} else {
 			to("is missing")
-			continue
 		}
-		field.parse(n, members[i].value, to)
-		found++
 	}
-	if found < len(members) {
-		bad = append(bad, surplus(members)...)
+	for _, name := range slices.Sorted(maps.Keys(members)) { // what is left is unknown
+		bad = append(bad, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
+	}
+	// Each member has a colon: only with more of them can a name be there twice.
+	// Looking for it costs a twentieth of a create.
+	if bytes.Count(body, []byte(":")) > count {
+		for _, name := range repeated(body) {
+			bad = append(bad, fieldError{name, "is given more than once"})
+		}
 	}
 	if len(bad) > 0 {
 		f := newFault(http.StatusUnprocessableEntity, "The order was not taken: see errors for what is wrong with its fields.")
@@ -487,52 +492,22 @@ func decodeCreate(body []byte) (*create, error) {
 	return n, nil
 }
 
-// surplus finds names that are unknown, and those that are given more than once.
-func surplus(members []member) (bad []fieldError) {
-	times := map[string]int{}
-	for _, m := range members {
-		times[m.name]++
-		if times[m.name] == 2 {
-			bad = append(bad, fieldError{m.name, "is given more than once"})
-		}
-	}
-	for _, field := range orderFields {
-		delete(times, field.name)
-	}
-	var unknown []fieldError
-	for _, name := range slices.Sorted(maps.Keys(times)) {
-		unknown = append(unknown, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
-	}
-	return append(unknown, bad...)
-}
-
-// member is one of a JSON object's, its value as it is written.
-type member struct {
-	name  string
-	value json.RawMessage
-}
-
-// membersOf reads a single JSON object. Decoding into a struct would match names
-// whatever their case, and into a map hide repetitions.
-func membersOf(body []byte) (members []member, ok bool) {
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if brace, err := dec.Token(); err != nil || brace != json.Delim('{') {
-		return nil, false
-	}
+// repeated lists the names that a valid JSON object has more than once.
+func repeated(object []byte) (names []string) {
+	dec := json.NewDecoder(bytes.NewReader(object))
+	dec.Token() // the opening brace
+	seen := map[string]int{}
 	for dec.More() {
-		name, err := dec.Token()
-		if err != nil {
-			return nil, false
+		name, _ := dec.Token()
+		var value json.RawMessage
+		if dec.Decode(&value) != nil {
+			break
 		}
-		m := member{name: name.(string)}
-		if err := dec.Decode(&m.value); err != nil {
-			return nil, false
+		if seen[name.(string)]++; seen[name.(string)] == 2 {
+			names = append(names, name.(string))
 		}
-		members = append(members, m)
 	}
-	_, err := dec.Token() // the closing brace
-	_, end := dec.Token()
-	return members, err == nil && end == io.EOF
+	return names
 }
 
 // unquote reads a valid JSON string. whole is false for an escape such as
