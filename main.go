@@ -109,14 +109,14 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	if _, ok := variables["GOGC"]; !ok {
 		debug.SetGCPercent(gcPercent)
 	}
-	err = serve(ctx, cfg, stderr)
+	err = openAndServe(ctx, cfg, stderr)
 	if err != nil && cfg.log.file == logToStderr {
 		err = loggedError{err}
 	}
 	return err
 }
 
-func serve(ctx context.Context, cfg config, stderr io.Writer) error {
+func openAndServe(ctx context.Context, cfg config, stderr io.Writer) error {
 	a, err := openApp(cfg, stderr)
 	if err != nil {
 		return err
@@ -153,7 +153,7 @@ func backup(ctx context.Context, data, directory string) error {
 		path string
 	}{{m.file, filepath.Join(directory, "metrics.db")}, {engine.file, filepath.Join(directory, "orders.db")}}
 	for _, c := range copies {
-		if c.file.found == 0 {
+		if c.file.foundVersion == 0 {
 			return fmt.Errorf("there is no %s to back up: name the directory of the service with -data", c.file.path)
 		}
 	}

@@ -554,7 +554,7 @@ func checkInvariants(tb testing.TB, a *app) {
 	}
 	require.True(tb, cacheAgrees(a.store.cache, inTable), "the cache agrees with the table and with its ring")
 	if found.completed == found.accepted {
-		require.Empty(tb, a.pool.queue)
+		require.Empty(tb, a.pool.channel)
 		until(tb, func() bool { return a.pool.parked.len() == 0 }, "nothing is parked")
 	}
 }
@@ -4163,8 +4163,8 @@ func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
 				ids = append(ids, commitTogether(t, a.store, sampleOrders(tc.size))...)
 			}
 			awaitRest(t, a, 1, 0)
-			until(t, func() bool { return len(a.pool.queue) == min(tc.queue, len(ids)-1) }, "the channel is as full as it gets")
-			require.Equal(t, tc.queue, cap(a.pool.queue))
+			until(t, func() bool { return len(a.pool.channel) == min(tc.queue, len(ids)-1) }, "the channel is as full as it gets")
+			require.Equal(t, tc.queue, cap(a.pool.channel))
 			require.Equal(t, ids[:1], worked.read())
 			checkInvariants(t, a)
 			close(release)
@@ -4226,7 +4226,7 @@ func TestAPanicCostsOneAttempt(t *testing.T) {
 			}, nil)
 
 			ids := commitTogether(t, a.store, sampleOrders(3))
-			until(t, func() bool { return len(a.pool.queue) == 2 }, "the others wait for the one worker")
+			until(t, func() bool { return len(a.pool.channel) == 2 }, "the others wait for the one worker")
 			close(queued)
 			awaitRest(t, a, 0, 3)
 			require.Equal(t, append(ids, ids[0]), worked.read(), "the others go first, then it is tried again")
@@ -4253,7 +4253,7 @@ func TestParkedOrdersAreBounded(t *testing.T) {
 		}
 	})
 	ids := commitTogether(t, a.store, sampleOrders(5))
-	require.Never(t, func() bool { return len(a.pool.queue) > 0 || a.store.totals().pending() < 5 }, 2*firstRetry, firstRetry/10)
+	require.Never(t, func() bool { return len(a.pool.channel) > 0 || a.store.totals().pending() < 5 }, 2*firstRetry, firstRetry/10)
 	a.pool.parked.mu.Lock()
 	a.pool.parked.jobs = jobHeap{}
 	a.pool.parked.mu.Unlock()
@@ -4919,11 +4919,11 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 		p.park(job{}, p.made.Add(time.Duration(rand.Int64N(int64(time.Minute)))))
 	}
 	require.Equal(t, n, p.len())
-	_, ok := p.take(p.made)
+	_, ok := p.unpark(p.made)
 	require.False(t, ok, "none is due")
 	var last tick
 	for range n {
-		j, ok := p.take(p.made.Add(2 * time.Minute))
+		j, ok := p.unpark(p.made.Add(2 * time.Minute))
 		require.True(t, ok)
 		require.GreaterOrEqual(t, j.due, last)
 		last = j.due
@@ -4935,7 +4935,7 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	p.park(job{attempts: 2}, wrapped.Add(time.Minute))
 	p.park(job{attempts: 1}, wrapped.Add(-time.Minute))
 	for want := range int32(2) {
-		j, ok := p.take(wrapped.Add(2 * time.Minute))
+		j, ok := p.unpark(wrapped.Add(2 * time.Minute))
 		require.True(t, ok)
 		require.Equal(t, want+1, j.attempts, "also where ticks start anew")
 	}
@@ -8579,7 +8579,7 @@ func TestRetentionWaitsForRoom(t *testing.T) {
 	_, err := onSQLite(t, a).start()
 	require.NoError(t, err)
 	w := a.store.writer
-	w.engine, w.report = fullEngine{a.sqlite}, func(commitReport) {}
+	w.engine, w.tell = fullEngine{a.sqlite}, func(commitReport) {}
 	w.retention.start()
 	w.retention.due, w.retention.ahead = time.Time{}, 0
 	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")

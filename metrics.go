@@ -105,7 +105,7 @@ func (m *metrics) start(t totals) error {
 		return err
 	}
 	m.latest.CompareAndSwap(nil, &t) // the first commit may have come before
-	if err := m.take(*m.latest.Load()); err != nil {
+	if err := m.write(*m.latest.Load()); err != nil {
 		return err
 	}
 	m.quit, m.stopped = make(chan struct{}), make(chan struct{})
@@ -141,7 +141,7 @@ func (m *metrics) project() {
 			open = false
 		}
 		pause := projectEvery
-		if err := m.take(*m.latest.Load()); err != nil {
+		if err := m.write(*m.latest.Load()); err != nil {
 			m.log.Error("metrics.db cannot be written; its counts lag until it can", "error", err)
 			nudge(m.changed)
 			pause = retryPause
@@ -153,9 +153,9 @@ func (m *metrics) project() {
 	}
 }
 
-// take makes metrics.db hold t. The first time after a start it always writes,
+// write makes metrics.db hold t. The first time after a start it always writes,
 // which mends sums that somebody has changed.
-func (m *metrics) take(t totals) error {
+func (m *metrics) write(t totals) error {
 	if *m.counted.Load() == t {
 		return nil
 	}
@@ -244,8 +244,8 @@ func (e *exposition) sample(name, labels string, value float64) {
 	e.text = fmt.Appendf(e.text, "%s%s %g\n", name, labels, value)
 }
 
-// one is a family of a single sample.
-func (e *exposition) one(name, kind, help string, value float64) {
+// single is a family of a single sample.
+func (e *exposition) single(name, kind, help string, value float64) {
 	e.family(name, kind, help)
 	e.sample(name, "", value)
 }
@@ -299,8 +299,8 @@ var procFigures = []struct {
 func (e *exposition) process() {
 	e.family("go_info", "gauge", "Always 1; the label tells the version of Go.")
 	e.sample("go_info", fmt.Sprintf(`{version="%s"}`, runtime.Version()), 1)
-	e.one("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
-	e.one("process_start_time_seconds", "gauge", "Start of the process, in seconds since 1970.", float64(processStarted.UnixMilli())/1e3)
+	e.single("go_goroutines", "gauge", "Goroutines.", float64(runtime.NumGoroutine()))
+	e.single("process_start_time_seconds", "gauge", "Start of the process, in seconds since 1970.", float64(processStarted.UnixMilli())/1e3)
 	for _, f := range procFigures {
 		text, _ := os.ReadFile(f.file)
 		if numbers := f.pattern.FindSubmatch(text); numbers != nil {
@@ -309,10 +309,10 @@ func (e *exposition) process() {
 				n, _ := strconv.ParseFloat(string(number), 64)
 				sum += n
 			}
-			e.one(f.name, f.kind, f.help, sum*f.unit)
+			e.single(f.name, f.kind, f.help, sum*f.unit)
 		}
 	}
 	if open, err := os.ReadDir("/proc/self/fd"); err == nil {
-		e.one("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // this look's own
+		e.single("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // this look's own
 	}
 }

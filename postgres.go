@@ -851,7 +851,7 @@ func (l *lead) query(source string, args ...any) (orders []order, more bool, seq
 	return orders, room <= 0, seq, nil
 }
 
-func (l *lead) one(source string, args ...any) (o order, seq int64, err error) {
+func (l *lead) readOne(source string, args ...any) (o order, seq int64, err error) {
 	orders, _, seq, err := l.query(source, args...)
 	if err == nil && len(orders) == 0 {
 		return o, seq, errNotFound
@@ -863,11 +863,11 @@ func (l *lead) one(source string, args ...any) (o order, seq int64, err error) {
 }
 
 func (l *lead) find(id ulid.ULID) (order, int64, error) {
-	return l.one("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
+	return l.readOne("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
 }
 
 func (l *lead) findKey(key string) (order, int64, error) {
-	return l.one("SELECT * FROM orders WHERE key = $1", key)
+	return l.readOne("SELECT * FROM orders WHERE key = $1", key)
 }
 
 // list makes a page cost by its size and not by the table's: Pending and
@@ -917,7 +917,7 @@ func (l *lead) backlog(after int64, limit int) (found []queued, err error) {
 }
 
 func (l *lead) oldest(st status) (int64, error) {
-	o, _, err := l.one("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
+	o, _, err := l.readOne("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
 	if errors.Is(err, errNotFound) {
 		return math.MaxInt64, nil
 	}

@@ -135,7 +135,7 @@ func (s *server) handler() http.Handler {
 	e.HTTPErrorHandler = s.problem
 	e.Use(s.observe)
 	for path, handler := range map[string]echo.HandlerFunc{
-		"/":                 s.page,
+		"/":                 s.servePage,
 		"/openapi.json":     s.openAPI,
 		"/orders":           s.led(s.listOrders),
 		"/orders/:order_id": s.led(s.getOrder),
@@ -253,7 +253,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		request, response := c.Request(), c.Response()
 		id := string(strconv.AppendUint([]byte(s.boot), s.requests.Add(1), 36))
 		response.Header()[echo.HeaderXRequestID] = []string{id}
-		if err := s.answer(c, next); err != nil {
+		if err := s.guarded(c, next); err != nil {
 			c.Error(err)
 		}
 		took := time.Since(began)
@@ -313,9 +313,9 @@ func (s *server) passedOn(r *http.Request) bool {
 	return l != nil && l.pass != "" && len(pass) == 1 && subtle.ConstantTimeCompare([]byte(pass[0]), []byte(l.pass)) == 1
 }
 
-// answer calls the handler of a request that is admitted. A panic becomes an
+// guarded calls the handler of a request that is admitted. A panic becomes an
 // error, with the stack for the log.
-func (s *server) answer(c echo.Context, handler echo.HandlerFunc) (err error) {
+func (s *server) guarded(c echo.Context, handler echo.HandlerFunc) (err error) {
 	defer func() {
 		switch r := recover(); r {
 		case nil:
@@ -331,8 +331,8 @@ func (s *server) answer(c echo.Context, handler echo.HandlerFunc) (err error) {
 	return handler(c)
 }
 
-// open are the paths that need no token, and that any page may ask for.
-var open = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz": true}
+// public are the paths that need no token, and that any page may ask for.
+var public = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz": true}
 
 // admit keeps out requests for another host's name (DNS rebinding) while we
 // listen on loopback only, those that a page of another site made a browser
@@ -342,7 +342,7 @@ func (s *server) admit(c echo.Context) error {
 	switch {
 	case !s.ours(request.Host) && !s.passedOn(request):
 		return newFault(http.StatusMisdirectedRequest, "This server does not answer for the host %q: use localhost, or start it with that name as -host.", request.Host)
-	case open[path]:
+	case public[path]:
 		return nil
 	case request.Header.Get("Sec-Fetch-Site") == "cross-site":
 		return newFault(http.StatusForbidden, "This server does not answer requests that a page of another site sends.")
@@ -459,7 +459,7 @@ func decodeCreate(body []byte) (*create, error) {
 	n := &create{}
 	known := [...]struct {
 		name  string
-		parse func(json.RawMessage, report)
+		parse func(json.RawMessage, complain)
 	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
 	var bad []fieldError
 	count := len(members)
@@ -522,10 +522,10 @@ func unquote(value json.RawMessage) (text string, whole bool) {
 	return text, strings.Count(text, "\uFFFD") == meant
 }
 
-// report notes what is wrong with a field.
-type report func(format string, args ...any)
+// complain notes what is wrong with a field.
+type complain func(format string, args ...any)
 
-func (n *create) parseUserID(value json.RawMessage, bad report) {
+func (n *create) parseUserID(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
 	n.userID = strings.TrimSpace(text)
 	if ok && (n.userID == "" || len(n.userID) > maxUserID) {
@@ -533,7 +533,7 @@ func (n *create) parseUserID(value json.RawMessage, bad report) {
 	}
 }
 
-func (n *create) parseItemIDs(value json.RawMessage, bad report) {
+func (n *create) parseItemIDs(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
 	if !ok {
 		return
@@ -554,7 +554,7 @@ func (n *create) parseItemIDs(value json.RawMessage, bad report) {
 	n.itemIDs = strings.Join(items, ",")
 }
 
-func (n *create) parseAmount(value json.RawMessage, bad report) {
+func (n *create) parseAmount(value json.RawMessage, bad complain) {
 	if kind := kindOf(value); kind != "a number" {
 		bad("must be a number, not %s", kind)
 		return
@@ -567,7 +567,7 @@ func (n *create) parseAmount(value json.RawMessage, bad report) {
 
 // plainText takes a string without control characters (Unicode's category Cc).
 // ok is false only for what is no string.
-func plainText(value json.RawMessage, bad report) (text string, ok bool) {
+func plainText(value json.RawMessage, bad complain) (text string, ok bool) {
 	if kind := kindOf(value); kind != "a string" {
 		bad("must be a string, not %s", kind)
 		return "", false
@@ -856,9 +856,9 @@ func (s *server) prometheus() []byte {
 	if s.ready() == nil {
 		ready = 1
 	}
-	e.one("orderd_ready", "gauge", "1 while /readyz says ready, else 0.", ready)
+	e.single("orderd_ready", "gauge", "1 while /readyz says ready, else 0.", ready)
 	for _, g := range s.gauges() {
-		e.one(g.name, "gauge", g.help, g.value)
+		e.single(g.name, "gauge", g.help, g.value)
 	}
 	if l := s.leads.Load(); l != nil {
 		s.ordersMetrics(&e, l)
@@ -873,7 +873,7 @@ func (s *server) prometheus() []byte {
 			}
 		}
 	}
-	e.one("orderd_log_lines_dropped_total", "counter", "Log lines lost to a full buffer or a failing disk.", float64(s.log.dropped.Load()))
+	e.single("orderd_log_lines_dropped_total", "counter", "Log lines lost to a full buffer or a failing disk.", float64(s.log.dropped.Load()))
 	e.family("orderd_build_info", "gauge", "Always 1; the labels tell the build.")
 	version, commit := buildInfo()
 	e.sample("orderd_build_info", fmt.Sprintf(`{version="%s",commit="%s",goversion="%s"}`, version, commit, runtime.Version()), 1)
@@ -885,32 +885,32 @@ func (s *server) prometheus() []byte {
 func (s *server) ordersMetrics(e *exposition, l *leadership) {
 	t, cache := l.store.totals(), l.store.cache
 	sum := s.metrics.summary(t)
-	e.one("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
-	e.one("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
-	e.one("orderd_orders_removed_total", "counter", "Completed orders removed by -keep.", float64(t.removed))
+	e.single("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
+	e.single("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
+	e.single("orderd_orders_removed_total", "counter", "Completed orders removed by -keep.", float64(t.removed))
 	e.family("orderd_orders", "gauge", "Orders stored, by status.")
 	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
 		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
 	}
 	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.took)
-	e.one("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where the orders cannot be read.", oldestPending(l.store))
-	e.one("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(l.pool.queue)))
-	e.one("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(l.pool.queue)))
-	e.one("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(l.pool.failed.Load()))
-	e.one("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(l.pool.parked.len()))
+	e.single("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where the orders cannot be read.", oldestPending(l.store))
+	e.single("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(l.pool.channel)))
+	e.single("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(l.pool.channel)))
+	e.single("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(l.pool.failed.Load()))
+	e.single("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(l.pool.parked.len()))
 	if l.pool.endpoint.url != "" {
 		down := 0.0
 		if shut, _ := l.pool.gate.state(); shut {
 			down = 1
 		}
-		e.one("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
+		e.single("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
 	}
-	e.one("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
-	e.one("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
-	e.one("orderd_cache_misses_total", "counter", "Status reads that went to the table.", float64(cache.misses.Load()))
+	e.single("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
+	e.single("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
+	e.single("orderd_cache_misses_total", "counter", "Status reads that went to the table.", float64(cache.misses.Load()))
 	e.histogram("orderd_commit_operations", "Creates and steps in one commit of orders.", &s.metrics.commitSizes)
 	e.histogram("orderd_commit_seconds", "Time of one commit of orders, until it is durable.", &s.metrics.commitTimes)
-	e.one("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
+	e.single("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
 }
 
 // oldestPending is an age in seconds.
@@ -947,9 +947,9 @@ func (s *server) ready() error {
 	return nil
 }
 
-// page serves the one page. Its policy allows its own script and style by
+// servePage serves the one servePage. Its policy allows its own script and style by
 // their hashes, and requests to this server only.
-func (s *server) page(c echo.Context) error {
+func (s *server) servePage(c echo.Context) error {
 	header := c.Response().Header()
 	header.Set(echo.HeaderContentSecurityPolicy, pagePolicy)
 	header.Set(echo.HeaderXContentTypeOptions, "nosniff")

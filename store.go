@@ -310,7 +310,7 @@ func (s *store) start(report func(commitReport)) error {
 		return err
 	}
 	s.published.Store(&t)
-	s.writer.newest, s.writer.report = t.newest, report
+	s.writer.newest, s.writer.tell = t.newest, report
 	s.writer.retention.start()
 	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
 	go s.writer.run()
@@ -492,8 +492,8 @@ func (b *batch) move(st step) {
 	b.steps = append(b.steps, st)
 }
 
-// answer releases everyone who waits for the batch.
-func (b *batch) answer(err error) {
+// release releases everyone who waits for the batch.
+func (b *batch) release(err error) {
 	b.err = err
 	close(b.done)
 }
@@ -503,11 +503,11 @@ type intake struct {
 	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
 	stepped chan struct{} // capacity 1: a step does
 
-	mu       sync.Mutex // guards the rest
-	open     *batch
-	taken    time.Time // when the writer began with the batch that it is at; or zero
-	refusing error     // why creates are refused now, or nil
-	closed   bool
+	mu        sync.Mutex // guards the rest
+	open      *batch
+	busySince time.Time // when the writer began with the batch that it is at; or zero
+	refusing  error     // why creates are refused now, or nil
+	closed    bool
 }
 
 func newIntake() *intake {
@@ -557,7 +557,7 @@ func (in *intake) ready() error {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	err := in.refusal()
-	if err == nil && !in.taken.IsZero() && time.Since(in.taken) > stalledAfter {
+	if err == nil && !in.busySince.IsZero() && time.Since(in.busySince) > stalledAfter {
 		err = errStalled
 	}
 	return err
@@ -568,7 +568,7 @@ func (in *intake) take() *batch {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	b := in.open
-	in.open, in.taken = newBatch(nil), time.Now()
+	in.open, in.busySince = newBatch(nil), time.Now()
 	return b
 }
 
@@ -576,7 +576,7 @@ func (in *intake) take() *batch {
 func (in *intake) rest() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	in.taken = time.Time{}
+	in.busySince = time.Time{}
 }
 
 func (in *intake) creates() int {
@@ -594,7 +594,7 @@ func (in *intake) refuse(err error) (changed bool) {
 	in.refusing = err
 	if waiting := in.open; err != nil && len(waiting.creates) > 0 {
 		in.open = newBatch(waiting.steps)
-		waiting.answer(err)
+		waiting.release(err)
 	}
 	return changed
 }
@@ -622,7 +622,7 @@ type writer struct {
 	retention *retention
 	log       *logger
 	now       func() time.Time
-	report    func(commitReport)
+	tell      func(commitReport)
 
 	newest  int64    // upper half of the newest ID
 	changes []change // of the last commit; reused
@@ -707,15 +707,15 @@ func (w *writer) commit(b *batch) error {
 		w.publishTotals(b.totals)
 	}
 	if err != nil {
-		b.answer(publicKind(err))
+		b.release(publicKind(err))
 		return err
 	}
 	w.publish(b)
-	b.answer(nil)
+	b.release(nil)
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	w.report(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
+	w.tell(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
 	return nil
 }
 
@@ -1024,10 +1024,10 @@ type sqliteEngine struct {
 	rows  *reader // one order
 	lists *reader // many
 
-	last  totals // as of the last commit
-	users *userIndex
-	wal   *checkpointer
-	lost  error // why the files must be left alone: an outcome is unknown, or they are not in place
+	last     totals // as of the last commit
+	users    *userIndex
+	wal      *checkpointer
+	handsOff error // why the files must be left alone: an outcome is unknown, or they are not in place
 
 	beforeCommit func(*batch) // a test's, just before COMMIT; or nil
 }
@@ -1139,7 +1139,7 @@ type statements struct {
 func prepareStatements(db *sql.DB) (s *statements, err error) {
 	s = &statements{}
 	for stmt, query := range map[**sql.Stmt]string{
-		&s.findKey: findKey,
+		&s.findKey: selectByKey,
 		&s.expirable: "SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
 			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit",
 		&s.remove: "DELETE FROM orders WHERE " + expiredOrders,
@@ -1251,7 +1251,7 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 		return err
 	}
 	for i := range b.steps {
-		if err := e.step(&b.steps[i]); err != nil {
+		if err := e.applyStep(&b.steps[i]); err != nil {
 			return err
 		}
 	}
@@ -1396,8 +1396,8 @@ func rejected(err error) error {
 	return err
 }
 
-// step moves an order, unless it is not where the step starts from.
-func (e *sqliteEngine) step(st *step) error {
+// applyStep moves an order, unless it is not where the applyStep starts from.
+func (e *sqliteEngine) applyStep(st *step) error {
 	var took any // NULL until final
 	if st.to.final() {
 		took = st.took
@@ -1449,14 +1449,14 @@ func (e *sqliteEngine) commitOutcome(err error) error {
 // what it could not write, and would call the next one good
 // (https://wiki.postgresql.org/wiki/Fsync_Errors).
 func (e *sqliteEngine) unknown(err error) error {
-	e.lost = fmt.Errorf("%w: check the disk, then start orderd again to find out; no order it confirmed is lost (%w)", errOutcomeUnknown, err)
-	return e.lost
+	e.handsOff = fmt.Errorf("%w: check the disk, then start orderd again to find out; no order it confirmed is lost (%w)", errOutcomeUnknown, err)
+	return e.handsOff
 }
 
 // inPlace makes sure that the files are still those that a restart would open.
 func (e *sqliteEngine) inPlace() error {
-	if e.lost = e.file.inPlace(); e.lost != nil {
-		return fmt.Errorf("%w: %w", errNotWritten, e.lost)
+	if e.handsOff = e.file.inPlace(); e.handsOff != nil {
+		return fmt.Errorf("%w: %w", errNotWritten, e.handsOff)
 	}
 	return nil
 }
@@ -1477,8 +1477,8 @@ func (e *sqliteEngine) current() error { return nil }
 // close closes the readers first, so that the writer's connection is the last
 // and removes the WAL.
 func (e *sqliteEngine) close() error {
-	if e.lost != nil {
-		return e.lost
+	if e.handsOff != nil {
+		return e.handsOff
 	}
 	return errors.Join(e.rows.close(), e.lists.close(), e.write.close(), e.file.close())
 }
@@ -1680,12 +1680,12 @@ const (
 )
 
 const (
-	findID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
-	findKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
+	selectByID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
+	selectByKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
 	// Each status is read in the sequence of the index, and no content: the cost is
 	// that of the orders returned, wherever they are in the table.
-	findBacklog = "SELECT * FROM (" + ofBacklog + "0 ORDER BY id_high LIMIT ?2) UNION ALL SELECT * FROM (" + ofBacklog + "1 ORDER BY id_high LIMIT ?2) ORDER BY 1 LIMIT ?2"
-	ofBacklog   = "SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high > ?1 AND status = "
+	selectBacklog = "SELECT * FROM (" + ofBacklog + "0 ORDER BY id_high LIMIT ?2) UNION ALL SELECT * FROM (" + ofBacklog + "1 ORDER BY id_high LIMIT ?2) ORDER BY 1 LIMIT ?2"
+	ofBacklog     = "SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high > ?1 AND status = "
 )
 
 // reader is a pool of read-only connections. They are opened at start and kept,
@@ -1707,7 +1707,7 @@ func openReader(path string, connections int) (*reader, error) {
 		err = cmp.Or(err, prepareErr)
 		return stmt
 	}
-	r := &reader{DB: db, findID: prepare(findID), findKey: prepare(findKey), backlog: prepare(findBacklog)}
+	r := &reader{DB: db, findID: prepare(selectByID), findKey: prepare(selectByKey), backlog: prepare(selectBacklog)}
 	open := make([]*sql.Conn, 0, connections)
 	for err == nil && len(open) < connections {
 		var c *sql.Conn
@@ -1736,15 +1736,15 @@ func (r *reader) close() error {
 }
 
 func (e *sqliteEngine) find(id ulid.ULID) (order, int64, error) {
-	return e.one(e.rows.findID, high(id), func(o order) bool { return o.id == id })
+	return e.readOne(e.rows.findID, high(id), func(o order) bool { return o.id == id })
 }
 
 func (e *sqliteEngine) findKey(key string) (order, int64, error) {
-	return e.one(e.rows.findKey, key, func(order) bool { return true })
+	return e.readOne(e.rows.findKey, key, func(order) bool { return true })
 }
 
-// one reads one order; not finding it is also an answer as of a seq.
-func (e *sqliteEngine) one(query *sql.Stmt, by any, matches func(order) bool) (o order, seq int64, err error) {
+// readOne reads readOne order; not finding it is also an answer as of a seq.
+func (e *sqliteEngine) readOne(query *sql.Stmt, by any, matches func(order) bool) (o order, seq int64, err error) {
 	o, err = scanOrder(query.QueryRow(by).Scan, &seq)
 	if err == nil && matches(o) {
 		return o, seq, nil
@@ -1795,7 +1795,7 @@ func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
 	}
 	l := &listing{tx: tx, limit: f.limit, room: readBytes}
 	searched, err := l.search(f, b)
-	return l.page(searched), seq, err
+	return l.result(searched), seq, err
 }
 
 // listBounds are upper halves of IDs that bound the cost of a page by its
@@ -1839,9 +1839,9 @@ func (l *listing) read(from, where, sort string, args ...any) error {
 
 func (l *listing) full() bool { return l.room <= 0 || len(l.orders) > l.limit }
 
-// page ends what was read. searched is the oldest ID looked for, 0 at the end
+// result ends what was read. searched is the oldest ID looked for, 0 at the end
 // of the table.
-func (l *listing) page(searched int64) (p page) {
+func (l *listing) result(searched int64) (p page) {
 	p.orders = l.orders[:min(len(l.orders), l.limit)]
 	switch {
 	case l.full():
@@ -1923,9 +1923,9 @@ type database struct {
 	// and whatever comes of it; 0 where its owner makes them.
 	autoCheckpoint int
 
-	found   int64                  // version of the file as inspected; 0 where there is no schema yet
-	opened  map[string]os.FileInfo // what its paths named when it was opened
-	checked time.Time              // when inPlace last looked
+	foundVersion int64                  // version of the file as inspected; 0 where there is no schema yet
+	inode        map[string]os.FileInfo // what its paths named when it was opened
+	checked      time.Time              // when inPlace last looked
 }
 
 // openSQLite opens lazily: no file is touched before the first statement.
@@ -2010,7 +2010,7 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	case whole && info.Size()%pageSize != 0:
 		return damaged(d.path) // SQLite would take zeros for the rest of the last page
 	}
-	d.found = version
+	d.foundVersion = version
 	err = db.QueryRow(query).Scan(into...)
 	if err != nil && code(err) == 0 { // no row, or no numbers in it
 		return damaged(d.path)
@@ -2026,8 +2026,8 @@ func exists(path string) bool {
 // open makes the database if need be, opens it durably, and upgrades an older
 // one. Call inspect first.
 func (d *database) open(log *logger) (err error) {
-	if d.found == 0 {
-		if err := d.create(); err != nil {
+	if d.foundVersion == 0 {
+		if err := d.makeNew(); err != nil {
 			return err
 		}
 	}
@@ -2041,8 +2041,8 @@ func (d *database) open(log *logger) (err error) {
 		return err
 	}
 	d.remember()
-	if d.found < d.version {
-		log.Info("upgrading the schema: up to a minute for each 5,000,000 orders", "file", d.path, "from", d.found, "to", d.version)
+	if d.foundVersion < d.version {
+		log.Info("upgrading the schema: up to a minute for each 5,000,000 orders", "file", d.path, "from", d.foundVersion, "to", d.version)
 		return explain(d.path, d.upgrade())
 	}
 	return nil
@@ -2052,7 +2052,7 @@ func (d *database) open(log *logger) (err error) {
 // database, since memory may not have room for them.
 func (d *database) upgrade() error {
 	directory := strings.ReplaceAll(filepath.Dir(d.path), "'", "''")
-	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.found):], "")
+	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.foundVersion):], "")
 	_, err := d.Exec(fmt.Sprintf("PRAGMA temp_store_directory = '%s'; PRAGMA temp_store = FILE; BEGIN IMMEDIATE; %s; PRAGMA user_version = %d; COMMIT; "+
 		"PRAGMA temp_store = MEMORY; PRAGMA wal_checkpoint(TRUNCATE)", directory, steps, d.version))
 	return err
@@ -2077,9 +2077,9 @@ func (d *database) setDurable() error {
 	return nil
 }
 
-// create makes the database under another name and moves it into place, so
+// makeNew makes the database under another name and moves it into place, so
 // that no power cut leaves a part of one.
-func (d *database) create() error {
+func (d *database) makeNew() error {
 	unfinished := d.path + ".new"
 	// SQLite would take a -wal or a -journal of an earlier file for this one's.
 	for _, leftover := range []string{unfinished, d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
@@ -2106,16 +2106,16 @@ func (d *database) create() error {
 	}
 	syncDirectory(filepath.Dir(d.path))
 	syncDirectory(filepath.Dir(filepath.Dir(d.path))) // where the log may have made the directory
-	d.found = d.version
+	d.foundVersion = d.version
 	return nil
 }
 
 // remember notes what the database's paths name now, for inPlace.
 func (d *database) remember() {
-	d.opened = map[string]os.FileInfo{}
+	d.inode = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
 		if info, err := os.Stat(path); err == nil {
-			d.opened[path] = info
+			d.inode[path] = info
 		}
 	}
 }
@@ -2129,7 +2129,7 @@ func (d *database) inPlace() error {
 		return nil
 	}
 	for _, path := range []string{d.path, d.path + "-wal"} {
-		opened := d.opened[path]
+		opened := d.inode[path]
 		if now, err := os.Stat(path); opened != nil && (err != nil || !os.SameFile(opened, now)) {
 			return fmt.Errorf("%s was removed or replaced while orderd has it open: move it back, or stop orderd and put a backup in its place", path)
 		}

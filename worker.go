@@ -53,13 +53,13 @@ type pool struct {
 	log   *logger
 	made  time.Time
 
-	queue  chan queued
-	stored chan struct{} // capacity 1: the table has new orders
-	parked *parking
-	gate   *gate
-	took   histogram
-	active atomic.Int64 // attempts under way
-	failed atomic.Int64 // attempts that failed
+	channel chan queued
+	stored  chan struct{} // capacity 1: the table has new orders
+	parked  *parking
+	gate    *gate
+	took    histogram
+	active  atomic.Int64 // attempts under way
+	failed  atomic.Int64 // attempts that failed
 
 	failures *fewLines // of one order each
 	troubles *fewLines // of the endpoint
@@ -87,7 +87,7 @@ type job struct {
 func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
 		poolOptions: o, store: s, log: log, made: time.Now(),
-		queue: make(chan queued, o.places), stored: make(chan struct{}, 1),
+		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
 		took: newHistogram(durationBounds), gate: newGate(),
 		failures: &fewLines{log: log}, troubles: &fewLines{log: log},
 	}
@@ -104,7 +104,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 func (p *pool) start() {
 	p.running.Go(p.feed)
 	for range p.workers {
-		p.running.Go(p.serve)
+		p.running.Go(p.runWorker)
 	}
 }
 
@@ -147,15 +147,15 @@ func (p *pool) push(o queued) bool {
 		}
 	}
 	select {
-	case p.queue <- o:
+	case p.channel <- o:
 		return true
 	case <-p.stopping.Done():
 		return false
 	}
 }
 
-// serve is one worker. It takes no more orders once the pool is stopped.
-func (p *pool) serve() {
+// runWorker is one worker. It takes no more orders once the pool is stopped.
+func (p *pool) runWorker() {
 	for p.stopping.Err() == nil {
 		shut, changed := p.gate.state()
 		if shut {
@@ -178,10 +178,10 @@ func (p *pool) serve() {
 // next waits for a new order, in its turn, or a parked one that is due.
 func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 	select {
-	case o := <-p.queue:
+	case o := <-p.channel:
 		return p.begin(o), true
 	case <-p.parked.ready:
-		return p.parked.take(time.Now())
+		return p.parked.unpark(time.Now())
 	case <-interrupted:
 	case <-p.stopping.Done():
 	}
@@ -288,7 +288,7 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 
 // trial is the parked order that has been due longest, else the next new one.
 func (p *pool) trial(over time.Time) (j job, ok bool) {
-	j, ok = p.parked.take(over)
+	j, ok = p.parked.unpark(over)
 	for !ok && p.stopping.Err() == nil {
 		j, ok = p.next(nil)
 	}
@@ -373,8 +373,8 @@ func (p *parking) park(j job, due time.Time) {
 	p.arm()
 }
 
-// take removes the job that is due first, if it is due by now.
-func (p *parking) take(now time.Time) (j job, ok bool) {
+// unpark removes the job that is due first, if it is due by now.
+func (p *parking) unpark(now time.Time) (j job, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.jobs.n > 0 && p.jobs.at(0).due.after(p.tick(now)) <= 0 {
