@@ -3914,7 +3914,7 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 		if o.status == completed {
 			o.took = rand.Int64N(1e12)
 		}
-		_, err := db.Exec("INSERT INTO orders ("+insertColumns+", started, took) VALUES ($1, $2, CAST($3 AS smallint), $4, $5, $6, NULL, nullif($7, 0), CASE WHEN CAST($3 AS smallint) = 2 THEN CAST($8 AS bigint) END)",
+		_, err := db.Exec("INSERT INTO orders ("+insertColumns+", started, took) VALUES ($1, $2, CAST($3 AS smallint), $4, $5, $6, NULL, nullif(CAST($7 AS bigint), 0), CASE WHEN CAST($3 AS smallint) = 2 THEN CAST($8 AS bigint) END)",
 			high(id), low(id), int64(o.status), o.userID, o.itemIDs, o.cents, o.started, o.took)
 		require.NoError(t, err)
 		var shown listedOrder
@@ -9791,7 +9791,7 @@ func TestOnPostgreSQL(t *testing.T) {
 	self, err := os.Executable()
 	require.NoError(t, err)
 	cmd := exec.CommandContext(t.Context(), self, "-test.run", "^Test("+onPostgreSQL+")$", "-test.parallel", "8", "-test.v", "-kill-rounds", "2")
-	cmd.Env = append(os.Environ(), "TEST_POSTGRES="+c.url(""))
+	cmd.Env = append(os.Environ(), "TEST_POSTGRES="+c.url("application_name=test"))
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	require.NotContains(t, string(out), "--- SKIP: Test", "a test that is about SQLite is not for this list")
