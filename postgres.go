@@ -822,13 +822,25 @@ func (l *lead) close() error {
 
 // query reads what source finds, in one snapshot with the leader's row, and
 // returns that row's seq. It ends after readBytes of text, and then more is true.
+// A connection that has died says so only when it is used: then another is tried.
 func (l *lead) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
+	for range 3 {
+		orders, more, seq, err = l.tryQuery(ctx, source, args)
+		if err == nil || errors.Is(err, errDeposed) {
+			return orders, more, seq, err
+		}
+		sleep(ctx, reconnectPause/10)
+	}
+	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
+}
+
+func (l *lead) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
 	least, room := l.proven.Load(), readBytes
 	rows, err := l.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
 	if err != nil {
-		return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
+		return nil, false, 0, err
 	}
 	defer rows.Close()
 	for room > 0 && rows.Next() {
@@ -845,10 +857,8 @@ func (l *lead) query(source string, args ...any) (orders []order, more bool, seq
 			room -= len(o.userID) + len(o.itemIDs)
 		}
 	}
-	if rows.Close(); rows.Err() != nil {
-		return nil, false, 0, fmt.Errorf("%w: %w", errSilent, rows.Err())
-	}
-	return orders, room <= 0, seq, nil
+	rows.Close()
+	return orders, room <= 0, seq, rows.Err()
 }
 
 func (l *lead) readOne(source string, args ...any) (o order, seq int64, err error) {
