@@ -822,7 +822,7 @@ func (l *lead) close() error {
 
 // query reads what source finds, in one snapshot with the leader's row, and
 // returns that row's seq. It ends after readBytes of text, and then more is true.
-// A connection that has died says so only when it is used: then another is tried.
+// A connection that has died says so only when it is used: then a new one is tried.
 func (l *lead) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
@@ -831,6 +831,7 @@ func (l *lead) query(source string, args ...any) (orders []order, more bool, seq
 		if err == nil || errors.Is(err, errDeposed) {
 			return orders, more, seq, err
 		}
+		l.reads.Reset() // of the others, too
 		sleep(ctx, reconnectPause/10)
 	}
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
