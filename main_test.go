@@ -6114,7 +6114,7 @@ func (j *journal) observe(base string) (stop func()) {
 		floor := maps.Clone(j.seen) // shown before the request
 		j.mu.Unlock()
 		page, err := fetchPage(client, base+"/orders?limit=200")
-		if errors.Is(err, errNotListed) && !(j.replicas && strings.HasSuffix(err.Error(), " 503")) {
+		if errors.Is(err, errNotListed) && !(j.replicas && strings.Contains(err.Error(), " answers 503")) {
 			j.violate("%v", err)
 		}
 		if err != nil {
@@ -6197,7 +6197,8 @@ func fetchPage(client *http.Client, address string) (page ordersPage, err error)
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return page, fmt.Errorf("%w: GET %s answers %d", errNotListed, address, response.StatusCode)
+		text, _ := io.ReadAll(response.Body)
+		return page, fmt.Errorf("%w: GET %s answers %d: %s", errNotListed, address, response.StatusCode, text)
 	}
 	return page, json.NewDecoder(response.Body).Decode(&page)
 }
