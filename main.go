@@ -1,5 +1,5 @@
 // Orderd is an order service in one binary. It takes orders over HTTP, keeps
-// them in SQLite, runs each through Pending, Processing and Completed on a
+// them in SQLite, or for several machines in PostgreSQL, runs each through Pending, Processing and Completed on a
 // fixed pool of goroutines, and answers "where is my order?" from memory.
 //
 // An order is answered with 201 only after the commit that holds it has been
@@ -8,14 +8,14 @@
 //
 // Each file uses only files below it in this table:
 //
-//	main.go    flags and config; the wiring, in the order of lifetimes; start and stop
-//	server.go  HTTP: routes, handlers, validation, problem documents, the Prometheus page
-//	worker.go  feeder, channel, pool, the work
-//	metrics.go metrics.db, its projector, the summary, histogram and exposition types
+//	main.go     flags and config; the wiring, in the order of lifetimes; start and stop
+//	server.go   HTTP: routes, handlers, validation, problem documents, the Prometheus page
+//	worker.go   feeder, channel, pool, the work
+//	metrics.go  metrics.db, its projector, the summary, histogram and exposition types
 //	postgres.go the store's engine for more than one machine, and who of them leads
-//	store.go   orders: the domain, the store with its writer, the SQLite engine
-//	cache.go   status, and the bounded map of statuses
-//	log.go     slog over lumberjack
+//	store.go    orders: the domain, the store with its writer, the SQLite engine
+//	cache.go    status, and the bounded map of statuses
+//	log.go      slog over lumberjack
 package main
 
 import (
@@ -263,10 +263,10 @@ func (a *app) start() (err error) {
 		return err
 	}
 	a.server = newServer(a.serverOptions(), a.metrics, a.log)
+	a.announce()
 	if a.store != nil {
 		a.lead()
 	}
-	a.announce()
 	return nil
 }
 
@@ -288,6 +288,9 @@ func (a *app) serverOptions() serverOptions {
 func (a *app) lead() {
 	a.pool.start()
 	a.server.leads.Store(&leadership{a.store, a.pool, a.pass})
+	if ahead := a.store.clockBehind(); ahead > time.Minute {
+		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
+	}
 }
 
 // committed tells those who live on commits of one.
@@ -310,16 +313,29 @@ func (a *app) serve(ctx context.Context) error {
 	}()
 	err := a.keepLeading(ctx)
 	select {
-	case err = <-served:
-		a.log.Error("cannot accept connections any more", "error", err)
+	case acceptErr := <-served:
+		a.log.Error("cannot accept connections any more", "error", acceptErr)
+		err = errors.Join(err, acceptErr)
 	default:
 	}
 	return errors.Join(err, a.close())
 }
 
 // keepLeading returns when ctx is done, or with the reason why the orders cannot
-// be kept any longer. A replica that is deposed stands by until it leads again.
+// be kept any longer.
 func (a *app) keepLeading(ctx context.Context) error {
+	if a.postgres != nil {
+		return a.takeTurns(ctx)
+	}
+	select {
+	case <-ctx.Done():
+	case <-a.store.failed(): // close tells why
+	}
+	return nil
+}
+
+// takeTurns stands by, leads, and once deposed stands by again.
+func (a *app) takeTurns(ctx context.Context) error {
 	for {
 		var err error
 		if a.store == nil {
@@ -340,13 +356,11 @@ func (a *app) keepLeading(ctx context.Context) error {
 			case <-a.store.failed():
 			}
 		}
-		if a.postgres == nil {
-			return nil // close tells why
-		}
 		if err = errors.Join(err, a.stepDown()); errors.Is(err, errBroken) {
 			return err
 		}
-		a.log.Warn("this replica leads no more", "because", err)
+		a.log.Warn("this replica does not lead: it stands by", "because", err)
+		sleep(ctx, retryPause)
 	}
 }
 
@@ -361,7 +375,8 @@ func (a *app) standBy(ctx context.Context, follow func(url, pass string)) error 
 	return nil
 }
 
-// stepDown takes down what works on orders: they are another replica's now.
+// stepDown takes the store and the pool down: another replica leads, or the
+// start has failed.
 func (a *app) stepDown() error {
 	a.server.leads.Store(nil)
 	a.pool.stop()
@@ -405,9 +420,6 @@ func (a *app) close() error {
 // abandon closes what a failed start has opened.
 func (a *app) abandon(err error) error {
 	a.log.Error("not started", "error", err)
-	if a.pool != nil {
-		a.pool.stop()
-	}
 	if a.listener != nil {
 		a.listener.Close()
 	}
@@ -418,6 +430,9 @@ func (a *app) abandon(err error) error {
 func (a *app) closeFiles() (err error) {
 	if a.store != nil {
 		err = a.store.close()
+	}
+	if errors.Is(err, errDeposed) && !errors.Is(err, errBroken) {
+		err = nil // another replica leads: nothing is amiss
 	}
 	if a.metrics != nil {
 		err = errors.Join(err, a.metrics.close())
@@ -462,12 +477,6 @@ func (a *app) announce() {
 	}
 	if len(a.cfg.unknown) > 0 {
 		a.warn("no setting is called " + strings.Join(a.cfg.unknown, " or ") + ": see orderd -h for those that are")
-	}
-	if a.store == nil {
-		return
-	}
-	if ahead := a.store.clockBehind(); ahead > time.Minute {
-		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
 	}
 }
 
@@ -586,7 +595,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
 	fs.StringVar(&c.orders, "orders", "", "URL of a PostgreSQL database that keeps the orders, for several replicas; instead of orders.db")
-	define(fs, &c.advertise, "advertise", "", "URL at which the other replicas on -orders reach this one; by default that of -addr", parseEndpoint)
+	define(fs, &c.advertise, "advertise", "", "URL at which the other replicas on -orders reach this one; by default that of -addr", parseAdvertised)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
@@ -664,6 +673,14 @@ func parseEndpoint(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
 		return "", errors.New("must be an http or https URL with a host, such as http://localhost:9000/work")
+	}
+	return s, nil
+}
+
+func parseAdvertised(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" {
+		return "", errors.New("must be an http or https URL of a host and port alone, such as http://10.0.0.7:8080")
 	}
 	return s, nil
 }

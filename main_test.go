@@ -3103,7 +3103,7 @@ func TestWithoutALeader(t *testing.T) {
 	}
 	got := post(t, a, exampleOrder)
 	require.Equal(t, http.StatusServiceUnavailable, got.status)
-	require.Contains(t, got.body, "The request was not taken")
+	require.Contains(t, got.body, "The order was not taken")
 	for _, path := range []string{"/", "/openapi.json", "/livez"} {
 		require.Equal(t, http.StatusOK, send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, nil, "").status, path)
 	}
@@ -7900,18 +7900,36 @@ func TestAMillionPending(t *testing.T) {
 // same batch when it is asked again for the third time.
 type doubtfulEngine struct {
 	engine
-	err   error // errInDoubt or errOutcomeUnknown
-	tries atomic.Int64
+	err    error // errInDoubt or errOutcomeUnknown
+	tries  atomic.Int64
+	others atomic.Int64 // commits without creates
 }
 
 func (e *doubtfulEngine) commit(b *batch) error {
 	if len(b.creates) == 0 {
+		e.others.Add(1)
 		return e.engine.commit(b)
 	}
 	if n := e.tries.Add(1); n <= 3 {
 		return e.err
 	}
 	return e.engine.commit(b)
+}
+
+// TestNothingFollowsWhatIsInDoubt stops the writer while nobody knows whether
+// its last batch is in the table.
+func TestNothingFollowsWhatIsInDoubt(t *testing.T) {
+	t.Parallel()
+	e := &doubtfulEngine{err: errInDoubt}
+	a, stop := openIdle(t, t.TempDir(), nil, func(a *app) {
+		e.engine, a.store.writer.engine = a.store.engine, e
+	})
+	require.ErrorIs(t, a.store.create(sampleOrder(1, "")), errOutcomeUnknown)
+	until(t, func() bool { return a.store.ready() != nil })
+	a.store.step(step{id: ulid.Make(), from: pending, to: processing, started: 1})
+	before := e.others.Load()
+	stop()
+	require.Equal(t, before, e.others.Load(), "another batch would be taken for it")
 }
 
 // TestWhatIsInDoubtIsNotCalledRefused places orders while nobody knows whether
@@ -9777,7 +9795,7 @@ var onPostgreSQL = strings.Join([]string{
 	"Routes", "Host", "Token", "PagesOfOtherSites", "OneResourceUnderEveryName", "ClientInTheRequestLog", "RequestLog",
 	"StepsAreTakenOnlyFromTheStatusOfTheRow", "ReopeningForgetsNothing",
 	"BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound", "OneWorkerTakesOrdersFirstInFirstOut",
-	"BacklogFoundAtStartIsTakenInOrder", "APanicCostsOneAttempt", "ParkedOrdersAreBounded", "Drain",
+	"BacklogFoundAtStartIsTakenInOrder", "ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "APanicCostsOneAttempt", "ParkedOrdersAreBounded", "Drain",
 	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
 	"CountsAgreeOnceIdle", "MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
 	"WorkThatPanics", "BacklogAfterTheLoadHasEnded", "OneFailingOrderStopsNoOther", "AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
@@ -9907,6 +9925,58 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 	queue, err := l.backlog(0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []queued{{b.id, processing}, {fresh.id, pending}}, queue)
+
+	require.NoError(t, l.commit(newBatch(stepsOf(pending, completed, 1, fresh))))
+	repeated := sampleOrder(1, "k1")
+	both := batchOf(repeated)
+	both.expiry = &expiry{before: time.Now().Add(time.Hour).UnixMilli()}
+	require.NoError(t, l.commit(both))
+	require.Equal(t, fresh.id, repeated.id)
+	_, _, err = l.find(fresh.id)
+	require.NoError(t, err, "an order is not removed by the commit that answers with it")
+}
+
+// TestWhatPostgreSQLRefuses has somebody's constraints forbid an order, and the
+// removal of others.
+func TestWhatPostgreSQLRefuses(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	l := leadOn(t, newReplica(t, c.url("")))
+	t.Cleanup(func() { l.close() })
+	first := batchOf(sampleOrder(1, ""))
+	require.NoError(t, l.commit(first))
+	require.NoError(t, l.commit(newBatch(stepsOf(pending, completed, 1, first.creates...))))
+	c.exec(t, "ALTER TABLE orders ADD CHECK (user_id <> 'poison')",
+		"CREATE TABLE invoices (id bigint REFERENCES orders)", "INSERT INTO invoices SELECT id_high FROM orders")
+	poison := sampleOrder(2, "key")
+	poison.userID = "poison"
+	b := batchOf(sampleOrder(3, ""), poison, sampleOrder(4, "other"))
+	b.expiry = &expiry{before: time.Now().Add(time.Hour).UnixMilli()}
+	require.NoError(t, l.commit(b))
+	require.ErrorIs(t, poison.err, errRejected)
+	require.True(t, b.creates[0].stored() && b.creates[2].stored(), "it fails alone")
+	require.Nil(t, b.expiry, "and nothing is removed")
+	require.EqualValues(t, 3, b.totals.accepted)
+	require.Zero(t, b.totals.removed)
+	requireExact(t, c)
+	c.exec(t, "DROP VIEW orders_readable", "DROP TABLE invoices, orders")
+	require.ErrorIs(t, l.commit(batchOf(sampleOrder(5, ""))), errBroken, "what no retry mends ends it")
+}
+
+// TestABacklogOfLargeOrdersIsTaken leaves orders whose content is more than a
+// read takes at once.
+func TestABacklogOfLargeOrdersIsTaken(t *testing.T) {
+	t.Parallel()
+	dir, n := t.TempDir(), int64(100)
+	a, stop := openIdle(t, dir, nil, nil)
+	large := sampleOrders(int(n))
+	for _, c := range large {
+		c.itemIDs = strings.Repeat("x", maxItemIDs)
+	}
+	commitTogether(t, a.store, large)
+	stop()
+	a, _ = openTestApp(t, dir, nil, nil)
+	completes(t, a, n)
 }
 
 // TestTheFence writes as a leader that is no longer one, and as one that is late.
@@ -10290,6 +10360,9 @@ func startReplicas(tb testing.TB, orders string, n int, args ...string) *replica
 		r.start(tb, i, args...)
 	}
 	r.leader(tb)
+	for _, p := range r.all {
+		until(tb, func() bool { return send(tb.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status == http.StatusOK })
+	}
 	return r
 }
 
@@ -10520,6 +10593,15 @@ func TestAStandbyPassesOn(t *testing.T) {
 	require.Equal(t, 0.0, metric(t, r.url(standby), "orderd_leader"))
 	require.Equal(t, metric(t, r.url(leader), "orderd_term"), metric(t, r.url(standby), "orderd_term"))
 	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, "/readyz", nil, "").status)
+	for _, path := range []string{"/orders?limit=%zz", "/orders?a;b"} {
+		require.Equal(t, http.StatusBadRequest, send(t.Context(), addr, http.MethodGet, path, nil, "").status, path)
+	}
+	expect := keyed("other")
+	expect.Set("Expect", "100-continue")
+	require.Equal(t, http.StatusUnprocessableEntity, send(t.Context(), addr, http.MethodPost, "/orders", expect, "{}").status)
+	require.Equal(t, http.StatusRequestEntityTooLarge, send(t.Context(), addr, http.MethodPost, "/orders", asJSON, strings.Repeat(" ", maxBody+1)).status)
+	ofLeader := send(t.Context(), addr, http.MethodGet, "/metrics?of=leader", http.Header{"Accept": {"text/plain"}}, "")
+	require.Contains(t, ofLeader.body, "\norderd_leader 1\n")
 	hop := send(t.Context(), addr, http.MethodGet, location, http.Header{passHeader: {"guess"}}, "")
 	require.Equal(t, http.StatusServiceUnavailable, hop.status, "no request is passed on twice")
 

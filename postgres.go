@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	cryptorand "crypto/rand"
 	"errors"
 	"fmt"
 	"math"
@@ -81,9 +82,13 @@ const (
 	takeOverAfter  = 4 * time.Second         // with an unchanged seq the leader is taken to be gone
 	pollEvery      = 100 * time.Millisecond  // a standby's looks at the leader's row
 	connectTimeout = 2 * time.Second
-	commitTimeout  = 3 * time.Second       // and commitByte a byte of text: then the outcome is looked for on another connection; below takeOverAfter, so that waits for a synchronous standby depose nobody
-	commitByte     = 250 * time.Nanosecond // 4 MB/s, the least that a database must take
+	// After commitTimeout, and commitByte a byte of text, the outcome is looked for
+	// on another connection. Even for the largest batch that is sooner than
+	// takeOverAfter, so that waits for a synchronous standby depose nobody.
+	commitTimeout  = 3 * time.Second
+	commitByte     = 50 * time.Nanosecond // 20 MB/s
 	readTimeout    = 2 * time.Second
+	countTimeout   = time.Minute // of the whole table, where its totals must be mended
 	reconnectPause = 250 * time.Millisecond
 	postgresReads  = 8    // connections
 	expiryLooks    = 1024 // orders that an expiry looks at
@@ -210,13 +215,11 @@ var remedies = map[string]string{
 	"3F": "correct the search_path of -orders",
 	"42": "let the role create and use tables in the schema",
 	"0A": "use PostgreSQL 14 or newer",
-	"22": "look for what else writes to these tables",
-	"23": "look for what else writes to these tables",
 	"XX": "put a backup in its place",
 }
 
-// refused turns an error that no waiting mends into one sentence; others are nil.
-func (p *postgres) refused(err error) error {
+// permanent turns an error that no waiting mends into one sentence; others are nil.
+func (p *postgres) permanent(err error) error {
 	if u, ok := errors.AsType[unfit](err); ok {
 		return u
 	}
@@ -301,10 +304,12 @@ func (p *postgres) standBy(ctx context.Context, follow func(url, pass string)) (
 			return nil, ctx.Err()
 		case errors.Is(err, errBroken):
 			return nil, err
-		case p.refused(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // later, a server that changes may say so for a while
-			return nil, p.refused(err)
+		case p.permanent(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // later, a server that changes may say so for a while
+			return nil, p.permanent(err)
 		}
-		follow("", "")
+		if time.Since(*p.alive.Load()) > takeOverAfter { // else the leader may have its own connection still
+			follow("", "")
+		}
 		p.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
 		sleep(ctx, retryPause)
 	}
@@ -362,7 +367,7 @@ WHERE one AND term = $1 AND seq = $2`
 func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lead, error) {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
-	pass := ulid.Make().String()
+	pass := cryptorand.Text()
 	tag, err := c.Exec(ctx, beginTerm, r.term, r.totals.seq, p.url, pass)
 	if err == nil && tag.RowsAffected() == 0 {
 		return nil, errDeposed
@@ -431,7 +436,7 @@ WITH held AS MATERIALIZED (
 	RETURNING o.id_high, s.previous, s.next, s.took
 ), gone AS (
 	DELETE FROM orders o USING held, unnest($16::bigint[]) AS g (id_high)
-	WHERE o.id_high = g.id_high AND o.status = 2
+	WHERE o.id_high = g.id_high AND o.status = 2 AND o.id_high NOT IN (SELECT id_high FROM used) -- which is answered with it
 	RETURNING o.id_high
 ), done AS (
 	UPDATE leader l SET seq = l.seq + 1, proven = $3, ended = $4,
@@ -453,9 +458,11 @@ FROM (SELECT ` + totalsColumns + ` FROM done) t LEFT JOIN used o ON true`
 // maybeOrder are the columns of an order that may be missing.
 const maybeOrder = "coalesce(o.id_high, 0), coalesce(o.id_low, 0), coalesce(o.status, 0), coalesce(o.user_id, ''), coalesce(o.item_ids, ''), coalesce(o.cents, 0), coalesce(o.started, 0), coalesce(o.took, 0)"
 
+const preparedCommit = "orderd_commit"
+
 // prepare has commitBatch parsed on the writer's connection.
 func (l *lead) prepare(ctx context.Context, c *pgx.Conn) error {
-	_, err := c.Prepare(ctx, "commit", commitBatch)
+	_, err := c.Prepare(ctx, preparedCommit, commitBatch)
 	return err
 }
 
@@ -465,16 +472,16 @@ func (l *lead) start() (totals, error) {
 	if err := l.commit(newBatch(nil)); err != nil {
 		return totals{}, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
 	var c census
-	if err := l.conn.QueryRow(ctx, countUnfinished+"WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(l.replica.seen.totals) {
+	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.agrees(l.replica.seen.totals) {
 		return l.replica.seen.totals, err
 	}
-	if err := l.conn.QueryRow(ctx, countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
+	if err := l.count(countFinal, &c.final, &c.took, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
 	t := c.mend(l.replica.seen.totals, l.replica.log)
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
 	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
 		append(t.fields(), l.term)...); err != nil {
 		return totals{}, err
@@ -482,6 +489,24 @@ func (l *lead) start() (totals, error) {
 	l.replica.seen.totals = t
 	err := l.commit(newBatch(nil)) // fails where the totals were not written
 	return l.replica.seen.totals, err
+}
+
+// count reads one row, which may take long: beats go on meanwhile.
+func (l *lead) count(query string, into ...any) error {
+	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
+	defer cancel()
+	counted := make(chan error, 1)
+	go func() { counted <- l.reads.QueryRow(ctx, query).Scan(into...) }()
+	for {
+		select {
+		case err := <-counted:
+			return err
+		case <-time.After(beatEvery):
+		}
+		if err := l.commit(newBatch(nil)); err != nil {
+			return err
+		}
+	}
 }
 
 // parcel is a batch as the arguments of commitBatch.
@@ -493,6 +518,7 @@ type parcel struct {
 	moved, started, took []int64
 	previous, next       []int16
 	gone                 []int64
+	tried                bool // what the tables refused has been left out
 }
 
 // pack leaves out a create whose key an earlier one of the batch has.
@@ -524,7 +550,7 @@ func pack(b *batch) *parcel {
 // table or in this batch.
 func (p *parcel) answerKeys(earlier map[string]order) {
 	for _, c := range p.batch.creates {
-		if c.key == "" {
+		if c.key == "" || c.err != nil {
 			continue
 		}
 		if o, ok := earlier[c.key]; ok && o.id != c.assigned {
@@ -537,15 +563,15 @@ func (p *parcel) answerKeys(earlier map[string]order) {
 
 var errFenced = errors.New("the row of the leader is no longer as this leader left it")
 
-// commit tries until the outcome is known, or for commitTimeout. Once an attempt
-// is in doubt it may still arrive, so nothing but the same batch may be sent
-// until that, or something later, is in the row.
+// commit tries until the outcome is known, or for commitTimeout. While an attempt
+// is in doubt only the same batch may be sent: the original may still arrive.
 func (l *lead) commit(b *batch) error {
+	b.totals = l.replica.seen.totals
 	if l.over != nil {
 		return l.over
 	}
 	if err := l.expire(b); err != nil {
-		return err
+		l.keep(b, err)
 	}
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
@@ -555,21 +581,77 @@ func (l *lead) commit(b *batch) error {
 		case err == nil:
 			b.totals = l.replica.seen.totals
 			return nil
-		case errors.Is(err, errDeposed), errors.Is(err, errBroken):
+		case errors.Is(err, errRejected) && !doubtful && !p.tried:
+			if p, err = l.without(p, err); err != nil {
+				return fmt.Errorf("%w: %w", errNotWritten, err)
+			}
+		case errors.Is(err, errDeposed), errors.Is(err, errBroken), errors.Is(err, errRejected):
 			l.replica.leading.Store(false)
 			l.lease.Store(nil)
-			l.over = err
-			if doubtful {
-				return fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+			if l.over = err; errors.Is(err, errRejected) {
+				l.over = fmt.Errorf("%w: %w", errBroken, err)
 			}
-			return err
+			if doubtful {
+				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.over)
+			}
+			return l.over
 		case !doubtful:
-			b.totals = l.replica.seen.totals
 			return fmt.Errorf("%w: %w", errNotWritten, err)
 		case time.Now().After(end):
 			return fmt.Errorf("%w: %w", errInDoubt, err)
 		}
 	}
+}
+
+// keep leaves the orders of an expiry that failed to a later one.
+func (l *lead) keep(b *batch, err error) {
+	l.replica.log.Warn("orders that were kept long enough could not be removed", "error", err)
+	b.expiry.through, b.expiry, b.removed = 0, nil, nil
+}
+
+// without is a batch that the tables refused without what they refuse: its
+// expiry, or creates, each of which it tries alone and takes back.
+func (l *lead) without(p *parcel, cause error) (*parcel, error) {
+	if len(p.gone) > 0 {
+		l.keep(p.batch, cause)
+		return pack(p.batch), nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
+	refused := map[*create]error{}
+	for _, c := range p.batch.creates {
+		_, err := l.conn.Exec(ctx, "BEGIN")
+		if err == nil {
+			_, err = l.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
+				high(c.assigned), low(c.assigned), c.cents, c.userID, c.itemIDs)
+		}
+		if isRejection(err) {
+			l.replica.log.Error("an order was refused by the table", "error", err)
+			refused[c], err = fmt.Errorf("%w: %w", errRejected, err), nil
+		}
+		if err == nil {
+			_, err = l.conn.Exec(ctx, "ROLLBACK")
+		}
+		if err != nil {
+			l.conn.Close(ctx)
+			return nil, err
+		}
+	}
+	rest := *p.batch
+	rest.creates = slices.DeleteFunc(slices.Clone(rest.creates), func(c *create) bool { return refused[c] != nil })
+	next := pack(&rest)
+	next.batch, next.tried = p.batch, true
+	for c, err := range refused {
+		c.err = err
+	}
+	return next, nil
+}
+
+// isRejection reports whether the tables refuse what was sent: a constraint, or
+// data that does not fit.
+func isRejection(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (e.Code[:2] == "22" || e.Code[:2] == "23" || e.Code == "P0001") // the last is a trigger's
 }
 
 // advance finds out what became of the last attempt, and makes the next: sends
@@ -617,7 +699,14 @@ func (l *lead) reconnect() (err error) {
 	} else if err != nil {
 		return err
 	}
-	return l.prepare(ctx, l.conn)
+	if err = l.prepare(ctx, l.conn); err == nil {
+		return nil
+	}
+	l.conn.Close(ctx)
+	if permanent := l.replica.permanent(err); permanent != nil { // a table is gone
+		return fmt.Errorf("%w: %w", errBroken, permanent)
+	}
+	return err
 }
 
 // findOut looks in the row for what was sent last.
@@ -673,18 +762,21 @@ func (l *lead) send(p *parcel) error {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
 	l.replica.warned = false
-	rows, _ := l.conn.Query(ctx, "commit", l.term, seen.totals.seq, l.replica.proven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.proven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
 		p.moved, p.previous, p.next, p.started, p.took, p.gone)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
 		return l.fenced(err)
 	}
+	if isRejection(err) {
+		return fmt.Errorf("%w: %w", errRejected, err)
+	}
 	if err != nil {
 		l.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
 		e, rolledBack := errors.AsType[*pgconn.PgError](err)
 		rolledBack = rolledBack && e.SeverityUnlocalized == "ERROR"
-		if rolledBack && l.replica.refused(err) != nil && e.Code != "0A000" { // that one is a plan that became invalid
-			return fmt.Errorf("%w: %w", errBroken, l.replica.refused(err))
+		if rolledBack && l.replica.permanent(err) != nil && e.Code != "0A000" { // that one is a plan that became invalid
+			return fmt.Errorf("%w: %w", errBroken, l.replica.permanent(err))
 		}
 		l.inDoubt = l.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
 		return err
@@ -742,11 +834,11 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 // is sent.
 func (l *lead) expire(b *batch) error {
 	x := b.expiry
-	if x == nil || b.removed != nil {
+	if x == nil || b.removed != nil || l.inDoubt || l.arrived {
 		return nil
 	}
 	if err := l.reconnect(); err != nil {
-		return fmt.Errorf("%w: %w", errNotWritten, err)
+		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
@@ -759,7 +851,7 @@ func (l *lead) expire(b *batch) error {
 		var idLow int64
 		var expired *bool // NULL where somebody else completed it
 		if err := rows.Scan(&x.through, &idLow, &expired); err != nil {
-			return fmt.Errorf("%w: %w", errNotWritten, err)
+			return err
 		}
 		if expired != nil && *expired {
 			b.removed = append(b.removed, joinID(x.through, idLow))
@@ -768,11 +860,7 @@ func (l *lead) expire(b *batch) error {
 	if x.looked < expiryLooks {
 		x.through = 0
 	}
-	if err := rows.Err(); err != nil {
-		b.removed = nil
-		return fmt.Errorf("%w: %w", errNotWritten, err)
-	}
-	return nil
+	return rows.Err()
 }
 
 // tidy commits a beat where the last commit is long enough ago: standbys see by
@@ -912,7 +1000,8 @@ func (l *lead) list(f filter) (p page, seq int64, err error) {
 // backlog reads both unfinished statuses by their index; most of it is Pending.
 // It waits until what it has read is confirmed: no order is worked on before.
 func (l *lead) backlog(after int64, limit int) (found []queued, err error) {
-	const part = "(SELECT * FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
+	// Without text, of which a page holds only so much.
+	const part = "(SELECT id_high, id_low, status, '' AS user_id, '' AS item_ids, cents, started, took FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
 	orders, _, seq, err := l.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
 	for err == nil && l.proven.Load() < seq {
 		time.Sleep(publishPause)

@@ -162,7 +162,13 @@ func (s *server) led(here func(echo.Context, *leadership) error) echo.HandlerFun
 		if l := s.leads.Load(); l != nil {
 			return here(c, l)
 		}
-		return s.leader.forward(c.Response(), c.Request(), s.client(c.Request()))
+		body, err := readBody(c) // before it is sent on: what does not arrive here is no fault of the way there
+		if err != nil {
+			return err
+		}
+		request := c.Request().Clone(c.Request().Context())
+		request.Body, request.ContentLength, request.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
+		return s.leader.forward(c.Response(), request, s.client(request))
 	}
 }
 
@@ -253,7 +259,8 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		request, response := c.Request(), c.Response()
 		id := string(strconv.AppendUint([]byte(s.boot), s.requests.Add(1), 36))
 		response.Header()[echo.HeaderXRequestID] = []string{id}
-		if err := s.guarded(c, next); err != nil {
+		err := s.guarded(c, next)
+		if err != nil {
 			c.Error(err)
 		}
 		took := time.Since(began)
@@ -267,6 +274,9 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			r.latency.observe(took.Seconds())
 		}
 		s.logRequest(id, began, took, request, response)
+		if errors.Is(err, http.ErrAbortHandler) {
+			panic(http.ErrAbortHandler) // net/http cuts the connection, or the answer would look whole
+		}
 		return nil
 	}
 }
@@ -319,8 +329,8 @@ func (s *server) guarded(c echo.Context, handler echo.HandlerFunc) (err error) {
 	defer func() {
 		switch r := recover(); r {
 		case nil:
-		case http.ErrAbortHandler: // an answer that was passed on has ended half-way: so must this one
-			panic(r)
+		case http.ErrAbortHandler: // an answer that was passed on has ended half-way: see observe
+			err = http.ErrAbortHandler
 		default:
 			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
 		}
@@ -390,14 +400,9 @@ func (s *server) createOrder(c echo.Context, l *leadership) error {
 	if err != nil {
 		return err
 	}
-	if request.ContentLength > maxBody {
-		c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
-		return unreadable(&http.MaxBytesError{Limit: maxBody})
-	}
-	// MaxBytesReader closes the connection only through net/http's own writer.
-	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, request.Body, maxBody))
+	body, err := readBody(c)
 	if err != nil {
-		return unreadable(err)
+		return err
 	}
 	n, err := decodeCreate(body)
 	if err != nil {
@@ -414,6 +419,20 @@ func (s *server) createOrder(c echo.Context, l *leadership) error {
 		header.Set("Idempotent-Replayed", "true")
 	}
 	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
+}
+
+func readBody(c echo.Context) ([]byte, error) {
+	request := c.Request()
+	if request.ContentLength > maxBody {
+		c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
+		return nil, unreadable(&http.MaxBytesError{Limit: maxBody})
+	}
+	// MaxBytesReader closes the connection only through net/http's own writer.
+	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, request.Body, maxBody))
+	if err != nil {
+		return nil, unreadable(err)
+	}
+	return body, nil
 }
 
 // unreadable tells why a body did not arrive whole.
@@ -807,16 +826,22 @@ func parseFilter(query url.Values) (filter, error) {
 	return f, nil
 }
 
-// getMetrics answers for this process in Prometheus's format, and for the orders
-// in JSON.
+// getMetrics answers in JSON for the orders, and in Prometheus's format for this
+// process, or with ?of=leader, as the page asks, for the one that leads.
 func (s *server) getMetrics(c echo.Context) error {
 	header := c.Response().Header()
 	header[echo.HeaderCacheControl] = noStore
 	header[echo.HeaderVary] = []string{echo.HeaderAccept}
-	if prefersText(c.Request().Header.Values(echo.HeaderAccept)) {
+	text := func(c echo.Context, _ *leadership) error {
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
-	return s.led(s.summary)(c)
+	switch {
+	case !prefersText(c.Request().Header.Values(echo.HeaderAccept)):
+		return s.led(s.summary)(c)
+	case c.QueryParam("of") == "leader":
+		return s.led(text)(c)
+	}
+	return text(c, nil)
 }
 
 func (s *server) summary(c echo.Context, l *leadership) error {
@@ -974,7 +999,7 @@ func inlineHash(element string) string {
 const passHeader = "Orderd-Passed-On"
 
 // errNoLeader says that a request has not come to a leader.
-var errNoLeader = errors.New("no replica leads that can be reached")
+var errNoLeader = errors.New("no replica leads that this one can reach")
 
 // forwarder passes requests on to the replica that leads.
 type forwarder struct {
@@ -1056,6 +1081,8 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client strin
 			}
 			p.Out.Header.Set("X-Forwarded-For", client)
 			p.Out.Header.Set(passHeader, leader.pass)
+			p.Out.Header.Del("Expect")             // its 100 would be taken for the answer
+			p.Out.URL.RawQuery = p.In.URL.RawQuery // what cannot be read, too
 			p.Out.Host = p.In.Host
 		},
 		ModifyResponse: func(answer *http.Response) error {
@@ -1112,8 +1139,10 @@ func faultOf(err error, c echo.Context) *fault {
 		f := newFault(http.StatusServiceUnavailable, "The order may or may not have been taken: what it was written to, or the way there, failed meanwhile. Ask again with the same Idempotency-Key once the service is back.")
 		f.Type = "urn:orderd:problem:outcome-unknown"
 		return f
+	case errors.Is(err, errNoLeader) && c.Request().Method == http.MethodPost:
+		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", errNoLeader)
 	case errors.Is(err, errNoLeader):
-		return newFault(http.StatusServiceUnavailable, "The request was not taken: no replica leads that can be reached from this one. Try again later.")
+		return newFault(http.StatusServiceUnavailable, "There is no answer now: %v. Try again later.", errNoLeader)
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed), errors.Is(err, errInDoubt):
 		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
 	case errors.Is(err, errBehind), errors.Is(err, errSilent), errors.Is(err, errDeposed):
@@ -1130,7 +1159,7 @@ func faultOf(err error, c echo.Context) *fault {
 func (s *server) problem(err error, c echo.Context) {
 	f := faultOf(err, c)
 	header := c.Response().Header()
-	if f.Status == http.StatusInternalServerError || errors.Is(err, errSilent) {
+	if f.Status == http.StatusInternalServerError {
 		s.log.Error("a request failed", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	}
 	if c.Response().Committed {

@@ -442,7 +442,11 @@ func (s *store) close() error {
 		close(s.writer.quit)
 		<-s.writer.stopped
 	}
-	return errors.Join(s.writer.failure, s.engine.close())
+	err := s.engine.close()
+	if errors.Is(s.writer.failure, err) {
+		err = nil // it is the same
+	}
+	return errors.Join(s.writer.failure, err)
 }
 
 // batch is what one commit holds. It is the intake's while it is open, then the
@@ -647,7 +651,9 @@ func (w *writer) run() {
 			open = false
 		}
 		w.gather()
-		if err := w.turn(w.intake.take()); err != nil {
+		if err := w.turn(w.intake.take()); errors.Is(err, errClosed) {
+			return
+		} else if err != nil {
 			w.giveUp(err)
 			return
 		}
@@ -772,7 +778,8 @@ func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
 // retry refuses creates and tries once a second to write the steps of a batch
 // that failed, or just the totals, until that succeeds; or the whole batch,
-// while its outcome is in doubt. It returns an error that no retry mends.
+// while its outcome is in doubt. It returns an error that no retry mends, or
+// errClosed.
 func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
@@ -789,7 +796,7 @@ func (w *writer) retry(b *batch, err error) error {
 		select {
 		case <-time.After(retryPause):
 		case <-w.quit:
-			return nil // the next start takes these steps again
+			return errClosed // the next start takes these steps again
 		}
 		if err = w.commit(b); err == nil {
 			return nil
@@ -1203,7 +1210,7 @@ func (s *statements) close() (err error) {
 // expiry, or with each create on its own so that only that one fails.
 func (e *sqliteEngine) commit(b *batch) error {
 	err := e.transaction(b, e.insertTogether)
-	if errors.Is(err, errNotRemoved) {
+	if errors.Is(err, errNotRemoved) && !errors.Is(err, errOutcomeUnknown) && !errors.Is(err, errBroken) {
 		e.log.Warn("orders that were kept long enough could not be removed", "error", err)
 		b.expiry.through = 0
 		b.expiry = nil
@@ -1409,18 +1416,20 @@ func (e *sqliteEngine) applyStep(st *step) error {
 
 // outcome says how a transaction ended that did not reach COMMIT.
 func (e *sqliteEngine) outcome(err error) error {
-	if errors.Is(err, errRejected) || errors.Is(err, errBroken) || errors.Is(err, errNotRemoved) && code(err) != sqlite3.SQLITE_IOERR_FSYNC {
+	if errors.Is(err, errRejected) || errors.Is(err, errBroken) {
 		return err
 	}
-	switch c := code(err); c & 0xff {
-	case sqlite3.SQLITE_IOERR:
-		if c == sqlite3.SQLITE_IOERR_FSYNC {
-			return e.unknown(err)
-		}
-		fallthrough
-	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT,
+	if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+		return e.unknown(err)
+	}
+	switch code(err) & 0xff {
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR,
 		sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w: %w", errNotWritten, err)
+	case sqlite3.SQLITE_CONSTRAINT:
+		if errors.Is(err, errNotRemoved) { // something else refers to the orders
+			return err
+		}
 	}
 	return fmt.Errorf("%w: %w", errBroken, explain(e.file.path, err))
 }
