@@ -42,7 +42,7 @@ import (
 
 func main() {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if !signal.Ignored(syscall.SIGHUP) { // nohup goes on to work
+	if !signal.Ignored(syscall.SIGHUP) { // as it is under nohup
 		signals = append(signals, syscall.SIGHUP)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
@@ -50,7 +50,7 @@ func main() {
 		signal.Ignore(syscall.SIGHUP) // a terminal that closes may send several
 		stop()                        // any other second signal ends the process at once
 	})
-	signal.Ignore(syscall.SIGPIPE) // a reader of stderr that has gone does not
+	signal.Ignore(syscall.SIGPIPE) // writing to a closed stderr must not end the process
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
 
@@ -85,7 +85,8 @@ func exitCode(err error, stderr io.Writer) int {
 // garbage, so less room is left for garbage than Go would leave.
 const gcPercent = 50
 
-// run reads the flags and serves until ctx is done or the store fails.
+// run does what the flags say: help, version, backup, or to serve until ctx is
+// done or the store fails.
 func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) error {
 	variables := map[string]string{}
 	for _, variable := range environ {
@@ -116,6 +117,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	return err
 }
 
+// openAndServe is the whole life of the service.
 func openAndServe(ctx context.Context, cfg config, stderr io.Writer) error {
 	a, err := openApp(cfg, stderr)
 	if err != nil {
@@ -182,11 +184,11 @@ type app struct {
 	log      *logger
 	lock     io.Closer // of the data directory
 	metrics  *metrics
-	sqlite   *sqliteEngine // has the orders, unless
-	postgres *postgres     // replicas share them
+	sqlite   *sqliteEngine // keeps the orders; nil with -orders
+	postgres *postgres     // the same, for replicas; nil without -orders
 	listener net.Listener
 	server   *server
-	store    *store // with postgres, only while this replica leads; so the rest
+	store    *store // nil while another replica leads; so is pool
 	pool     *pool
 	pass     string // that requests passed on by other replicas carry; or empty
 }
@@ -240,7 +242,7 @@ func (a *app) look() (err error) {
 	return err
 }
 
-// equip makes what works on orders that an engine keeps.
+// equip makes the store and the pool on an engine.
 func (a *app) equip(e engine) {
 	a.store = newStore(e, a.cfg.store, a.log)
 	a.pool = newPool(a.cfg.pool, a.store, a.log)
@@ -293,7 +295,7 @@ func (a *app) lead() {
 	}
 }
 
-// committed tells those who live on commits of one.
+// committed passes a commit on to metrics and feeder.
 func (a *app) committed(r commitReport) {
 	a.metrics.committed(r)
 	if r.creates > 0 {
@@ -386,7 +388,7 @@ func (a *app) stepDown() error {
 	return err
 }
 
-const sayAfter = 100 * time.Millisecond // a stop that waits longer than this says for what
+const sayAfter = 100 * time.Millisecond // a stop that takes longer tells a person what it waits for
 
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come

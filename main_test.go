@@ -10361,7 +10361,9 @@ func startReplicas(tb testing.TB, orders string, n int, args ...string) *replica
 	}
 	r.leader(tb)
 	for _, p := range r.all {
-		until(tb, func() bool { return send(tb.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status == http.StatusOK })
+		until(tb, func() bool {
+			return send(tb.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status == http.StatusOK
+		})
 	}
 	return r
 }

@@ -64,8 +64,9 @@ var postgresView = ordersView("(cents / 100) || '.' || lpad((cents % 100)::text,
 // sessionSettings make a session independent of what the server, the database
 // and the role set as their defaults. The plan of commitBatch is made while the
 // tables are empty and kept: without the enable_ settings it reads whole tables
-// later, and with them jit would compile for half a second a commit. What
-// synchronous_commit was read as is pinned, so that a reload cannot weaken it.
+// later, and with them jit would compile for half a second a commit. The last
+// statement pins synchronous_commit at the value that was checked, so that a
+// reload cannot weaken it.
 const sessionSettings = `SET jit = off; SET plan_cache_mode = force_generic_plan;
 SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off;
 SET enable_indexscan = on; SET enable_nestloop = on; SET enable_material = on;
@@ -77,21 +78,21 @@ const readSettings = `SELECT current_setting('server_version_num'), current_sett
 	current_setting('synchronous_commit'), current_setting('server_encoding'), pg_is_in_recovery()::text;`
 
 const (
-	beatEvery      = 400 * time.Millisecond  // least time between commits of an idle leader
-	leaseTime      = 2500 * time.Millisecond // after sending its last confirmed commit a leader answers no longer
-	takeOverAfter  = 4 * time.Second         // with an unchanged seq the leader is taken to be gone
-	pollEvery      = 100 * time.Millisecond  // a standby's looks at the leader's row
-	connectTimeout = 2 * time.Second
+	beatEvery      = 400 * time.Millisecond  // an idle leader commits a beat once its last commit is older
+	leaseTime      = 2500 * time.Millisecond // a leader answers only this long after it sent its last confirmed commit
+	takeOverAfter  = 4 * time.Second         // a standby takes over when seq has not changed for so long
+	pollEvery      = 100 * time.Millisecond  // between a standby's looks at the leader's row
+	connectTimeout = 2 * time.Second         // to one host of the URL
 	// After commitTimeout, and commitByte a byte of text, the outcome is looked for
 	// on another connection. Even for the largest batch that is sooner than
 	// takeOverAfter, so that waits for a synchronous standby depose nobody.
 	commitTimeout  = 3 * time.Second
 	commitByte     = 50 * time.Nanosecond // 20 MB/s
-	readTimeout    = 2 * time.Second
+	readTimeout    = 2 * time.Second         // of a read, with all its tries
 	countTimeout   = time.Minute // of the whole table, where its totals must be mended
-	reconnectPause = 250 * time.Millisecond
-	postgresReads  = 8    // connections
-	expiryLooks    = 1024 // orders that an expiry looks at
+	reconnectPause = 250 * time.Millisecond  // between attempts to reach the database
+	postgresReads  = 8                       // connections that read
+	expiryLooks    = 1024                    // orders that an expiry looks at
 )
 
 // postgres is one replica's way to the database, whether it leads or stands by.
@@ -104,7 +105,7 @@ type postgres struct {
 	// standBy's, and the writer's while this replica leads:
 	seen   leaderRow // the last row seen
 	proven mark      // the highest confirmed seq seen
-	warned bool      // PostgreSQL has warned
+	warned bool      // the last commit came with a WARNING: see send
 
 	// For the gauges:
 	leading atomic.Bool
@@ -151,12 +152,8 @@ func (p *postgres) place() string {
 }
 
 func (p *postgres) gauges() []gauge {
-	leads := 0.0
-	if p.leading.Load() {
-		leads = 1
-	}
 	return []gauge{
-		{"orderd_leader", "1 while this replica leads, else 0.", leads},
+		{"orderd_leader", "1 while this replica leads, else 0.", oneIf(p.leading.Load())},
 		{"orderd_term", "Term of the leader that this replica follows or is.", float64(p.term.Load())},
 		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*p.alive.Load()).Seconds()},
 	}
@@ -304,7 +301,7 @@ func (p *postgres) standBy(ctx context.Context, follow func(url, pass string)) (
 			return nil, ctx.Err()
 		case errors.Is(err, errBroken):
 			return nil, err
-		case p.permanent(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // later, a server that changes may say so for a while
+		case p.permanent(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // after the first row, wait: a server that is being replaced may refuse for a while
 			return nil, p.permanent(err)
 		}
 		if time.Since(*p.alive.Load()) > takeOverAfter { // else the leader may have its own connection still
@@ -394,7 +391,7 @@ func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lea
 	return l, nil
 }
 
-// lead is the engine of the replica that leads, for one term.
+// lead is the store's engine, for one term of the replica that leads.
 type lead struct {
 	replica *postgres // its seen is the row as this leader left it
 	term    int64
@@ -405,7 +402,7 @@ type lead struct {
 	conn    *pgx.Conn
 	over    error // why this engine leads no more
 	inDoubt bool  // what was sent last may or may not be in the table, or still arrive
-	arrived bool  // the commit is in the table, perhaps on no other server: a beat that is confirmed proves it
+	arrived bool  // the commit is visible, but perhaps on the primary alone: a confirmed beat proves it
 
 	proven atomic.Int64              // the highest seq that PostgreSQL has confirmed
 	lease  atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
@@ -521,7 +518,8 @@ type parcel struct {
 	tried                bool // what the tables refused has been left out
 }
 
-// pack leaves out a create whose key an earlier one of the batch has.
+// pack resets the creates to what they were before any attempt. It leaves out a
+// create whose key an earlier one of the batch has.
 func pack(b *batch) *parcel {
 	p := &parcel{batch: b, moved: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
 	keys := map[string]bool{}
@@ -775,7 +773,7 @@ func (l *lead) send(p *parcel) error {
 		l.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
 		e, rolledBack := errors.AsType[*pgconn.PgError](err)
 		rolledBack = rolledBack && e.SeverityUnlocalized == "ERROR"
-		if rolledBack && l.replica.permanent(err) != nil && e.Code != "0A000" { // that one is a plan that became invalid
+		if rolledBack && l.replica.permanent(err) != nil && e.Code != "0A000" { // the prepared plan became invalid
 			return fmt.Errorf("%w: %w", errBroken, l.replica.permanent(err))
 		}
 		l.inDoubt = l.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
@@ -786,7 +784,8 @@ func (l *lead) send(p *parcel) error {
 	return nil
 }
 
-// fenced tells who was there: in doubt, perhaps the same batch, sent before.
+// fenced explains errFenced: our own earlier attempt while in doubt, else another
+// leader, or somebody who has changed the row.
 func (l *lead) fenced(err error) error {
 	if l.inDoubt {
 		return err
@@ -938,7 +937,7 @@ func (l *lead) tryQuery(ctx context.Context, source string, args []any) (orders 
 		if err != nil {
 			return nil, false, 0, err
 		}
-		if term != l.term || seq < least { // the latter from a server that was left behind
+		if term != l.term || seq < least { // seq < least: a server that lags behind
 			return nil, false, 0, errDeposed
 		}
 		if !o.id.IsZero() {
@@ -969,7 +968,7 @@ func (l *lead) findKey(key string) (order, int64, error) {
 	return l.readOne("SELECT * FROM orders WHERE key = $1", key)
 }
 
-// list makes a page cost by its size and not by the table's: Pending and
+// list bounds the cost of a page by its length, not by the table's: Pending and
 // Processing orders have an index of their own, and no Completed order is newer
 // than the newest that was started.
 func (l *lead) list(f filter) (p page, seq int64, err error) {

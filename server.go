@@ -67,7 +67,7 @@ type serverOptions struct {
 	token       string       // bearer token that requests must carry; empty asks for none
 	readToken   string       // another one, which only reads; or empty
 	certificate *certificate // to serve HTTPS with, or nil
-	names       []string     // Host names from -host, in lower case; with any, a peer on loopback is a proxy
+	names       []string     // Host names from -host, in lower case; if there are any, a peer on loopback is a proxy
 	hosts       []string     // all Host names that are ours; empty takes any
 	gauges      func() []gauge
 }
@@ -299,8 +299,8 @@ func (s *server) logRequest(id string, began time.Time, took time.Duration, requ
 	handler.Handle(context.Background(), line)
 }
 
-// client is the peer, or whom a proxy on this machine or another replica asks
-// for: the address that it has added to those that the client may have made up.
+// client is the peer. Behind a proxy on this machine, or passed on by a replica,
+// it is the last entry of X-Forwarded-For, the one that they have added.
 func (s *server) client(r *http.Request) string {
 	forwarded := r.Header["X-Forwarded-For"]
 	if len(forwarded) == 0 || len(s.names) == 0 && !s.passedOn(r) {
@@ -374,7 +374,7 @@ func (s *server) ours(host string) bool {
 // harmless are the methods that the read token allows.
 var harmless = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 
-// authorize wants the token, or for what only reads the read token.
+// authorize demands the token; the read token will do for harmless methods.
 func (s *server) authorize(c echo.Context) error {
 	scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
 	hash := sha256.Sum256([]byte(given)) // equal lengths to compare
@@ -629,7 +629,7 @@ func parseCents(number string) (int64, error) {
 	mantissa, negative := strings.CutPrefix(mantissa, "-")
 	whole, fraction, _ := strings.Cut(mantissa, ".")
 	digits := strings.TrimRight(whole+fraction, "0")
-	zeros := len(whole) + exponent + 2 - len(digits) // that make cents of the digits
+	zeros := len(whole) + exponent + 2 - len(digits) // to append to the digits to get cents
 	digits = strings.TrimLeft(digits, "0")
 	switch {
 	case digits == "":
@@ -712,7 +712,7 @@ var (
 )
 
 // preferredWait reads the wait preference of RFC 7240, section 4.3. The first
-// counts that can be read.
+// readable one counts.
 func preferredWait(values []string) (wait time.Duration, ok bool) {
 	for _, preference := range listElements.FindAllString(strings.Join(values, ","), -1) {
 		if m := waitPreference.FindStringSubmatch(preference); m != nil {
@@ -786,9 +786,11 @@ func badQuery(format string, args ...any) error {
 	return newFault(http.StatusBadRequest, "The list was not read: "+format+".", args...)
 }
 
+// parseFilter reads what a list asks for; every parameter may be given once.
 func parseFilter(query url.Values) (filter, error) {
 	f := filter{before: math.MaxInt64, limit: defaultPage}
-	for name, values := range query {
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		values := query[name]
 		value := values[0]
 		if len(values) > 1 {
 			return f, badQuery("%s is given more than once", name)
@@ -877,11 +879,7 @@ func prefersText(accept []string) bool {
 // prometheus is the answer of GET /metrics to a machine.
 func (s *server) prometheus() []byte {
 	var e exposition
-	ready := 0.0
-	if s.ready() == nil {
-		ready = 1
-	}
-	e.single("orderd_ready", "gauge", "1 while /readyz says ready, else 0.", ready)
+	e.single("orderd_ready", "gauge", "1 while /readyz says ready, else 0.", oneIf(s.ready() == nil))
 	for _, g := range s.gauges() {
 		e.single(g.name, "gauge", g.help, g.value)
 	}
@@ -924,11 +922,8 @@ func (s *server) ordersMetrics(e *exposition, l *leadership) {
 	e.single("orderd_attempts_failed_total", "counter", "Attempts at an order that failed since this start.", float64(l.pool.failed.Load()))
 	e.single("orderd_orders_parked", "gauge", "Orders in a pause after a failed attempt.", float64(l.pool.parked.len()))
 	if l.pool.endpoint.url != "" {
-		down := 0.0
-		if shut, _ := l.pool.gate.state(); shut {
-			down = 1
-		}
-		e.single("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", down)
+		shut, _ := l.pool.gate.state()
+		e.single("orderd_endpoint_down", "gauge", "1 while the endpoint is in trouble and the pool pauses, else 0.", oneIf(shut))
 	}
 	e.single("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
 	e.single("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
@@ -994,6 +989,8 @@ func inlineHash(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
 }
 
+func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
+
 // passHeader carries the leader's pass in a request that a replica passes on.
 // None passes such a request on again.
 const passHeader = "Orderd-Passed-On"
@@ -1001,7 +998,7 @@ const passHeader = "Orderd-Passed-On"
 // errNoLeader says that a request has not come to a leader.
 var errNoLeader = errors.New("no replica leads that this one can reach")
 
-// forwarder passes requests on to the replica that leads.
+// forwarder passes requests on to the replica that leads, of which standBy tells.
 type forwarder struct {
 	transport *http.Transport
 	buffers   sync.Pool
@@ -1012,7 +1009,7 @@ type forwarder struct {
 type destination struct {
 	url   *url.URL
 	pass  string
-	gone  context.Context // done when it leads no more: what hangs there is given up
+	gone  context.Context // done when it no longer leads: requests to it are given up
 	leave context.CancelFunc
 }
 
@@ -1096,12 +1093,10 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client strin
 			}
 		},
 	}
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from then on it may be
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from here on it may have been sent
 	proxy.ServeHTTP(w, r.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	return failed
 }
-
-func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
 
 // fault is an error that the client is told in full, as a problem document (RFC 9457).
 type fault struct {
@@ -1173,7 +1168,7 @@ func (s *server) problem(err error, c echo.Context) {
 	}
 }
 
-// answerJSON spares people who read along the escapes that are for HTML only.
+// answerJSON writes JSON without HTML escapes.
 func answerJSON(c echo.Context, status int, contentType string, v any) error {
 	c.Response().Header().Set(echo.HeaderContentType, contentType)
 	c.Response().WriteHeader(status)

@@ -278,6 +278,14 @@ type gauge struct {
 	value      float64
 }
 
+// oneIf is a gauge that tells yes or no.
+func oneIf(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
 // storeOptions are the store's part of the configuration.
 type storeOptions struct {
 	cache int              // statuses in memory
