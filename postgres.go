@@ -87,12 +87,12 @@ const (
 	// on another connection. Even for the largest batch that is sooner than
 	// takeOverAfter, so that waits for a synchronous standby depose nobody.
 	commitTimeout  = 3 * time.Second
-	commitByte     = 50 * time.Nanosecond // 20 MB/s
-	readTimeout    = 2 * time.Second         // of a read, with all its tries
-	countTimeout   = time.Minute // of the whole table, where its totals must be mended
-	reconnectPause = 250 * time.Millisecond  // between attempts to reach the database
-	postgresReads  = 8                       // connections that read
-	expiryLooks    = 1024                    // orders that an expiry looks at
+	commitByte     = 50 * time.Nanosecond   // 20 MB/s
+	readTimeout    = 2 * time.Second        // of a read, with all its tries
+	countTimeout   = time.Minute            // of the whole table, where its totals must be mended
+	reconnectPause = 250 * time.Millisecond // between attempts to reach the database
+	postgresReads  = 8                      // connections that read
+	expiryLooks    = 1024                   // orders that an expiry looks at
 )
 
 // postgres is one replica's way to the database, whether it leads or stands by.
