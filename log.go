@@ -21,22 +21,22 @@ import (
 )
 
 const (
-	logBuffer   = 512 << 10              // most bytes in the buffer, and so in one write; lines beyond them are dropped and counted
-	logFlushAt  = 64 << 10               // bytes in the buffer that start a write at once
-	logInterval = 200 * time.Millisecond // longest time that a line stays in the buffer
-	logEnd      = 500 * time.Millisecond // longest wait at the end, for the last lines and for stderr
+	logBuffer        = 512 << 10              // most bytes in the buffer, and so in one write; lines beyond them are dropped and counted
+	logFlushAt       = 64 << 10               // bytes in the buffer that start a write at once
+	logInterval      = 200 * time.Millisecond // longest time that a line stays in the buffer
+	lastWordsTimeout = 500 * time.Millisecond // longest wait at the end, for the last lines and for stderr
 )
 
 // logToStderr as the name of the log file makes stderr the log.
 const logToStderr = "-"
 
 type logOptions struct {
-	file    string // or logToStderr
-	maxMB   int    // size after which the file is rotated
-	backups int    // old files kept, compressed
-	days    int    // how long they are kept; 0 is no limit
-	level   slog.Level
-	taken   []string // files with other contents, there or not yet: none may become the log
+	file     string // or logToStderr
+	maxMB    int    // size after which the file is rotated
+	backups  int    // old files kept, compressed
+	days     int    // how long they are kept; 0 is no limit
+	level    slog.Level
+	reserved []string // files with other contents, there or not yet: none may become the log
 }
 
 // logger is slog's JSON handler over a line buffer.
@@ -63,7 +63,7 @@ func openLog(o logOptions, stderr io.Writer) (*logger, error) {
 
 // newLogger logs to out. When that begins to fail, notices gets one plain line.
 func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
-	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), done: make(chan struct{}), idle: make(chan struct{})}
+	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), quit: make(chan struct{}), stopped: make(chan struct{})}
 	go b.flushLoop()
 	return &logger{Logger: slog.New(slog.NewJSONHandler(b, &slog.HandlerOptions{Level: level})), lineBuffer: b}
 }
@@ -71,13 +71,13 @@ func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
 // close writes the last lines and closes the file. It does not wait long for a
 // disk that hangs, or for whoever should read stderr.
 func (l *logger) close() error {
-	close(l.done)
+	close(l.quit)
 	select {
-	case <-l.idle:
+	case <-l.stopped:
 		if l.file != nil {
 			return l.file.close()
 		}
-	case <-time.After(logEnd):
+	case <-time.After(lastWordsTimeout):
 		fmt.Fprintln(l.notices, "orderd: the last log lines are lost: the log file could not be written in time")
 	}
 	return nil
@@ -89,11 +89,11 @@ func (l *logger) close() error {
 type lineBuffer struct {
 	dropped atomic.Int64
 
-	mu     sync.Mutex // guards buffer
-	buffer []byte
-	wake   chan struct{} // capacity 1: there is much to write
-	done   chan struct{} // closed by close
-	idle   chan struct{} // closed when the flusher has written its last
+	mu      sync.Mutex // guards buffer
+	buffer  []byte
+	wake    chan struct{} // capacity 1: there is much to write
+	quit    chan struct{} // closed by close
+	stopped chan struct{} // closed when the flusher has written its last
 
 	// The flusher's:
 	out     io.Writer
@@ -118,13 +118,13 @@ func (b *lineBuffer) Write(line []byte) (int, error) {
 }
 
 func (b *lineBuffer) flushLoop() {
-	defer close(b.idle)
+	defer close(b.stopped)
 	tick := time.Tick(logInterval)
 	for open := true; open; {
 		select {
 		case <-tick:
 		case <-b.wake:
-		case <-b.done:
+		case <-b.quit:
 			open = false
 		}
 		b.flush()
@@ -154,20 +154,20 @@ func (b *lineBuffer) flush() {
 // it is given, does not notice that its file was moved or deleted, and loses
 // lines where two processes rotate one file.
 type logFile struct {
-	rotated lumberjack.Logger
-	taken   []string
-	lock    io.Closer   // keeps other processes from the file
-	named   os.FileInfo // the open file, if the path named it before and after the last write
+	rotated  lumberjack.Logger
+	reserved []string
+	lock     io.Closer   // keeps other processes from the file
+	current  os.FileInfo // the open file, if the path named it before and after the last write
 }
 
 func openLogFile(o logOptions) (*logFile, error) {
 	path := filepath.Clean(o.file)
-	f := &logFile{taken: o.taken, rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
+	f := &logFile{reserved: o.reserved, rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
 	err := os.MkdirAll(filepath.Dir(path), 0o700)
 	if err != nil {
 		return nil, err
 	}
-	if _, err = f.locate(); err != nil {
+	if _, err = f.reopenIfMoved(); err != nil {
 		return nil, err
 	}
 	if f.lock, err = lockFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".lock")); err != nil {
@@ -183,30 +183,30 @@ func openLogFile(o logOptions) (*logFile, error) {
 // that changed during a write, since lumberjack rotated or someone moved the
 // file, it is unknown which file is open: the next write opens it again.
 func (f *logFile) Write(text []byte) (int, error) {
-	before, err := f.locate()
+	before, err := f.reopenIfMoved()
 	if err != nil {
 		return 0, err
 	}
 	n, err := f.rotated.Write(text)
-	f.named = nil
+	f.current = nil
 	if after, _ := os.Lstat(f.rotated.Filename); os.SameFile(before, after) {
-		f.named = after
+		f.current = after
 	}
 	return n, err
 }
 
-// locate returns what the path names, if anything. Unless that is the open file,
+// reopenIfMoved returns what the path names, if anything. Unless that is the open file,
 // it closes the open one and refuses what must not become the log.
-func (f *logFile) locate() (os.FileInfo, error) {
+func (f *logFile) reopenIfMoved() (os.FileInfo, error) {
 	found, _ := os.Lstat(f.rotated.Filename) // the write finds the same error
-	if os.SameFile(found, f.named) {
+	if os.SameFile(found, f.current) {
 		return found, nil
 	}
 	f.rotated.Close()
 	if found != nil && !found.Mode().IsRegular() {
 		return nil, fmt.Errorf(`it is not a regular file ("-log -" logs to stderr, "-log - 2>%s" nowhere)`, os.DevNull)
 	}
-	for _, path := range f.taken {
+	for _, path := range f.reserved {
 		if samePlace(f.rotated.Filename, path) {
 			return nil, fmt.Errorf("it is orderd's own %s", filepath.Base(path))
 		}

@@ -468,13 +468,13 @@ func (l *lead) start() (totals, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var c census
-	if err := l.conn.QueryRow(ctx, countUnfinished+"WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(l.replica.seen.totals) {
+	if err := l.conn.QueryRow(ctx, countUnfinished+"WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest); err != nil || c.matches(l.replica.seen.totals) {
 		return l.replica.seen.totals, err
 	}
 	if err := l.conn.QueryRow(ctx, countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
-	t := c.mend(l.replica.seen.totals, l.replica.log)
+	t := c.correct(l.replica.seen.totals, l.replica.log)
 	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
 		append(t.fields(), l.term)...); err != nil {
 		return totals{}, err

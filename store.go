@@ -106,8 +106,8 @@ type totals struct {
 func (t totals) pending() int64    { return t.accepted - t.processing - t.completed }
 func (t totals) unfinished() int64 { return t.accepted - t.completed }
 
-// after returns the totals as b leaves them.
-func (t totals) after(b *batch) totals {
+// with returns the totals as b leaves them.
+func (t totals) with(b *batch) totals {
 	t.seq++
 	for _, c := range b.creates {
 		if c.stored() {
@@ -141,14 +141,14 @@ type census struct {
 	newest, newestStarted      int64 // upper halves of IDs
 }
 
-// agrees compares all but what only a count of the whole table tells.
-func (c census) agrees(t totals) bool {
+// matches compares all but what only a count of the whole table tells.
+func (c census) matches(t totals) bool {
 	return c.pending == t.pending() && c.processing == t.processing && c.newest <= t.newest
 }
 
-// mend returns the totals that follow on t. The lifetime sum of times stays,
+// correct returns the totals that follow on t. The lifetime sum of times stays,
 // where some of its orders are gone.
-func (c census) mend(t totals, log *logger) totals {
+func (c census) correct(t totals, log *logger) totals {
 	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
 		"accepted", t.removed+c.final+c.pending+c.processing, "were", t.accepted, "completed", t.removed+c.final, "completed_were", t.completed)
 	t.seq++
@@ -304,13 +304,13 @@ func newStore(e engine, o storeOptions, log *logger) *store {
 
 // start begins to write. report is called after each commit, on the writer's
 // goroutine.
-func (s *store) start(report func(commitReport)) error {
+func (s *store) start(onCommit func(commitReport)) error {
 	t, err := s.engine.start()
 	if err != nil {
 		return err
 	}
 	s.published.Store(&t)
-	s.writer.newest, s.writer.tell = t.newest, report
+	s.writer.newest, s.writer.onCommit = t.newest, onCommit
 	s.writer.retention.start()
 	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
 	go s.writer.run()
@@ -327,7 +327,7 @@ func (s *store) create(c *create) error {
 		err = b.err
 	}
 	if err != nil && c.key != "" {
-		if earlier, findErr := s.shown(s.engine.findKey(c.key)); findErr == nil {
+		if earlier, findErr := s.whenShowable(s.engine.findKey(c.key)); findErr == nil {
 			c.replay(earlier)
 			err = nil
 		} else if errors.Is(err, errInDoubt) { // the key's first create may be in that commit
@@ -380,7 +380,7 @@ func (s *store) wait(ctx context.Context, id ulid.ULID) error {
 // get reads an order from the table.
 func (s *store) get(id ulid.ULID) (order, error) {
 	o, seq, err := s.engine.find(id)
-	if o, err = s.shown(o, seq, err); err == nil {
+	if o, err = s.whenShowable(o, seq, err); err == nil {
 		s.cache.learn(id, o.status, seq)
 	}
 	return o, err
@@ -391,8 +391,8 @@ func (s *store) list(f filter) (page, error) {
 	return p, cmp.Or(err, s.await(seq), s.engine.current())
 }
 
-// shown holds an order that was read until it may be shown.
-func (s *store) shown(o order, seq int64, err error) (order, error) {
+// whenShowable holds an order that was read until it may be whenShowable.
+func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
@@ -420,8 +420,8 @@ func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.ol
 // totals are those of the last confirmed commit.
 func (s *store) totals() totals { return *s.published.Load() }
 
-// shownTotals are the totals, unless they may not be shown now.
-func (s *store) shownTotals() (totals, error) { return s.totals(), s.engine.current() }
+// showableTotals are the totals, unless they may not be shown now.
+func (s *store) showableTotals() (totals, error) { return s.totals(), s.engine.current() }
 
 // clockBehind is how far the newest order's time is ahead of the clock, or 0.
 func (s *store) clockBehind() time.Duration {
@@ -451,7 +451,7 @@ type batch struct {
 	creates []*create
 	steps   []step
 	bytes   int               // of text in creates
-	moved   map[ulid.ULID]int // an order's index in steps
+	stepOf  map[ulid.ULID]int // an order's index in steps
 	expiry  *expiry           // or nil
 	done    chan struct{}     // closed once it is answered
 	err     error             // of every create in it: the kind, without the cause
@@ -461,9 +461,9 @@ type batch struct {
 }
 
 func newBatch(steps []step) *batch {
-	b := &batch{steps: steps, moved: map[ulid.ULID]int{}, done: make(chan struct{})}
+	b := &batch{steps: steps, stepOf: map[ulid.ULID]int{}, done: make(chan struct{})}
 	for i, st := range steps {
-		b.moved[st.id] = i
+		b.stepOf[st.id] = i
 	}
 	return b
 }
@@ -483,12 +483,12 @@ func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.
 // move adds a step, or makes one of two of the same order: a commit moves an
 // order once.
 func (b *batch) move(st step) {
-	if i, ok := b.moved[st.id]; ok {
+	if i, ok := b.stepOf[st.id]; ok {
 		st.from = b.steps[i].from
 		b.steps[i] = st
 		return
 	}
-	b.moved[st.id] = len(b.steps)
+	b.stepOf[st.id] = len(b.steps)
 	b.steps = append(b.steps, st)
 }
 
@@ -622,7 +622,7 @@ type writer struct {
 	retention *retention
 	log       *logger
 	now       func() time.Time
-	tell      func(commitReport)
+	onCommit  func(commitReport)
 
 	newest  int64    // upper half of the newest ID
 	changes []change // of the last commit; reused
@@ -701,13 +701,13 @@ func (w *writer) commit(b *batch) error {
 		if err != nil { // it may be too much for the disk: others come first
 			x.through = 0
 		}
-		w.retention.passed(x, time.Since(began))
+		w.retention.record(x, time.Since(began))
 	}
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
 		w.publishTotals(b.totals)
 	}
 	if err != nil {
-		b.release(publicKind(err))
+		b.release(answerFor(err))
 		return err
 	}
 	w.publish(b)
@@ -715,12 +715,12 @@ func (w *writer) commit(b *batch) error {
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	w.tell(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
+	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
 	return nil
 }
 
-// publicKind is what the clients of a commit that failed are told.
-func publicKind(err error) error {
+// answerFor is what the clients of a commit that failed are told.
+func answerFor(err error) error {
 	if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {
 		return errOutcomeUnknown
 	}
@@ -729,7 +729,7 @@ func publicKind(err error) error {
 
 // refusalAfter is what later clients are told.
 func refusalAfter(err error) error {
-	if publicKind(err) == errOutcomeUnknown {
+	if answerFor(err) == errOutcomeUnknown {
 		return errInDoubt
 	}
 	return errUnwritable
@@ -820,14 +820,14 @@ type retention struct {
 	cursor int64            // upper half of the last ID that this pass has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	ahead  int              // orders that the last expiry looked at, less those created since; at 0 the next is due too
+	credit int              // orders that the last expiry looked at, less those created since; at 0 the next is due too
 	warned bool             // of a jump of the clock
 }
 
 const (
-	expiryPause = 8              // times as long as a commit with an expiry took, to be left to others
-	passPause   = time.Minute    // between two passes; less where orders are kept for minutes
-	clockJump   = 24 * time.Hour // ahead; a larger one removes nothing
+	expiryPauseFactor = 8              // times as long as a commit with an expiry took, to be left to others
+	sweepPause        = time.Minute    // between two passes; less where orders are kept for minutes
+	clockJump         = 24 * time.Hour // ahead; a larger one removes nothing
 )
 
 func (r *retention) start() {
@@ -835,14 +835,14 @@ func (r *retention) start() {
 		return
 	}
 	r.began, r.wall = time.Now(), r.now().Round(0) // the wall clock alone
-	r.passed(&expiry{}, 0)
+	r.record(&expiry{}, 0)
 }
 
 // next returns an expiry when one is due: after a pause, or when as many orders
 // were created as the last one looked at, so that the table stops growing.
 func (r *retention) next(created int) *expiry {
-	r.ahead -= created
-	if r.keep == 0 || r.ahead > 0 && time.Now().Before(r.due) || r.clockJumped() {
+	r.credit -= created
+	if r.keep == 0 || r.credit > 0 && time.Now().Before(r.due) || r.clockJumped() {
 		return nil
 	}
 	return &expiry{after: r.cursor, before: r.now().Add(-r.keep).UnixMilli()}
@@ -851,20 +851,20 @@ func (r *retention) next(created int) *expiry {
 // clockJumped reports whether the wall clock has gone ahead of the monotonic one
 // since the start. Orders are not removed on its word alone.
 func (r *retention) clockJumped() bool {
-	ahead := r.now().Sub(r.wall) - time.Since(r.began)
-	if ahead > clockJump && !r.warned {
+	jump := r.now().Sub(r.wall) - time.Since(r.began)
+	if jump > clockJump && !r.warned {
 		r.warned = true
-		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", ahead.Round(time.Second).String())
+		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
 	}
-	return ahead > clockJump
+	return jump > clockJump
 }
 
-// passed takes note of how far an expiry came, and says when the next is due.
-func (r *retention) passed(x *expiry, took time.Duration) {
-	pause := expiryPause * took
-	r.cursor, r.ahead = x.through, x.looked
+// record takes note of how far an expiry came, and says when the next is due.
+func (r *retention) record(x *expiry, took time.Duration) {
+	pause := expiryPauseFactor * took
+	r.cursor, r.credit = x.through, x.looked
 	if x.through == 0 {
-		pause, r.ahead = max(pause, min(passPause, r.keep/10)), math.MaxInt
+		pause, r.credit = max(pause, min(sweepPause, r.keep/10)), math.MaxInt
 	}
 	r.due, r.wake = time.Now().Add(pause), time.After(pause)
 }
@@ -1018,11 +1018,11 @@ var sqliteView = ordersView("printf('%d.%02d', cents / 100, cents % 100)", "strf
 // sqliteEngine keeps orders in one SQLite file. One connection writes; reads
 // have connections of their own, which WAL mode lets read beside it.
 type sqliteEngine struct {
-	file  *database
-	log   *logger
-	write *statements
-	rows  *reader // one order
-	lists *reader // many
+	file        *database
+	log         *logger
+	write       *statements
+	rowReaders  *reader // one order
+	listReaders *reader // many
 
 	last     totals // as of the last commit
 	users    *userIndex
@@ -1049,7 +1049,7 @@ func (e *sqliteEngine) start() (t totals, err error) {
 	if err = e.file.open(e.log); err != nil {
 		return t, err
 	}
-	if err = e.prepare(); err != nil {
+	if err = e.openParts(); err != nil {
 		return t, explain(e.file.path, err)
 	}
 	if err = e.recount(); err != nil {
@@ -1059,7 +1059,7 @@ func (e *sqliteEngine) start() (t totals, err error) {
 }
 
 // prepare opens the readers and prepares every statement.
-func (e *sqliteEngine) prepare() (err error) {
+func (e *sqliteEngine) openParts() (err error) {
 	if e.write, err = prepareStatements(e.file.DB); err != nil {
 		return err
 	}
@@ -1072,10 +1072,10 @@ func (e *sqliteEngine) prepare() (err error) {
 	if e.wal, err = newCheckpointer(e.file, e.log); err != nil {
 		return err
 	}
-	if e.rows, err = openReader(e.file.path, rowReaders); err != nil {
+	if e.rowReaders, err = openReader(e.file.path, rowConnections); err != nil {
 		return err
 	}
-	e.lists, err = openReader(e.file.path, listReaders)
+	e.listReaders, err = openReader(e.file.path, listConnections)
 	return err
 }
 
@@ -1085,13 +1085,13 @@ func (e *sqliteEngine) prepare() (err error) {
 func (e *sqliteEngine) recount() error {
 	var c census
 	if err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").
-		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(e.last) {
+		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.matches(e.last) {
 		return err
 	}
 	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
 		return err
 	}
-	return e.writeTotals(c.mend(e.last, e.log))
+	return e.writeTotals(c.correct(e.last, e.log))
 }
 
 // writeTotals is a compare-and-set: it fails where another writer was there.
@@ -1255,7 +1255,7 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 			return err
 		}
 	}
-	b.totals = e.last.after(b)
+	b.totals = e.last.with(b)
 	if err := e.users.update(b.totals.accepted-e.last.accepted, b.totals.newest, e.log); err != nil {
 		return err
 	}
@@ -1480,7 +1480,7 @@ func (e *sqliteEngine) close() error {
 	if e.handsOff != nil {
 		return e.handsOff
 	}
-	return errors.Join(e.rows.close(), e.lists.close(), e.write.close(), e.file.close())
+	return errors.Join(e.rowReaders.close(), e.listReaders.close(), e.write.close(), e.file.close())
 }
 
 func (e *sqliteEngine) gauges() []gauge {
@@ -1497,7 +1497,7 @@ type userIndex struct {
 	savepoint, release, revert, add, extend, begin, drop, dropRuns *sql.Stmt
 
 	state, next indexState // as of the last commit, and of the one under way
-	retryAt     int64      // orders behind, before the next try after one that failed
+	retryBehind int64      // orders behind, before the next try after one that failed
 }
 
 type indexState struct {
@@ -1550,7 +1550,7 @@ func openUserIndex(db *sql.DB) (u *userIndex, err error) {
 func (u *userIndex) update(added, newest int64, log *logger) error {
 	u.next = u.state
 	u.next.behind += added
-	if u.next.behind < max(indexEvery, u.retryAt) {
+	if u.next.behind < max(indexEvery, u.retryBehind) {
 		return nil
 	}
 	if _, err := u.savepoint.Exec(); err != nil {
@@ -1562,7 +1562,7 @@ func (u *userIndex) update(added, newest int64, log *logger) error {
 			return err
 		}
 		log.Warn("the index of users could not be written; lists by user are slower until it can", "error", err)
-		u.retryAt = u.next.behind + indexEvery
+		u.retryBehind = u.next.behind + indexEvery
 	}
 	_, err = u.release.Exec()
 	return err
@@ -1584,7 +1584,7 @@ func (u *userIndex) index(newest int64) error {
 			return err
 		}
 	}
-	u.next, u.retryAt = n, 0
+	u.next, u.retryBehind = n, 0
 	return nil
 }
 
@@ -1603,12 +1603,12 @@ func (u *userIndex) committed() { u.state = u.next }
 // checkpointer moves the WAL into the database. SQLite's own checkpoints would
 // hold up a commit, and swallow a failed fsync.
 type checkpointer struct {
-	file    *database
-	log     *logger
-	length  *sql.Stmt
-	written int       // operations since the last look at the WAL's length
-	retryAt time.Time // of an incomplete checkpoint; zero where none is
-	moved   int64     // pages that the incomplete one moved
+	file       *database
+	log        *logger
+	length     *sql.Stmt
+	written    int       // operations since the last look at the WAL's length
+	retryAt    time.Time // of an incomplete checkpoint; zero where none is
+	pagesMoved int64     // pages that the incomplete one moved
 }
 
 const (
@@ -1642,7 +1642,7 @@ func (c *checkpointer) run() error {
 		return nil
 	}
 	busy, pages, moved, err := c.checkpoint("PASSIVE")
-	sameReader := retry && moved < pages && moved == c.moved
+	sameReader := retry && moved < pages && moved == c.pagesMoved
 	if err == nil && !sameReader {
 		mode := "RESTART"
 		if pages > truncateAbovePages {
@@ -1652,7 +1652,7 @@ func (c *checkpointer) run() error {
 		busy, pages, moved, err = c.checkpoint(mode)
 		c.file.setBusyTimeout(busyTimeout)
 	}
-	c.retryAt, c.moved = time.Time{}, moved
+	c.retryAt, c.pagesMoved = time.Time{}, moved
 	if err != nil || busy || moved < pages {
 		c.retryAt = time.Now().Add(retryPause)
 	}
@@ -1674,9 +1674,9 @@ func progress(row *sql.Row) (busy bool, pages, moved int64, err error) {
 // ---- Reads. ----
 
 const (
-	rowReaders  = 3         // connections that read one order; the feeder's reads, short too, do not wait for lists
-	listReaders = 4         // connections that read lists
-	readBytes   = 256 << 10 // of text, after which a page ends
+	rowConnections  = 3         // connections that read one order; the feeder's reads, short too, do not wait for lists
+	listConnections = 4         // connections that read lists
+	readBytes       = 256 << 10 // of text, after which a page ends
 )
 
 const (
@@ -1736,11 +1736,11 @@ func (r *reader) close() error {
 }
 
 func (e *sqliteEngine) find(id ulid.ULID) (order, int64, error) {
-	return e.readOne(e.rows.findID, high(id), func(o order) bool { return o.id == id })
+	return e.readOne(e.rowReaders.findID, high(id), func(o order) bool { return o.id == id })
 }
 
 func (e *sqliteEngine) findKey(key string) (order, int64, error) {
-	return e.readOne(e.rows.findKey, key, func(order) bool { return true })
+	return e.readOne(e.rowReaders.findKey, key, func(order) bool { return true })
 }
 
 // readOne reads readOne order; not finding it is also an answer as of a seq.
@@ -1750,13 +1750,13 @@ func (e *sqliteEngine) readOne(query *sql.Stmt, by any, matches func(order) bool
 		return o, seq, nil
 	}
 	if err == nil || errors.Is(err, sql.ErrNoRows) {
-		err = cmp.Or(e.rows.QueryRow("SELECT seq FROM totals").Scan(&seq), errNotFound)
+		err = cmp.Or(e.rowReaders.QueryRow("SELECT seq FROM totals").Scan(&seq), errNotFound)
 	}
 	return order{}, seq, err
 }
 
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.rows.backlog.Query(after, limit)
+	rows, err := e.rowReaders.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -1776,14 +1776,14 @@ func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err erro
 const oldestUnfinished = "SELECT coalesce(min(id_high), 9223372036854775807) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = "
 
 func (e *sqliteEngine) oldest(st status) (idHigh int64, err error) {
-	err = e.rows.QueryRow(oldestUnfinished+"?", st).Scan(&idHigh)
+	err = e.rowReaders.QueryRow(oldestUnfinished+"?", st).Scan(&idHigh)
 	return idHigh, err
 }
 
 // list reads a page in one transaction, so that its bounds and all its queries
 // see the same commit.
 func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
-	tx, err := e.lists.Begin()
+	tx, err := e.listReaders.Begin()
 	if err != nil {
 		return p, 0, err
 	}
@@ -1924,7 +1924,7 @@ type database struct {
 	autoCheckpoint int
 
 	foundVersion int64                  // version of the file as inspected; 0 where there is no schema yet
-	inode        map[string]os.FileInfo // what its paths named when it was opened
+	opened       map[string]os.FileInfo // what its paths named when it was opened
 	checked      time.Time              // when inPlace last looked
 }
 
@@ -2112,10 +2112,10 @@ func (d *database) makeNew() error {
 
 // remember notes what the database's paths name now, for inPlace.
 func (d *database) remember() {
-	d.inode = map[string]os.FileInfo{}
+	d.opened = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
 		if info, err := os.Stat(path); err == nil {
-			d.inode[path] = info
+			d.opened[path] = info
 		}
 	}
 }
@@ -2129,7 +2129,7 @@ func (d *database) inPlace() error {
 		return nil
 	}
 	for _, path := range []string{d.path, d.path + "-wal"} {
-		opened := d.inode[path]
+		opened := d.opened[path]
 		if now, err := os.Stat(path); opened != nil && (err != nil || !os.SameFile(opened, now)) {
 			return fmt.Errorf("%s was removed or replaced while orderd has it open: move it back, or stop orderd and put a backup in its place", path)
 		}

@@ -61,8 +61,8 @@ type pool struct {
 	active  atomic.Int64 // attempts under way
 	failed  atomic.Int64 // attempts that failed
 
-	failures *fewLines // of one order each
-	troubles *fewLines // of the endpoint
+	failures *limitedLog // of one order each
+	troubles *limitedLog // of the endpoint
 
 	// stopping is done when the service begins to stop: no worker takes another
 	// order, nobody waits for one, and readyz says no.
@@ -89,7 +89,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 		poolOptions: o, store: s, log: log, made: time.Now(),
 		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
 		took: newHistogram(durationBounds), gate: newGate(),
-		failures: &fewLines{log: log}, troubles: &fewLines{log: log},
+		failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
 	}
 	if o.endpoint.url != "" {
 		p.work = newEndpoint(o.endpoint, o.workers, s.get).post
@@ -202,7 +202,7 @@ func (p *pool) begin(o queued) job {
 // table for the next start.
 func (p *pool) attempt(j job) error {
 	p.active.Add(1)
-	err := p.guarded(j)
+	err := p.runSafely(j)
 	p.active.Add(-1)
 	switch {
 	case err == nil:
@@ -217,7 +217,7 @@ func (p *pool) attempt(j job) error {
 }
 
 // guarded turns a panic in the work into an error of this attempt.
-func (p *pool) guarded(j job) (err error) {
+func (p *pool) runSafely(j job) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic: %v", r)
@@ -239,7 +239,7 @@ func (p *pool) postpone(j job, err error) {
 	due := time.Now().Add(pause)
 	j.attempts++
 	if t, ok := errors.AsType[*trouble](err); ok {
-		due = t.over(j.attempts - 1).Add(givesWay)
+		due = t.pauseEnd(j.attempts - 1).Add(givesWay)
 	} else {
 		p.failures.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
 	}
@@ -259,9 +259,9 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 	began := time.Now()
 	said := began
 	for trials := int32(0); ; trials++ {
-		over := t.over(trials)
+		pauseEnd := t.pauseEnd(trials)
 		select {
-		case <-time.After(time.Until(over)):
+		case <-time.After(time.Until(pauseEnd)):
 		case <-p.stopping.Done():
 			return
 		}
@@ -269,7 +269,7 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 			said = time.Now()
 			p.troubles.warn("the endpoint is still in trouble", "for", said.Sub(began).String(), "trials", trials, "error", t)
 		}
-		j, ok := p.trial(over)
+		j, ok := p.nextTrial(pauseEnd)
 		if !ok {
 			return
 		}
@@ -287,8 +287,8 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 }
 
 // trial is the parked order that has been due longest, else the next new one.
-func (p *pool) trial(over time.Time) (j job, ok bool) {
-	j, ok = p.parked.unpark(over)
+func (p *pool) nextTrial(pauseEnd time.Time) (j job, ok bool) {
+	j, ok = p.parked.unpark(pauseEnd)
 	for !ok && p.stopping.Err() == nil {
 		j, ok = p.next(nil)
 	}
@@ -438,7 +438,7 @@ const linesASecond = 5 // of each kind of failure
 
 // fewLines logs what may happen any number of times: beyond linesASecond it
 // leaves lines out, and the next line says how many.
-type fewLines struct {
+type limitedLog struct {
 	log *logger
 
 	mu      sync.Mutex // guards the rest
@@ -447,7 +447,7 @@ type fewLines struct {
 	leftOut int // since the last line
 }
 
-func (f *fewLines) warn(message string, attributes ...any) {
+func (f *limitedLog) warn(message string, attributes ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if now := time.Now(); now.Sub(f.since) >= time.Second {
@@ -485,7 +485,7 @@ type trouble struct {
 }
 
 // over is when the pause ends, after some failures in a row and this one.
-func (t *trouble) over(failures int32) time.Time {
+func (t *trouble) pauseEnd(failures int32) time.Time {
 	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
 }
 
