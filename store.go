@@ -394,7 +394,8 @@ func (s *store) list(f filter) (page, error) {
 	return p, cmp.Or(err, s.await(seq), s.engine.current())
 }
 
-// whenShowable holds an order that was read until it may be whenShowable.
+// whenShowable waits until an order that was read may be shown, and says why it
+// may not.
 func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }

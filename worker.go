@@ -209,7 +209,7 @@ func (p *pool) attempt(j job) error {
 	return err
 }
 
-// guarded turns a panic in the work into an error of this attempt.
+// runSafely turns a panic in the work into an error of this attempt.
 func (p *pool) runSafely(j job) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -276,8 +276,8 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 	}
 }
 
-// trial returns the parked order that is due first, if it is due by pauseEnd, or
-// waits for the next order.
+// nextTrial returns the parked order that is due first, if it is due by pauseEnd,
+// or waits for the next order.
 func (p *pool) nextTrial(pauseEnd time.Time) (j job, ok bool) {
 	j, ok = p.parked.unpark(pauseEnd)
 	for !ok && p.stopping.Err() == nil {
@@ -427,8 +427,8 @@ func (h *jobHeap) Pop() any {
 
 const linesASecond = 5 // of each kind of failure
 
-// fewLines logs failures that may come in any number: beyond linesASecond it
-// leaves lines out, and the next line says how many.
+// limitedLog logs what may come in any number: beyond linesASecond it leaves lines
+// out, and the next line says how many.
 type limitedLog struct {
 	log *logger
 
@@ -474,7 +474,7 @@ type trouble struct {
 	retryAfter time.Duration // that the endpoint asks for, or 0
 }
 
-// over is when the pause ends that follows failures+1 failures in a row.
+// pauseEnd is when the pause ends that follows failures+1 failures in a row.
 func (t *trouble) pauseEnd(failures int32) time.Time {
 	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
 }
