@@ -7,7 +7,7 @@ import (
 	"github.com/oklog/ulid/v2"
 )
 
-// status only moves forward.
+// status only moves forward. Its numbers are stored in the tables.
 type status uint8
 
 const (
@@ -31,11 +31,11 @@ type change struct {
 
 // cache holds the statuses of the newest orders. Keys and values hold no
 // pointers, so the garbage collector never scans it (16-byte keys, 1-byte
-// values, and a 16-byte ring entry each). A status in it only moves forward.
+// values, and a 16-byte ring slot each). A status in it only moves forward.
 type cache struct {
-	mu        sync.RWMutex // guards everything up to the blank line
+	mu        sync.RWMutex // guards the next five fields
 	statuses  map[ulid.ULID]status
-	ring      []ulid.ULID // the keys in order of arrival, the oldest at next once full
+	ring      []ulid.ULID // keys in order of arrival; once it is full, next is the oldest
 	next      int
 	watchers  map[ulid.ULID]*watcher
 	forgotten int64 // seq of the last commit that removed orders
@@ -43,13 +43,14 @@ type cache struct {
 	hits, misses atomic.Int64
 }
 
-// watcher is everyone who waits for one order.
+// watcher is shared by everyone who waits for one order.
 type watcher struct {
 	final   chan struct{} // closed by apply
 	waiting int           // guarded by cache.mu
 }
 
-// newCache reserves the whole ring; the system gives it memory as it fills.
+// newCache allocates the whole ring; the system backs its pages as they are
+// written.
 func newCache(size int) *cache {
 	return &cache{statuses: map[ulid.ULID]status{}, ring: make([]ulid.ULID, 0, size), watchers: map[ulid.ULID]*watcher{}}
 }
@@ -72,7 +73,7 @@ func (c *cache) len() int {
 	return len(c.statuses)
 }
 
-// apply takes over what has just been committed, and wakes who waited for it.
+// apply records committed changes and wakes the watchers of final ones.
 func (c *cache) apply(changes []change) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -85,9 +86,8 @@ func (c *cache) apply(changes []change) {
 	}
 }
 
-// learn keeps a final status that a reader saw in the table as of seq. No other
-// status is added this way, nor one read before orders were removed: a slow
-// reader cannot bring back what has changed since.
+// learn caches a final status that was read at seq. Only final ones, which cannot
+// change; and none read before the last removal, which may have removed the order.
 func (c *cache) learn(id ulid.ULID, s status, seq int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,7 +102,7 @@ func (c *cache) forget(ids []ulid.ULID, seq int64) {
 	defer c.mu.Unlock()
 	c.forgotten = seq
 	for _, id := range ids {
-		delete(c.statuses, id) // its ring entry is reused in its turn
+		delete(c.statuses, id) // its ring slot stays until it is overwritten
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -21,22 +22,22 @@ import (
 )
 
 const (
-	logBuffer   = 512 << 10              // most bytes in the buffer, and so in one write; lines beyond them are dropped and counted
-	logFlushAt  = 64 << 10               // bytes in the buffer that start a write at once
-	logInterval = 200 * time.Millisecond // longest time that a line stays in the buffer
-	logEnd      = 500 * time.Millisecond // longest wait at the end, for the last lines and for stderr
+	logBuffer        = 512 << 10              // size of the buffer; lines beyond it are dropped and counted
+	logFlushAt       = 64 << 10               // a fuller buffer is written without waiting for logInterval
+	logInterval      = 200 * time.Millisecond // longest time that a line stays in the buffer
+	lastWordsTimeout = 500 * time.Millisecond // longest wait at the end of the process, for the last lines and for stderr
 )
 
-// logToStderr as the name of the log file makes stderr the log.
+// logToStderr, given as -log, logs to stderr instead of a file.
 const logToStderr = "-"
 
 type logOptions struct {
-	file    string // or logToStderr
-	maxMB   int    // size after which the file is rotated
-	backups int    // old files kept, compressed
-	days    int    // how long they are kept; 0 is no limit
-	level   slog.Level
-	taken   []string // files with other contents, there or not yet: none may become the log
+	file     string // or logToStderr
+	maxMB    int    // size after which the file is rotated
+	backups  int    // old files kept, compressed
+	days     int    // how long they are kept; 0 is no limit
+	level    slog.Level
+	reserved []string // paths of orderd's other files, existing or not; the log may be none of them
 }
 
 // logger is slog's JSON handler over a line buffer.
@@ -63,7 +64,7 @@ func openLog(o logOptions, stderr io.Writer) (*logger, error) {
 
 // newLogger logs to out. When that begins to fail, notices gets one plain line.
 func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
-	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), done: make(chan struct{}), idle: make(chan struct{})}
+	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), quit: make(chan struct{}), stopped: make(chan struct{})}
 	go b.flushLoop()
 	return &logger{Logger: slog.New(slog.NewJSONHandler(b, &slog.HandlerOptions{Level: level})), lineBuffer: b}
 }
@@ -71,13 +72,13 @@ func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
 // close writes the last lines and closes the file. It does not wait long for a
 // disk that hangs, or for whoever should read stderr.
 func (l *logger) close() error {
-	close(l.done)
+	close(l.quit)
 	select {
-	case <-l.idle:
+	case <-l.stopped:
 		if l.file != nil {
 			return l.file.close()
 		}
-	case <-time.After(logEnd):
+	case <-time.After(lastWordsTimeout):
 		fmt.Fprintln(l.notices, "orderd: the last log lines are lost: the log file could not be written in time")
 	}
 	return nil
@@ -89,17 +90,17 @@ func (l *logger) close() error {
 type lineBuffer struct {
 	dropped atomic.Int64
 
-	mu     sync.Mutex // guards buffer
-	buffer []byte
-	wake   chan struct{} // capacity 1: there is much to write
-	done   chan struct{} // closed by close
-	idle   chan struct{} // closed when the flusher has written its last
+	mu      sync.Mutex // guards buffer
+	buffer  []byte
+	wake    chan struct{} // capacity 1: the buffer has reached logFlushAt
+	quit    chan struct{} // closed by close
+	stopped chan struct{} // closed when the flusher has written its last
 
 	// The flusher's:
 	out     io.Writer
 	notices io.Writer
 	spare   []byte // the next buffer
-	failing bool   // the last write failed and notices was told
+	failing bool   // the last write failed, and notices got its line
 }
 
 // Write takes one encoded line. It never blocks and never fails.
@@ -118,13 +119,13 @@ func (b *lineBuffer) Write(line []byte) (int, error) {
 }
 
 func (b *lineBuffer) flushLoop() {
-	defer close(b.idle)
+	defer close(b.stopped)
 	tick := time.Tick(logInterval)
 	for open := true; open; {
 		select {
 		case <-tick:
 		case <-b.wake:
-		case <-b.done:
+		case <-b.quit:
 			open = false
 		}
 		b.flush()
@@ -154,20 +155,20 @@ func (b *lineBuffer) flush() {
 // it is given, does not notice that its file was moved or deleted, and loses
 // lines where two processes rotate one file.
 type logFile struct {
-	rotated lumberjack.Logger
-	taken   []string
-	lock    io.Closer   // keeps other processes from the file
-	named   os.FileInfo // the open file, if the path named it before and after the last write
+	rotated  lumberjack.Logger
+	reserved []string
+	lock     io.Closer   // keeps other processes from the file
+	current  os.FileInfo // of the open file; nil when the path may name another
 }
 
 func openLogFile(o logOptions) (*logFile, error) {
 	path := filepath.Clean(o.file)
-	f := &logFile{taken: o.taken, rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
+	f := &logFile{reserved: o.reserved, rotated: lumberjack.Logger{Filename: path, MaxSize: o.maxMB, MaxBackups: o.backups, MaxAge: o.days, Compress: true}}
 	err := os.MkdirAll(filepath.Dir(path), 0o700)
 	if err != nil {
 		return nil, err
 	}
-	if _, err = f.locate(); err != nil {
+	if _, err = f.reopenIfMoved(); err != nil {
 		return nil, err
 	}
 	if f.lock, err = lockFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".lock")); err != nil {
@@ -179,34 +180,35 @@ func openLogFile(o logOptions) (*logFile, error) {
 	return f, nil
 }
 
-// Write opens the file again if the path no longer names the open one. Where
-// that changed during a write, since lumberjack rotated or someone moved the
-// file, it is unknown which file is open: the next write opens it again.
+// Write opens the file again if the path no longer names the open one. If the
+// path changed meaning during the write (a rotation, or somebody moved the file),
+// the next write reopens it.
 func (f *logFile) Write(text []byte) (int, error) {
-	before, err := f.locate()
+	before, err := f.reopenIfMoved()
 	if err != nil {
 		return 0, err
 	}
 	n, err := f.rotated.Write(text)
-	f.named = nil
+	f.current = nil
 	if after, _ := os.Lstat(f.rotated.Filename); os.SameFile(before, after) {
-		f.named = after
+		f.current = after
 	}
 	return n, err
 }
 
-// locate returns what the path names, if anything. Unless that is the open file,
-// it closes the open one and refuses what must not become the log.
-func (f *logFile) locate() (os.FileInfo, error) {
-	found, _ := os.Lstat(f.rotated.Filename) // the write finds the same error
-	if os.SameFile(found, f.named) {
+// reopenIfMoved returns what the path names, or nil. If that is not the open file, it
+// closes the open one, for the next write to open the other, and refuses what
+// must not become the log.
+func (f *logFile) reopenIfMoved() (os.FileInfo, error) {
+	found, _ := os.Lstat(f.rotated.Filename) // an error here shows again in the write
+	if os.SameFile(found, f.current) {
 		return found, nil
 	}
 	f.rotated.Close()
 	if found != nil && !found.Mode().IsRegular() {
 		return nil, fmt.Errorf(`it is not a regular file ("-log -" logs to stderr, "-log - 2>%s" nowhere)`, os.DevNull)
 	}
-	for _, path := range f.taken {
+	for _, path := range f.reserved {
 		if samePlace(f.rotated.Filename, path) {
 			return nil, fmt.Errorf("it is orderd's own %s", filepath.Base(path))
 		}
@@ -214,9 +216,8 @@ func (f *logFile) locate() (os.FileInfo, error) {
 	return found, nil
 }
 
-// close leaves the lock to the end of the process where an old file may still be
-// in compression: another process would compress it too, find it gone at the
-// end, and delete the result.
+// close keeps the lock until the process ends if a rotated file may still be
+// being compressed: another process would compress it too, and delete the result.
 func (f *logFile) close() error {
 	err := f.rotated.Close()
 	ext := filepath.Ext(f.rotated.Filename)
@@ -227,8 +228,8 @@ func (f *logFile) close() error {
 	return errors.Join(err, f.lock.Close())
 }
 
-// samePlace reports whether both paths lead to one file, now or once it is made
-// (there are file systems that do not tell capitals from small letters).
+// samePlace reports whether both paths lead to one file, existing or not. Some
+// file systems do not tell capitals from small letters.
 func samePlace(path, other string) bool {
 	same := func(path, other string) bool {
 		a, _ := os.Stat(path)
@@ -246,13 +247,9 @@ var errLocked = errors.New("another orderd uses it")
 // process, after kill -9 too. The file is never deleted: two processes could
 // then each lock one of that name. See https://sqlite.org/lockingv3.html.
 func lockFile(path string) (io.Closer, error) {
-	// SQLite would open a read-only file without a word. This comes first, since
-	// closing any descriptor of a file drops the process's locks on it.
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
+	if err := makeFile(path); err != nil {
 		return nil, err
 	}
-	file.Close()
 	if _, err := sqlitePath(path); err != nil {
 		return nil, err
 	}
@@ -262,8 +259,7 @@ func lockFile(path string) (io.Closer, error) {
 		return nil, err
 	}
 	db.SetMaxOpenConns(1) // the one that holds the lock
-	// Of two processes that start at once and do not wait, each may see the other
-	// half way to the lock, and neither gets it.
+	// busy_timeout: without it, two processes that start together can both fail.
 	_, err = db.Exec("PRAGMA busy_timeout = 100; PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code()&0xff == sqlite3.SQLITE_BUSY {
 		return nil, errors.Join(errLocked, db.Close())
@@ -274,11 +270,23 @@ func lockFile(path string) (io.Closer, error) {
 	return db, nil
 }
 
-// longestPath is in bytes: SQLite's limit is 512, with what it appends
+// makeFile makes an empty file for its owner only, or makes sure that an existing
+// one can be written: SQLite would open a read-only one and report no error. It
+// must not run once SQLite has the file open: closing any descriptor of a file
+// drops the process's locks on it.
+func makeFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// longestPath is in bytes: SQLite's limit is 512, with the suffixes it appends
 // (https://sqlite.org/src/file/src/os_unix.c, MAX_PATHNAME).
 const longestPath = 500
 
-// sqlitePath is the path that SQLite makes of a file's: absolute, and with the
+// sqlitePath returns the path that SQLite opens for path: absolute, with the
 // links of its directory followed.
 func sqlitePath(path string) (string, error) {
 	directory, err := filepath.EvalSymlinks(filepath.Dir(path))
@@ -290,6 +298,16 @@ func sqlitePath(path string) (string, error) {
 		err = fmt.Errorf("the path of %s has %d bytes and SQLite takes at most %d", filepath.Base(abs), len(abs), longestPath)
 	}
 	return abs, err
+}
+
+// sleep pauses for d, or until ctx is done: then it returns false.
+func sleep(ctx context.Context, d time.Duration) (whole bool) {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // nudge tells the one receiver of a channel of capacity 1 to look.

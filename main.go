@@ -73,7 +73,7 @@ func exitCode(err error, stderr io.Writer) int {
 	}()
 	select {
 	case <-printed:
-	case <-time.After(logEnd): // nobody reads stderr
+	case <-time.After(lastWordsTimeout): // nobody reads stderr
 	}
 	if errors.As(err, new(usageError)) {
 		return 2
@@ -519,14 +519,14 @@ type config struct {
 // beside a database where a symbolic link leads.
 func (c config) logOptions() logOptions {
 	o := c.log
-	o.taken = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
+	o.reserved = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
 	for _, name := range []string{"orders.db", "metrics.db", "orderd.lock"} {
 		path := filepath.Join(c.data, name)
 		if target, err := filepath.EvalSymlinks(path); err == nil {
 			path = target
 		}
 		for _, suffix := range []string{"", "-wal", "-shm", "-journal"} {
-			o.taken = append(o.taken, path+suffix)
+			o.reserved = append(o.reserved, path+suffix)
 		}
 	}
 	return o

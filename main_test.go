@@ -339,7 +339,7 @@ func move(s *store, st step) step {
 	s.intake.mu.Unlock()
 	nudge(s.intake.stepped)
 	<-b.done
-	return b.steps[b.moved[st.id]]
+	return b.steps[b.stepOf[st.id]]
 }
 
 // moveTo takes a Pending order to a status.
@@ -2502,7 +2502,7 @@ func TestListPlans(t *testing.T) {
 	var got [][]string
 	recordLists(t, a, func(query string, args []any) {
 		if strings.HasPrefix(query, "SELECT "+orderColumns) {
-			got = append(got, queryPlan(t, onSQLite(t, a).rows.DB, query, args...))
+			got = append(got, queryPlan(t, onSQLite(t, a).rowReaders.DB, query, args...))
 		}
 	})
 	p, r, c := pending, processing, completed
@@ -2543,11 +2543,11 @@ func TestListPlans(t *testing.T) {
 // restore.
 func recordLists(tb testing.TB, a *app, see func(query string, args []any)) (restore func()) {
 	tb.Helper()
-	plain := onSQLite(tb, a).lists.DB
+	plain := onSQLite(tb, a).listReaders.DB
 	recorded := sql.OpenDB(recorder{path: onSQLite(tb, a).file.path, driver: plain.Driver(), see: see})
-	onSQLite(tb, a).lists.DB = recorded
+	onSQLite(tb, a).listReaders.DB = recorded
 	restore = sync.OnceFunc(func() {
-		onSQLite(tb, a).lists.DB = plain
+		onSQLite(tb, a).listReaders.DB = plain
 		require.NoError(tb, recorded.Close())
 	})
 	tb.Cleanup(restore)
@@ -3816,7 +3816,7 @@ func TestListsOfAUser(t *testing.T) {
 	until(t, func() bool { return a.store.totals().pending() == 1900 }, "all steps are taken")
 	checkInvariants(t, a)
 	indexed := func() (n int64) {
-		require.NoError(t, onSQLite(t, a).lists.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
+		require.NoError(t, onSQLite(t, a).listReaders.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
 		return n
 	}
 	require.Greater(t, indexed(), int64(runOrders))
@@ -3942,10 +3942,10 @@ func TestDatabasesAreDurableAndOurs(t *testing.T) {
 		{a.metrics.file.DB, "synchronous", "2"},
 		{a.metrics.file.DB, "application_id", "1869767789"},
 		{a.metrics.file.DB, "user_version", "2"},
-		{onSQLite(t, a).lists.DB, "query_only", "1"},
-		{onSQLite(t, a).lists.DB, "busy_timeout", "1000"},
-		{onSQLite(t, a).rows.DB, "query_only", "1"},
-		{onSQLite(t, a).rows.DB, "busy_timeout", "1000"},
+		{onSQLite(t, a).listReaders.DB, "query_only", "1"},
+		{onSQLite(t, a).listReaders.DB, "busy_timeout", "1000"},
+		{onSQLite(t, a).rowReaders.DB, "query_only", "1"},
+		{onSQLite(t, a).rowReaders.DB, "busy_timeout", "1000"},
 		{onSQLite(t, a).file.DB, "wal_autocheckpoint", "0"},
 		{a.metrics.file.DB, "wal_autocheckpoint", "1"},
 	} {
@@ -3953,7 +3953,7 @@ func TestDatabasesAreDurableAndOurs(t *testing.T) {
 		require.NoError(t, tc.db.QueryRow("PRAGMA "+tc.pragma).Scan(&got))
 		require.Equal(t, tc.want, got, tc.pragma)
 	}
-	_, err := onSQLite(t, a).lists.Exec("DELETE FROM orders")
+	_, err := onSQLite(t, a).listReaders.Exec("DELETE FROM orders")
 	require.ErrorContains(t, err, "readonly")
 	for _, name := range []string{"orders.db", "orders.db-wal", "metrics.db"} {
 		info, err := os.Stat(filepath.Join(a.cfg.data, name))
@@ -4776,9 +4776,9 @@ func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 	t.Parallel()
 	since := time.Now()
 	for failures, want := range []time.Duration{100, 200, 400, 800, 1600, 3200, 5000, 5000} {
-		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).over(int32(failures)).Sub(since))
+		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).pauseEnd(int32(failures)).Sub(since))
 	}
-	require.Equal(t, longestPause, (&trouble{since: since}).over(math.MaxInt32).Sub(since))
+	require.Equal(t, longestPause, (&trouble{since: since}).pauseEnd(math.MaxInt32).Sub(since))
 	date := func(after time.Duration) string { return time.Now().Add(after).UTC().Format(http.TimeFormat) }
 	for _, tc := range []struct {
 		header      string
@@ -5602,7 +5602,7 @@ func TestLogRefuses(t *testing.T) {
 				return found
 			}
 			before := listed()
-			_, err := openLog(logOptions{file: log, maxMB: 1, taken: []string{filepath.Join(dir, "data", "metrics.db"), orders}}, io.Discard)
+			_, err := openLog(logOptions{file: log, maxMB: 1, reserved: []string{filepath.Join(dir, "data", "metrics.db"), orders}}, io.Discard)
 			require.Regexp(t, `^cannot write the log file `+regexp.QuoteMeta(log)+test.says, err)
 			require.Equal(t, before, listed())
 		})
@@ -8598,9 +8598,9 @@ func TestRetentionWaitsForRoom(t *testing.T) {
 	_, err := onSQLite(t, a).start()
 	require.NoError(t, err)
 	w := a.store.writer
-	w.engine, w.tell = fullEngine{a.sqlite}, func(commitReport) {}
+	w.engine, w.onCommit = fullEngine{a.sqlite}, func(commitReport) {}
 	w.retention.start()
-	w.retention.due, w.retention.ahead = time.Time{}, 0
+	w.retention.due, w.retention.credit = time.Time{}, 0
 	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")
 	require.Nil(t, w.retention.next(maxCreates), "and not at the next commit")
 }
@@ -8652,7 +8652,7 @@ func TestAJumpOfTheClockRemovesNothing(t *testing.T) {
 	lines := &transcript{}
 	log := newLogger(lines, slog.LevelInfo, io.Discard)
 	due := func(r *retention) bool {
-		r.due, r.ahead = time.Time{}, 0
+		r.due, r.credit = time.Time{}, 0
 		return r.next(0) != nil
 	}
 	begin := func() *retention {

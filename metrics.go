@@ -33,7 +33,7 @@ const metricsUpgrade = `
 ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;`
 
-// lookAtCounts reads the same of each version.
+// lookAtCounts is, by schema version, the query for what version 2 holds.
 var lookAtCounts = map[int64]string{
 	1: "SELECT accepted, completed, took, 0, 0 FROM totals",
 	2: "SELECT accepted, completed, took, seq, identity FROM totals",
@@ -43,13 +43,13 @@ const projectEvery = 100 * time.Millisecond // least time between two commits to
 
 // metrics owns metrics.db, a projection of the orders' totals. The two databases
 // cannot commit together; since the projector sets sums and does not add to
-// them, a crash between the commits loses and doubles nothing. What metrics.db
-// has counted also bears witness to what the orders must hold.
+// them, a crash between the commits loses and doubles nothing. The orders'
+// database must never hold less than metrics.db has counted.
 type metrics struct {
 	file *database
 	log  *logger
 
-	counted atomic.Pointer[totals] // what metrics.db holds
+	counted atomic.Pointer[totals] // what metrics.db holds; after a start only the five columns of its table
 	latest  atomic.Pointer[totals] // what it should hold
 	changed chan struct{}          // capacity 1: latest was set
 	quit    chan struct{}          // closed by close
@@ -58,7 +58,7 @@ type metrics struct {
 	commitSizes histogram
 	commitTimes histogram
 
-	beforeProject func() // a test's, between the two databases' commits; or nil
+	beforeProject func() // set by tests: called between the two databases' commits
 }
 
 // openMetrics looks at metrics.db without changing it.
@@ -85,7 +85,7 @@ func openMetrics(directory string, log *logger) (*metrics, error) {
 func (m *metrics) check(t totals, place string) error {
 	c := m.counted.Load()
 	lost := c.accepted > t.accepted || c.completed > t.completed
-	if c.identity != 0 && t.identity != 0 { // both were written by a version that knows
+	if c.identity != 0 && t.identity != 0 { // 0 is from a version without identities
 		if c.accepted > 0 && c.identity != t.identity {
 			return fmt.Errorf("%s is not the database whose %d orders %s has counted: put that one back, or delete %[3]s to go on with this one", place, c.accepted, m.file.path)
 		}
@@ -113,7 +113,7 @@ func (m *metrics) start(t totals) error {
 	return nil
 }
 
-// committed takes note of a commit of the orders.
+// committed notes a commit of the orders.
 func (m *metrics) committed(r commitReport) {
 	m.commitSizes.observe(float64(r.creates + r.steps))
 	m.commitTimes.observe(r.took.Seconds())
@@ -121,8 +121,8 @@ func (m *metrics) committed(r commitReport) {
 	nudge(m.changed)
 }
 
-// follow takes note of what a standby sees confirmed, unless just seq has
-// changed, as with every beat of an idle leader.
+// follow notes totals that a standby sees confirmed. A change of seq alone, as a
+// beat makes, is not written.
 func (m *metrics) follow(t totals) {
 	beat := *m.latest.Swap(&t)
 	beat.seq = t.seq
@@ -131,7 +131,7 @@ func (m *metrics) follow(t totals) {
 	}
 }
 
-// project is the projector: it takes over the totals soon after they change.
+// project is the projector: it writes the totals soon after they change.
 func (m *metrics) project() {
 	defer close(m.stopped)
 	for open := true; open; {
@@ -153,8 +153,7 @@ func (m *metrics) project() {
 	}
 }
 
-// write makes metrics.db hold t. The first time after a start it always writes,
-// which mends sums that somebody has changed.
+// write makes metrics.db hold t, if it does not yet.
 func (m *metrics) write(t totals) error {
 	if *m.counted.Load() == t {
 		return nil
@@ -170,7 +169,7 @@ func (m *metrics) write(t totals) error {
 	return nil
 }
 
-// close takes over the last totals. Nothing may be committed any more.
+// close writes the last totals. The store must have been closed before.
 func (m *metrics) close() error {
 	if m.quit != nil { // it was started
 		close(m.quit)
@@ -189,7 +188,7 @@ type summary struct {
 	OrdersCompleted       int64   `json:"orders_completed"` // of those still stored
 }
 
-// summary adds what was counted to the totals t of the orders.
+// summary joins what was counted with the totals t of the orders.
 func (m *metrics) summary(t totals) summary {
 	counted := m.counted.Load()
 	sum := summary{
@@ -231,7 +230,7 @@ func (h *histogram) observe(v float64) {
 	h.sum += v
 }
 
-// exposition writes Prometheus's text format 0.0.4:
+// exposition collects Prometheus's text format 0.0.4:
 // https://prometheus.io/docs/instrumenting/exposition_formats/.
 type exposition struct{ text []byte }
 
@@ -313,6 +312,6 @@ func (e *exposition) process() {
 		}
 	}
 	if open, err := os.ReadDir("/proc/self/fd"); err == nil {
-		e.single("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // this look's own
+		e.single("process_open_fds", "gauge", "Open file descriptors.", float64(len(open)-1)) // less the descriptor of this ReadDir
 	}
 }

@@ -349,13 +349,6 @@ func (p *postgres) watch(ctx context.Context, follow func(url, pass string)) (l 
 	return nil, ctx.Err()
 }
 
-func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
-}
-
 const beginTerm = `UPDATE leader SET term = term + 1, seq = seq + 1, since = seq + 1, ended = false, url = $3, pass = $4
 WHERE one AND term = $1 AND seq = $2`
 
@@ -470,13 +463,13 @@ func (l *lead) start() (totals, error) {
 		return totals{}, err
 	}
 	var c census
-	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.agrees(l.replica.seen.totals) {
+	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.matches(l.replica.seen.totals) {
 		return l.replica.seen.totals, err
 	}
 	if err := l.count(countFinal, &c.final, &c.took, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
-	t := c.mend(l.replica.seen.totals, l.replica.log)
+	t := c.correct(l.replica.seen.totals, l.replica.log)
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
 	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",

@@ -847,7 +847,7 @@ func (s *server) getMetrics(c echo.Context) error {
 }
 
 func (s *server) summary(c echo.Context, l *leadership) error {
-	t, err := l.store.shownTotals()
+	t, err := l.store.showableTotals()
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ type order struct {
 	itemIDs string // comma-separated, no spaces around the commas
 	cents   int64
 	status  status
-	started int64 // Unix ms, by the wall clock; 0 until Processing
+	started int64 // Unix ms of the first attempt since the last start, by the wall clock; 0 until Processing
 	took    int64 // µs from start to completion, by the monotonic clock
 }
 
@@ -51,8 +51,8 @@ func timestamp(ms int64) string {
 	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
 
-// high is the half of an ID that is the primary key: 48 bits of Unix ms and
-// 16 bits of sequence. low is the random half.
+// high returns id_high, the half of an ID that is the primary key: 48 bits of
+// Unix ms and 16 bits of sequence. low returns id_low, the random half.
 func high(id ulid.ULID) int64 { return int64(binary.BigEndian.Uint64(id[:8])) }
 func low(id ulid.ULID) int64  { return int64(binary.BigEndian.Uint64(id[8:])) }
 
@@ -66,12 +66,13 @@ func joinID(high, low int64) (id ulid.ULID) {
 type create struct {
 	order
 	key      string    // idempotency key, or empty
-	assigned ulid.ULID // the writer's: the ID of the order, unless the key has created another
+	assigned ulid.ULID // set by the writer: the ID if this create stores an order
 	replayed bool      // order is the one that the key created earlier
 	err      error     // of this create alone
 }
 
-// replay answers with the order that the key has already created.
+// replay resolves c with the order that its key created earlier: that order if
+// the content is the same, else errKeyReused.
 func (c *create) replay(earlier order) {
 	c.err = errKeyReused
 	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
@@ -79,6 +80,7 @@ func (c *create) replay(earlier order) {
 	}
 }
 
+// stored reports whether c made a new order. Ask after the commit.
 func (c *create) stored() bool { return !c.replayed && c.err == nil }
 
 // step is one order's move to a later status.
@@ -86,11 +88,12 @@ type step struct {
 	id            ulid.ULID
 	from, to      status
 	started, took int64 // as in order
-	void          bool  // the engine's: the order was not in from
+	void          bool  // set by the engine: the order was not in from, nothing changed
 }
 
-// totals is the one row of that name, written by every commit. The sums never
-// fall, so they are an outbox: metrics.db can take them over any number of times.
+// totals are written by every commit together with its orders (SQLite: table
+// totals; PostgreSQL: row leader). metrics.db copies the sums instead of adding
+// to them, so taking them over twice does no harm.
 type totals struct {
 	identity      int64 // of the database: random, made with it
 	seq           int64 // commits so far; each is valid only on the seq before it
@@ -99,15 +102,15 @@ type totals struct {
 	completed     int64 // orders ever
 	took          int64 // µs, sum over the completed
 	removed       int64 // completed orders that are no longer in the table
-	newest        int64 // upper half of the newest ID ever
-	newestStarted int64 // upper half of the newest ID that ever left Pending
+	newest        int64 // id_high of the newest order ever
+	newestStarted int64 // id_high of the newest order that ever left Pending
 }
 
 func (t totals) pending() int64    { return t.accepted - t.processing - t.completed }
 func (t totals) unfinished() int64 { return t.accepted - t.completed }
 
-// after returns the totals as b leaves them.
-func (t totals) after(b *batch) totals {
+// with returns the totals after b.
+func (t totals) with(b *batch) totals {
 	t.seq++
 	for _, c := range b.creates {
 		if c.stored() {
@@ -134,21 +137,22 @@ func (t totals) after(b *batch) totals {
 	return t
 }
 
-// census is what a table of orders holds, however it came to that.
+// census is a count of the table itself, to check the totals against.
 type census struct {
 	pending, processing, final int64 // orders
 	took                       int64 // µs, sum over the final
-	newest, newestStarted      int64 // upper halves of IDs
+	newest, newestStarted      int64 // as in totals
 }
 
-// agrees compares all but what only a count of the whole table tells.
-func (c census) agrees(t totals) bool {
+// matches compares what the index of unfinished orders tells cheaply; the rest
+// needs a scan of the whole table.
+func (c census) matches(t totals) bool {
 	return c.pending == t.pending() && c.processing == t.processing && c.newest <= t.newest
 }
 
-// mend returns the totals that follow on t. The lifetime sum of times stays,
-// where some of its orders are gone.
-func (c census) mend(t totals, log *logger) totals {
+// correct returns t corrected, as of the next commit, and logs that. took stays
+// where orders were removed: their times are gone.
+func (c census) correct(t totals, log *logger) totals {
 	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
 		"accepted", t.removed+c.final+c.pending+c.processing, "were", t.accepted, "completed", t.removed+c.final, "completed_were", t.completed)
 	t.seq++
@@ -162,19 +166,19 @@ func (c census) mend(t totals, log *logger) totals {
 	return t
 }
 
-// expiry asks a commit to remove completed orders: a few, the oldest IDs first,
-// with all that belongs to them.
+// expiry asks a commit to remove some completed orders, the oldest IDs first,
+// with their keys and their rows in the index of users.
 type expiry struct {
-	after  int64 // upper half of an ID; only newer orders
+	after  int64 // id_high; only newer orders
 	before int64 // Unix ms; only orders created and completed earlier
 
-	looked  int   // the engine's: orders that it looked at
-	through int64 // the engine's: upper half of the newest one; 0 when no newer one comes into question
+	looked  int   // set by the engine: orders that it looked at
+	through int64 // set by the engine: id_high of the last order looked at; 0 ends the sweep, also one that failed
 }
 
 // filter is what a list asks for.
 type filter struct {
-	before int64 // upper half of an ID; only older orders
+	before int64 // id_high; only older orders
 	userID string
 	status *status
 	limit  int
@@ -183,11 +187,11 @@ type filter struct {
 // page is a part of a list, newest first.
 type page struct {
 	orders []order
-	next   ulid.ULID // the next page goes on before it; zero on the last page
+	next   ulid.ULID // the next page begins before it; zero on the last page
 }
 
-// queued is an order that is not final, as the feeder reads it. Its size is
-// fixed: content stays in the table until it is needed.
+// queued is an unfinished order, as the feeder reads it: without its content,
+// which stays in the table until the work reads it.
 type queued struct {
 	id     ulid.ULID
 	status status
@@ -199,7 +203,6 @@ var (
 	errBusy       = errors.New("too many orders wait for the disk")
 	errUnwritable = errors.New("the store cannot be written")
 	errClosed     = errors.New("the store is closed")
-	errStalled    = fmt.Errorf("the disk has not taken a write for more than %s", stalledAfter)
 )
 
 // What becomes of one order.
@@ -209,13 +212,13 @@ var (
 	errRejected  = errors.New("the table does not take this order")
 )
 
-// Why nothing is shown now: it may not be so any longer, or not be so yet.
+// Why nothing is shown now: what was read may be outdated, or not confirmed yet.
 var (
 	errBehind = errors.New("a commit is not confirmed yet")
 	errSilent = errors.New("the database has not answered for too long")
 )
 
-// How a commit ends, besides well. Each wraps its cause.
+// How a commit fails. Each wraps its cause.
 var (
 	errNotWritten     = errors.New("nothing was written")                      // try again
 	errInDoubt        = errors.New("the outcome of a commit is not known yet") // commit the same again, which finds out
@@ -236,10 +239,10 @@ const (
 const (
 	maxStepDelay = 5 * time.Millisecond   // of a batch without creates, so that its fsync is shared
 	retryPause   = time.Second            // before another attempt at a write, a checkpoint or a read of the backlog that failed
-	tidyEvery    = 500 * time.Millisecond // between looks at an idle engine
-	stalledAfter = 2 * time.Second        // at one batch, and the store is not ready
-	publishPause = 100 * time.Microsecond // between looks at whether a commit is published
-	maxBehind    = 2 * time.Second        // longest that a read waits for what it saw to be confirmed
+	tidyEvery    = 500 * time.Millisecond // between calls of tidy while nothing is written
+	stalledAfter = 2 * time.Second        // a batch at work for longer makes /readyz say 503
+	publishPause = 100 * time.Microsecond // polling interval of await
+	maxBehind    = 2 * time.Second        // maximum wait of a read for the commit it saw to be published
 )
 
 // engine keeps orders durably. Only the writer calls commit and tidy; a read
@@ -310,15 +313,15 @@ func newStore(e engine, o storeOptions, log *logger) *store {
 	return s
 }
 
-// start begins to write. report is called after each commit, on the writer's
-// goroutine.
-func (s *store) start(report func(commitReport)) error {
+// start starts the engine and the writer. onCommit is called after each batch
+// that was written, on the writer's goroutine.
+func (s *store) start(onCommit func(commitReport)) error {
 	t, err := s.engine.start()
 	if err != nil {
 		return err
 	}
 	s.published.Store(&t)
-	s.writer.newest, s.writer.tell = t.newest, report
+	s.writer.newest, s.writer.onCommit = t.newest, onCommit
 	s.writer.retention.start()
 	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
 	go s.writer.run()
@@ -326,8 +329,8 @@ func (s *store) start(report func(commitReport)) error {
 }
 
 // create puts an order into the open batch and returns once that batch is on
-// disk. The writer gives c.order its ID. A key that has already created an
-// order is answered with it even while creates are refused.
+// disk. The writer gives c.order its ID. A key that has already created an order
+// is answered with that order, even while creates are refused.
 func (s *store) create(c *create) error {
 	b, err := s.intake.add(c)
 	if err == nil {
@@ -335,7 +338,7 @@ func (s *store) create(c *create) error {
 		err = b.err
 	}
 	if err != nil && c.key != "" {
-		if earlier, findErr := s.shown(s.engine.findKey(c.key)); findErr == nil {
+		if earlier, findErr := s.whenShowable(s.engine.findKey(c.key)); findErr == nil {
 			c.replay(earlier)
 			err = nil
 		} else if errors.Is(err, errInDoubt) { // the key's first create may be in that commit
@@ -345,8 +348,8 @@ func (s *store) create(c *create) error {
 	return cmp.Or(err, c.err)
 }
 
-// step hands a move to the writer without waiting for the commit; it waits
-// only while the open batch is full.
+// step adds a step to the open batch. It does not wait for the commit, only
+// while the batch is full.
 func (s *store) step(st step) {
 	for {
 		full := s.intake.addStep(st)
@@ -370,7 +373,7 @@ func (s *store) status(id ulid.ULID) (status, error) {
 	return o.status, err
 }
 
-// wait returns once the order is final or ctx is done. Its error is that the
+// wait returns once the order is final or ctx is done, with an error only if the
 // order cannot be read.
 func (s *store) wait(ctx context.Context, id ulid.ULID) error {
 	final, stop := s.cache.watch(id)
@@ -388,7 +391,7 @@ func (s *store) wait(ctx context.Context, id ulid.ULID) error {
 // get reads an order from the table.
 func (s *store) get(id ulid.ULID) (order, error) {
 	o, seq, err := s.engine.find(id)
-	if o, err = s.shown(o, seq, err); err == nil {
+	if o, err = s.whenShowable(o, seq, err); err == nil {
 		s.cache.learn(id, o.status, seq)
 	}
 	return o, err
@@ -399,14 +402,15 @@ func (s *store) list(f filter) (page, error) {
 	return p, cmp.Or(err, s.await(seq), s.engine.current())
 }
 
-// shown holds an order that was read until it may be shown.
-func (s *store) shown(o order, seq int64, err error) (order, error) {
+// whenShowable waits until an order that was read may be shown, and says why it
+// may not.
+func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
-// await returns once the commit seq is published. A table shows a commit a
-// moment before the cache does; an answer in between would let the next answer,
-// from the cache, fall behind it.
+// await returns once the commit seq is published. The table shows a commit a
+// moment before the cache does: after an answer in between, the next one, from
+// the cache, would be older.
 func (s *store) await(seq int64) error {
 	for began := time.Now(); s.totals().seq < seq; time.Sleep(publishPause) {
 		if time.Since(began) > maxBehind {
@@ -416,20 +420,19 @@ func (s *store) await(seq int64) error {
 	return nil
 }
 
-// backlog returns up to limit orders after an ID that are not final, in order.
+// backlog: see engine.
 func (s *store) backlog(after int64, limit int) ([]queued, error) {
 	return s.engine.backlog(after, limit)
 }
 
-// oldest is the upper half of the oldest ID in a status that is not final, or
-// math.MaxInt64.
+// oldest: see engine.
 func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.oldest(st) }
 
-// totals are those of the last confirmed commit.
+// totals are those of the last published commit.
 func (s *store) totals() totals { return *s.published.Load() }
 
-// shownTotals are the totals, unless they may not be shown now.
-func (s *store) shownTotals() (totals, error) { return s.totals(), s.engine.current() }
+// showableTotals are the totals, unless they may not be shown now.
+func (s *store) showableTotals() (totals, error) { return s.totals(), s.engine.current() }
 
 // clockBehind is how far the newest order's time is ahead of the clock, or 0.
 func (s *store) clockBehind() time.Duration {
@@ -457,30 +460,30 @@ func (s *store) close() error {
 	return errors.Join(s.writer.failure, err)
 }
 
-// batch is what one commit holds. It is the intake's while it is open, then the
-// writer's until done is closed, and after that its waiters'.
+// batch is what one commit holds. It belongs to the intake while it is open, then
+// to the writer until done is closed, and after that to those who waited.
 type batch struct {
 	creates []*create
 	steps   []step
 	bytes   int               // of text in creates
-	moved   map[ulid.ULID]int // an order's index in steps
+	stepOf  map[ulid.ULID]int // an order's index in steps
 	expiry  *expiry           // or nil
-	done    chan struct{}     // closed once it is answered
+	done    chan struct{}     // closed by release
 	err     error             // of every create in it: the kind, without the cause
 
-	totals  totals      // the engine's: as this commit leaves them
-	removed []ulid.ULID // the engine's: orders that this commit removed
+	totals  totals      // set by the engine: after this commit
+	removed []ulid.ULID // set by the engine: orders that this commit removed
 }
 
 func newBatch(steps []step) *batch {
-	b := &batch{steps: steps, moved: map[ulid.ULID]int{}, done: make(chan struct{})}
+	b := &batch{steps: steps, stepOf: map[ulid.ULID]int{}, done: make(chan struct{})}
 	for i, st := range steps {
-		b.moved[st.id] = i
+		b.stepOf[st.id] = i
 	}
 	return b
 }
 
-// again has the content of b for another attempt, after b's waiters were answered.
+// again returns a copy of b for another attempt: who waited for b has an answer.
 func (b *batch) again() *batch {
 	next := newBatch(b.steps)
 	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
@@ -492,19 +495,19 @@ func (b *batch) again() *batch {
 
 func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
 
-// move adds a step, or makes one of two of the same order: a commit moves an
-// order once.
+// move adds a step. A second step of the same order is merged into the first: a
+// commit moves an order once.
 func (b *batch) move(st step) {
-	if i, ok := b.moved[st.id]; ok {
+	if i, ok := b.stepOf[st.id]; ok {
 		st.from = b.steps[i].from
 		b.steps[i] = st
 		return
 	}
-	b.moved[st.id] = len(b.steps)
+	b.stepOf[st.id] = len(b.steps)
 	b.steps = append(b.steps, st)
 }
 
-// release releases everyone who waits for the batch.
+// release answers everyone who waits for the batch.
 func (b *batch) release(err error) {
 	b.err = err
 	close(b.done)
@@ -513,11 +516,11 @@ func (b *batch) release(err error) {
 // intake holds the open batch, and says whether creates are taken.
 type intake struct {
 	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
-	stepped chan struct{} // capacity 1: a step does
+	stepped chan struct{} // capacity 1: a step waits, up to maxStepDelay
 
 	mu        sync.Mutex // guards the rest
 	open      *batch
-	busySince time.Time // when the writer began with the batch that it is at; or zero
+	busySince time.Time // when the writer took the batch that it works on; zero when it rests
 	refusing  error     // why creates are refused now, or nil
 	closed    bool
 }
@@ -526,7 +529,7 @@ func newIntake() *intake {
 	return &intake{wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1), open: newBatch(nil)}
 }
 
-// add puts a create into the open batch, whose done the caller waits for.
+// add puts a create into the open batch and returns that, for the caller to wait.
 func (in *intake) add(c *create) (*batch, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -564,6 +567,8 @@ func (in *intake) refusal() error {
 	}
 	return nil
 }
+
+var errStalled = fmt.Errorf("the disk has not taken a write for more than %s", stalledAfter)
 
 func (in *intake) ready() error {
 	in.mu.Lock()
@@ -634,9 +639,9 @@ type writer struct {
 	retention *retention
 	log       *logger
 	now       func() time.Time
-	tell      func(commitReport)
+	onCommit  func(commitReport)
 
-	newest  int64    // upper half of the newest ID
+	newest  int64    // id_high of the newest ID given to an order
 	changes []change // of the last commit; reused
 
 	quit    chan struct{} // closed by store.close
@@ -669,7 +674,8 @@ func (w *writer) run() {
 	}
 }
 
-// awaitCreate lets steps, for which nobody waits, share a create's fsync.
+// awaitCreate delays steps, which nobody waits for, by up to maxStepDelay, so that
+// they share a create's fsync.
 func (w *writer) awaitCreate() {
 	select {
 	case <-w.intake.wake:
@@ -687,7 +693,7 @@ func (w *writer) gather() {
 	}
 }
 
-// turn commits a batch and tidies up. An error means that the writer must not
+// turn is one round: a batch, then tidy. An error means that the writer must not
 // go on.
 func (w *writer) turn(b *batch) error {
 	b.expiry = w.retention.next(len(b.creates))
@@ -707,50 +713,59 @@ func (w *writer) turn(b *batch) error {
 	return nil
 }
 
-// commit writes a batch, publishes it and answers it, in this order.
+// commit has the engine commit a batch, and answers whoever waits for it.
 func (w *writer) commit(b *batch) error {
 	began, x := time.Now(), b.expiry
 	err := w.engine.commit(b)
 	if x != nil {
-		if err != nil { // it may be too much for the disk: others come first
+		if err != nil { // the removal may not fit on the disk: begin the sweep again after its pause, so that orders go first
 			x.through = 0
 		}
-		w.retention.passed(x, time.Since(began))
+		w.retention.record(x, time.Since(began))
 	}
+	if err != nil {
+		w.fail(b, err)
+		return err
+	}
+	w.succeed(b, began)
+	return nil
+}
+
+func (w *writer) fail(b *batch, err error) {
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
 		w.publishTotals(b.totals)
 	}
-	if err != nil {
-		b.release(publicKind(err))
-		return err
-	}
+	b.release(answerFor(err))
+}
+
+// succeed publishes a batch before it answers: who has an answer finds the order.
+func (w *writer) succeed(b *batch, began time.Time) {
 	w.publish(b)
 	b.release(nil)
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	w.tell(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
-	return nil
+	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
 }
 
-// publicKind is what the clients of a commit that failed are told.
-func publicKind(err error) error {
+// answerFor returns what the creates of a failed commit are answered.
+func answerFor(err error) error {
 	if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {
 		return errOutcomeUnknown
 	}
 	return errUnwritable
 }
 
-// refusalAfter is what later clients are told.
+// refusalAfter returns what later creates are answered, until a commit succeeds.
 func refusalAfter(err error) error {
-	if publicKind(err) == errOutcomeUnknown {
+	if answerFor(err) == errOutcomeUnknown {
 		return errInDoubt
 	}
 	return errUnwritable
 }
 
-// number gives new orders their IDs, each later than every earlier one whatever
-// the clock does.
+// number gives new orders their IDs, each above every earlier one, also when the
+// clock is set back.
 func (w *writer) number(creates []*create) {
 	ms := w.now().UnixMilli()
 	for _, c := range creates {
@@ -822,9 +837,9 @@ func (w *writer) giveUp(err error) {
 	w.intake.refuse(refusalAfter(err))
 }
 
-// retention decides when completed orders are removed. It passes over the table
+// retention decides when completed orders are removed. It sweeps over the table
 // again and again, a few orders to a commit: an order that is not completed yet
-// is left to a later pass.
+// is left to a later sweep.
 type retention struct {
 	keep time.Duration // 0 is for ever
 	now  func() time.Time
@@ -832,17 +847,17 @@ type retention struct {
 
 	began  time.Time        // when the writer started, by the monotonic clock
 	wall   time.Time        // the same, by the wall clock
-	cursor int64            // upper half of the last ID that this pass has looked at
+	cursor int64            // id_high of the last order that this sweep has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	ahead  int              // orders that the last expiry looked at, less those created since; at 0 the next is due too
+	credit int              // creates until the next expiry is due at once: as many as the last one looked at
 	warned bool             // of a jump of the clock
 }
 
 const (
-	expiryPause = 8              // times as long as a commit with an expiry took, to be left to others
-	passPause   = time.Minute    // between two passes; less where orders are kept for minutes
-	clockJump   = 24 * time.Hour // ahead; a larger one removes nothing
+	expiryPauseFactor = 8              // an expiry is followed by this many times its commit's duration without one
+	sweepPause        = time.Minute    // between two sweeps; less where orders are kept for minutes
+	clockJump         = 24 * time.Hour // if the clock jumps ahead by more, nothing is removed
 )
 
 func (r *retention) start() {
@@ -850,36 +865,36 @@ func (r *retention) start() {
 		return
 	}
 	r.began, r.wall = time.Now(), r.now().Round(0) // the wall clock alone
-	r.passed(&expiry{}, 0)
+	r.record(&expiry{}, 0)
 }
 
-// next returns an expiry when one is due: after a pause, or when as many orders
-// were created as the last one looked at, so that the table stops growing.
+// next returns an expiry when one is due: after a pause, or when credit is used
+// up, so that the table stops growing.
 func (r *retention) next(created int) *expiry {
-	r.ahead -= created
-	if r.keep == 0 || r.ahead > 0 && time.Now().Before(r.due) || r.clockJumped() {
+	r.credit -= created
+	if r.keep == 0 || r.credit > 0 && time.Now().Before(r.due) || r.clockJumped() {
 		return nil
 	}
 	return &expiry{after: r.cursor, before: r.now().Add(-r.keep).UnixMilli()}
 }
 
 // clockJumped reports whether the wall clock has gone ahead of the monotonic one
-// since the start. Orders are not removed on its word alone.
+// since the start: then it may be wrong, and orders removed too early.
 func (r *retention) clockJumped() bool {
-	ahead := r.now().Sub(r.wall) - time.Since(r.began)
-	if ahead > clockJump && !r.warned {
+	jump := r.now().Sub(r.wall) - time.Since(r.began)
+	if jump > clockJump && !r.warned {
 		r.warned = true
-		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", ahead.Round(time.Second).String())
+		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
 	}
-	return ahead > clockJump
+	return jump > clockJump
 }
 
-// passed takes note of how far an expiry came, and says when the next is due.
-func (r *retention) passed(x *expiry, took time.Duration) {
-	pause := expiryPause * took
-	r.cursor, r.ahead = x.through, x.looked
+// record notes how far an expiry came, and sets when the next is due.
+func (r *retention) record(x *expiry, took time.Duration) {
+	pause := expiryPauseFactor * took
+	r.cursor, r.credit = x.through, x.looked
 	if x.through == 0 {
-		pause, r.ahead = max(pause, min(passPause, r.keep/10)), math.MaxInt
+		pause, r.credit = max(pause, min(sweepPause, r.keep/10)), math.MaxInt
 	}
 	r.due, r.wake = time.Now().Add(pause), time.After(pause)
 }
@@ -896,7 +911,7 @@ CREATE TABLE orders (
 	user_id  TEXT    NOT NULL,
 	item_ids TEXT    NOT NULL,    -- comma-separated
 	cents    INTEGER NOT NULL CHECK (cents >= 0),
-	started  INTEGER,             -- Unix ms of the first attempt since the last start of orderd
+	started  INTEGER,             -- Unix ms of the first attempt since the last start, by the wall clock
 	took     INTEGER,             -- µs from started to completion
 	key      TEXT                 -- idempotency key
 ) STRICT;
@@ -936,7 +951,7 @@ INSERT INTO totals (accepted, processing, completed, took, newest_started, ident
 // bounds itself.
 const ordersUpgrade = `
 ALTER TABLE orders ADD COLUMN key TEXT;
-CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- both tables in one sequence: a tenth of the time
+CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- lets the UPDATE read both tables in one order: ten times faster
 UPDATE orders SET key = (SELECT key FROM idempotency_keys k WHERE k.id_high = orders.id_high) WHERE id_high IN (SELECT id_high FROM idempotency_keys);
 DROP TABLE idempotency_keys;
 CREATE UNIQUE INDEX orders_by_key ON orders (key) WHERE key IS NOT NULL;
@@ -952,7 +967,7 @@ ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;
 UPDATE totals SET newest = (SELECT coalesce(max(id_high), 0) FROM orders), identity = random();`
 
-// The columns of the totals, and where each is kept: to scan and to bind.
+// The columns of the totals; fields and values have the same order.
 const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
 
 func (t *totals) fields() []any {
@@ -966,7 +981,7 @@ func (t *totals) values() (values []any) {
 	return values
 }
 
-// lookAtTotals reads the same of each version.
+// lookAtTotals is, by schema version, the query for what totalsColumns holds.
 var lookAtTotals = map[int64]string{
 	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
 	3: "SELECT " + totalsColumns + " FROM totals",
@@ -989,7 +1004,7 @@ func appendOrder(args []any, c *create) []any {
 	return append(args, high(c.id), low(c.id), c.userID, c.itemIDs, c.cents, key)
 }
 
-// scanOrder also scans what follows the order's columns.
+// scanOrder scans orderColumns, and into more the columns after them.
 func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	var idHigh, idLow int64
 	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took}, more...)...)
@@ -997,22 +1012,24 @@ func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	return o, err
 }
 
-// The statements of a census, for both engines.
+// The statements of a census, and the condition of an expired order up to the
+// bound (Unix ms), for both engines.
 const (
+	expiredBefore   = "status = 2 AND started + took / 1000 < "
 	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
 	(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders `
 	countFinal = `SELECT count(*), CAST(coalesce(sum(took), 0) AS bigint), (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0)
 	FROM orders WHERE status = 2`
 )
 
-// ordersView is for people with an SQL command line. amount and the pattern of a
-// time in Unix ms are what the two engines say differently.
+// ordersView is for people with an SQL command line. amount and timePattern are
+// the SQL in which the engines differ.
 func ordersView(amount, timePattern string) string {
 	digits := make([]string, 26) // Crockford's base 32, 5 bits a digit, from the right
 	for i := range digits {
 		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
 		switch {
-		case i == 12: // 4 bits of the lower half, 1 of the upper
+		case i == 12: // 4 bits of id_low, 1 of id_high
 			bits = "((id_low >> 60) & 15) | ((id_high & 1) << 4)"
 		case i > 12:
 			bits = fmt.Sprintf("(id_high >> %d) & 31", 5*i-64)
@@ -1033,18 +1050,18 @@ var sqliteView = ordersView("printf('%d.%02d', cents / 100, cents % 100)", "strf
 // sqliteEngine keeps orders in one SQLite file. One connection writes; reads
 // have connections of their own, which WAL mode lets read beside it.
 type sqliteEngine struct {
-	file  *database
-	log   *logger
-	write *statements
-	rows  *reader // one order
-	lists *reader // many
+	file        *database
+	log         *logger
+	write       *statements
+	rowReaders  *reader // one order
+	listReaders *reader // many
 
 	last     totals // as of the last commit
 	users    *userIndex
 	wal      *checkpointer
 	handsOff error // why the files must be left alone: an outcome is unknown, or they are not in place
 
-	beforeCommit func(*batch) // a test's, just before COMMIT; or nil
+	beforeCommit func(*batch) // set by tests: called just before COMMIT
 }
 
 func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
@@ -1054,7 +1071,7 @@ func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
 	}}
 }
 
-// look returns the totals without changing anything.
+// look returns the totals and changes nothing.
 func (e *sqliteEngine) look() (t totals, err error) {
 	err = e.file.inspect(lookAtTotals, t.fields()...)
 	return t, err
@@ -1064,7 +1081,7 @@ func (e *sqliteEngine) start() (t totals, err error) {
 	if err = e.file.open(e.log); err != nil {
 		return t, err
 	}
-	if err = e.prepare(); err != nil {
+	if err = e.openParts(); err != nil {
 		return t, explain(e.file.path, err)
 	}
 	if err = e.recount(); err != nil {
@@ -1073,8 +1090,9 @@ func (e *sqliteEngine) start() (t totals, err error) {
 	return e.last, nil
 }
 
-// prepare opens the readers and prepares every statement.
-func (e *sqliteEngine) prepare() (err error) {
+// openParts opens all that works on the open file: statements, totals, user
+// index, checkpointer, readers.
+func (e *sqliteEngine) openParts() (err error) {
 	if e.write, err = prepareStatements(e.file.DB); err != nil {
 		return err
 	}
@@ -1087,29 +1105,29 @@ func (e *sqliteEngine) prepare() (err error) {
 	if e.wal, err = newCheckpointer(e.file, e.log); err != nil {
 		return err
 	}
-	if e.rows, err = openReader(e.file.path, rowReaders); err != nil {
+	if e.rowReaders, err = openReader(e.file.path, rowConnections); err != nil {
 		return err
 	}
-	e.lists, err = openReader(e.file.path, listReaders)
+	e.listReaders, err = openReader(e.file.path, listConnections)
 	return err
 }
 
-// recount mends the totals where somebody has changed the table by hand. It
-// counts the whole table only where the orders that are not final, which have
-// an index, do not agree with them.
+// recount corrects the totals if somebody has changed the table by hand. It scans
+// the whole table only if the unfinished orders, which have an index, do not
+// match the totals.
 func (e *sqliteEngine) recount() error {
 	var c census
 	if err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").
-		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.agrees(e.last) {
+		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.matches(e.last) {
 		return err
 	}
 	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
 		return err
 	}
-	return e.writeTotals(c.mend(e.last, e.log))
+	return e.writeTotals(c.correct(e.last, e.log))
 }
 
-// writeTotals is a compare-and-set: it fails where another writer was there.
+// writeTotals is a compare-and-set on seq: it fails if another program has written.
 func (e *sqliteEngine) writeTotals(t totals) error {
 	changed, err := e.write.totals.exec(append(t.values(), e.last.seq)...)
 	if err != nil {
@@ -1122,9 +1140,8 @@ func (e *sqliteEngine) writeTotals(t totals) error {
 	return nil
 }
 
-// statement is one that the writer runs for each commit or order, as the driver
-// prepares it: database/sql takes a sixth of the writer's time to lock, convert
-// and copy what one goroutine does on one connection.
+// statement is the driver's own prepared statement; through database/sql it would
+// cost a sixth of the writer's time.
 type statement struct {
 	driver.Stmt
 	args []driver.NamedValue // reused
@@ -1143,7 +1160,8 @@ func (s *statement) exec(args ...any) (changed int64, err error) {
 	return result.RowsAffected()
 }
 
-// statements are the writer's.
+// statements are the writer's. Those that run for each commit or order are the
+// driver's.
 type statements struct {
 	begin, commit, rollback, insertOne, step, totals statement
 	insert                                           [insertRows + 1]statement // by the number of rows
@@ -1151,17 +1169,28 @@ type statements struct {
 	findKey, expirable, remove *sql.Stmt
 }
 
-func prepareStatements(db *sql.DB) (s *statements, err error) {
-	s = &statements{}
-	for stmt, query := range map[**sql.Stmt]string{
-		&s.findKey: selectByKey,
-		&s.expirable: "SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
-			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit",
-		&s.remove: "DELETE FROM orders WHERE " + expiredOrders,
-	} {
-		if *stmt, err = db.Prepare(query); err != nil {
-			return s, err
-		}
+// preparer prepares statements of database/sql, and keeps the first error.
+type preparer struct {
+	db  *sql.DB
+	err error
+}
+
+func (p *preparer) prepare(query string) *sql.Stmt {
+	stmt, err := p.db.Prepare(query)
+	p.err = cmp.Or(p.err, err)
+	return stmt
+}
+
+func prepareStatements(db *sql.DB) (*statements, error) {
+	p := preparer{db: db}
+	s := &statements{
+		findKey: p.prepare(selectByKey),
+		expirable: p.prepare("SELECT id_high, id_low, " + isExpired + " FROM orders WHERE id_high > @after AND id_high < @before << 16" +
+			" AND id_high <= (SELECT newest_started FROM totals) ORDER BY id_high LIMIT @limit"),
+		remove: p.prepare("DELETE FROM orders WHERE " + expiredOrders),
+	}
+	if p.err != nil {
+		return s, p.err
 	}
 	conn, err := db.Conn(context.Background())
 	if err != nil {
@@ -1270,7 +1299,7 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 			return err
 		}
 	}
-	b.totals = e.last.after(b)
+	b.totals = e.last.with(b)
 	if err := e.users.update(b.totals.accepted-e.last.accepted, b.totals.newest, e.log); err != nil {
 		return err
 	}
@@ -1278,20 +1307,22 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
 }
 
 const (
-	expiryTime = 5 * time.Millisecond // of a commit, for an expiry; however dear its orders are
-	expiryRows = 256                  // orders that an expiry looks at before it looks at the time
+	expiryTime = 5 * time.Millisecond // that an expiry may take of a commit, checked every expiryRows
+	expiryRows = 256                  // orders
 )
 
+// errNotRemoved says that an expiry failed; commit goes on without it.
 var errNotRemoved = errors.New("no order was removed")
 
 // What the statements of an expiry have in common.
 const (
-	isExpired     = "status = 2 AND started + took / 1000 < @before"
+	isExpired     = expiredBefore + "@before"
 	expiredOrders = "id_high > @after AND id_high <= @through AND " + isExpired
 )
 
-// expire removes orders for a while. It comes before the creates: so a key is
-// free in the commit that removes its order, and freed pages are used at once.
+// expire removes orders for up to expiryTime. It comes before the creates: so a
+// key is free in the commit that removes its order, and freed pages are used at
+// once.
 func (e *sqliteEngine) expire(b *batch) error {
 	b.removed = nil
 	x := b.expiry
@@ -1322,7 +1353,7 @@ func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 	}
 	x.looked += looked
 	if more = looked == expiryRows; !more {
-		x.through = x.before<<16 - 1
+		x.through = x.before<<16 - 1 // nothing newer can have expired
 	}
 	window = append(window, sql.Named("through", x.through))
 	if err := e.users.remove(window); err != nil {
@@ -1351,8 +1382,8 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 	return looked, rows.Err()
 }
 
-// insertTogether inserts many orders to a statement. It ends with errRejected
-// where the table does not take one of them.
+// insertTogether inserts many orders a statement. It fails with errRejected if
+// the table refuses one of them.
 func (e *sqliteEngine) insertTogether(creates []*create) error {
 	for some := range slices.Chunk(creates, insertRows) {
 		if err := e.insert(&e.write.insert[len(some)], some); err != nil {
@@ -1362,7 +1393,8 @@ func (e *sqliteEngine) insertTogether(creates []*create) error {
 	return nil
 }
 
-// insertEach keeps what the table does not take from the creates beside it.
+// insertEach inserts one order a statement, so that one that the table refuses
+// fails alone.
 func (e *sqliteEngine) insertEach(creates []*create) error {
 	for one := range slices.Chunk(creates, 1) {
 		err := rejected(e.insert(&e.write.insertOne, one))
@@ -1376,8 +1408,8 @@ func (e *sqliteEngine) insertEach(creates []*create) error {
 	return nil
 }
 
-// insert inserts orders, and finds those that their keys have created. What a
-// transaction found that was rolled back does not count.
+// insert inserts orders, and finds those that their keys created earlier. First
+// it resets what a rolled back attempt has set.
 func (e *sqliteEngine) insert(stmt *statement, creates []*create) error {
 	args := make([]any, 0, insertRows*insertArgs)
 	for _, c := range creates {
@@ -1411,7 +1443,7 @@ func rejected(err error) error {
 	return err
 }
 
-// applyStep moves an order, unless it is not where the applyStep starts from.
+// applyStep moves an order, if it is in st.from.
 func (e *sqliteEngine) applyStep(st *step) error {
 	var took any // NULL until final
 	if st.to.final() {
@@ -1442,7 +1474,7 @@ func (e *sqliteEngine) outcome(err error) error {
 	return fmt.Errorf("%w: %w", errBroken, explain(e.file.path, err))
 }
 
-// commitOutcome says how a COMMIT ended that returned an error.
+// commitOutcome turns an error of COMMIT into one of the writer's.
 func (e *sqliteEngine) commitOutcome(err error) error {
 	switch code(err) {
 	// Only these two are known to leave the transaction rolled back:
@@ -1462,8 +1494,8 @@ func (e *sqliteEngine) commitOutcome(err error) error {
 	return e.unknown(err)
 }
 
-// unknown never lets the same fsync be tried again: the kernel may have dropped
-// what it could not write, and would call the next one good
+// unknown sets handsOff, so that the same fsync is never tried again: the kernel
+// may have dropped what it could not write, and would call the next fsync good
 // (https://wiki.postgresql.org/wiki/Fsync_Errors).
 func (e *sqliteEngine) unknown(err error) error {
 	e.handsOff = fmt.Errorf("%w: check the disk, then start orderd again to find out; no order it confirmed is lost (%w)", errOutcomeUnknown, err)
@@ -1488,7 +1520,7 @@ func (e *sqliteEngine) tidy() (totals, error) {
 	return e.last, nil
 }
 
-// current has nothing to say: nobody else writes, as every commit makes sure of.
+// current is always nil: nobody else writes, as every commit makes sure.
 func (e *sqliteEngine) current() error { return nil }
 
 // close closes the readers first, so that the writer's connection is the last
@@ -1497,7 +1529,7 @@ func (e *sqliteEngine) close() error {
 	if e.handsOff != nil {
 		return e.handsOff
 	}
-	return errors.Join(e.rows.close(), e.lists.close(), e.write.close(), e.file.close())
+	return errors.Join(e.rowReaders.close(), e.listReaders.close(), e.write.close(), e.file.close())
 }
 
 func (e *sqliteEngine) gauges() []gauge {
@@ -1508,66 +1540,63 @@ func (e *sqliteEngine) gauges() []gauge {
 	return []gauge{{"orderd_wal_bytes", "Size of the write-ahead log of orders.db.", float64(size)}}
 }
 
-// userIndex is the index on user_id, which lags behind: so many orders at once,
-// in the few pages of one run, share the pages that they change.
+// userIndex maintains orders_by_user. It lags on purpose: indexEvery orders at
+// once, sorted, change few pages.
 type userIndex struct {
 	savepoint, release, revert, add, extend, begin, drop, dropRuns *sql.Stmt
 
 	state, next indexState // as of the last commit, and of the one under way
-	retryAt     int64      // orders behind, before the next try after one that failed
+	retryBehind int64      // after a failed try: how many must be behind before the next
 }
 
 type indexState struct {
-	run    int64 // the newest run
-	last   int64 // upper half of the newest ID in it
+	run    int64 // user_runs.first of the newest run
+	last   int64 // id_high of the newest order in it
 	orders int64 // in it
 	behind int64 // orders that are not indexed yet
 }
 
-// More orders to a run make a page of a list cheaper, where a user has few
-// orders, and creates dearer, where there are many users.
+// A larger runOrders makes lists of users with few orders cheaper, and creates by
+// many users dearer.
 const (
 	indexEvery = 1024  // orders; the index lags by at most this and one batch
-	runOrders  = 16384 // orders in a run; ordersUpgrade knows it too
-	pageRuns   = 1024  // runs in which one page of a list is looked for
+	runOrders  = 16384 // orders in a run; also in ordersUpgrade: do not change
+	pageRuns   = 1024  // most runs that one page searches
 )
 
+// runsOfExpired holds for the runs that can have orders of an expiry's window.
 const runsOfExpired = "first >= coalesce((SELECT max(first) FROM user_runs WHERE first <= @after), 0) AND first <= @through"
 
-func openUserIndex(db *sql.DB) (u *userIndex, err error) {
-	prepare := func(query string) *sql.Stmt {
-		stmt, prepareErr := db.Prepare(query)
-		err = cmp.Or(err, prepareErr)
-		return stmt
-	}
-	u = &userIndex{
-		savepoint: prepare("SAVEPOINT user_index"),
-		release:   prepare("RELEASE user_index"),
-		revert:    prepare("ROLLBACK TO user_index"),
-		// A row that is there already is the same one: the key is all of it.
-		add:    prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
-		extend: prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
-		begin:  prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
-		drop: prepare("DELETE FROM orders_by_user WHERE run IN (SELECT first FROM user_runs WHERE " + runsOfExpired +
+func openUserIndex(db *sql.DB) (*userIndex, error) {
+	p := preparer{db: db}
+	u := &userIndex{
+		savepoint: p.prepare("SAVEPOINT user_index"),
+		release:   p.prepare("RELEASE user_index"),
+		revert:    p.prepare("ROLLBACK TO user_index"),
+		// OR IGNORE: the key is all columns, so a row that exists is the same row.
+		add:    p.prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
+		extend: p.prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
+		begin:  p.prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
+		drop: p.prepare("DELETE FROM orders_by_user WHERE run IN (SELECT first FROM user_runs WHERE " + runsOfExpired +
 			") AND (user, id_high) IN (SELECT user_id, id_high FROM orders WHERE " + expiredOrders + ")"),
-		dropRuns: prepare("DELETE FROM user_runs WHERE " + runsOfExpired +
+		dropRuns: p.prepare("DELETE FROM user_runs WHERE " + runsOfExpired +
 			" AND first < (SELECT max(first) FROM user_runs) AND NOT EXISTS (SELECT 1 FROM orders_by_user WHERE run = first)"),
 	}
-	if err != nil {
-		return nil, err
+	if p.err != nil {
+		return nil, p.err
 	}
-	err = db.QueryRow("SELECT first, last, orders, (SELECT count(*) FROM orders WHERE id_high > last) FROM user_runs ORDER BY first DESC LIMIT 1").
+	err := db.QueryRow("SELECT first, last, orders, (SELECT count(*) FROM orders WHERE id_high > last) FROM user_runs ORDER BY first DESC LIMIT 1").
 		Scan(&u.state.run, &u.state.last, &u.state.orders, &u.state.behind)
 	return u, err
 }
 
-// update counts new orders and indexes them once there are enough. A failure
-// leaves them for later: an index must not stop an order. It returns an error
-// only where SQLite has ended the transaction.
+// update counts new orders and indexes them once there are enough. After a
+// failure it tries again later: an index must not stop an order. It returns an
+// error only if SQLite has ended the transaction.
 func (u *userIndex) update(added, newest int64, log *logger) error {
 	u.next = u.state
 	u.next.behind += added
-	if u.next.behind < max(indexEvery, u.retryAt) {
+	if u.next.behind < max(indexEvery, u.retryBehind) {
 		return nil
 	}
 	if _, err := u.savepoint.Exec(); err != nil {
@@ -1579,7 +1608,7 @@ func (u *userIndex) update(added, newest int64, log *logger) error {
 			return err
 		}
 		log.Warn("the index of users could not be written; lists by user are slower until it can", "error", err)
-		u.retryAt = u.next.behind + indexEvery
+		u.retryBehind = u.next.behind + indexEvery
 	}
 	_, err = u.release.Exec()
 	return err
@@ -1601,12 +1630,13 @@ func (u *userIndex) index(newest int64) error {
 			return err
 		}
 	}
-	u.next, u.retryAt = n, 0
+	u.next, u.retryBehind = n, 0
 	return nil
 }
 
-// remove drops the expired orders of a window, before they go themselves, and
-// runs that are empty then. The newest run stays: the next orders go there.
+// remove drops the expired orders of a window from the index, before they are
+// removed from the table, and then empty runs. The newest run stays: the next
+// orders go there.
 func (u *userIndex) remove(window []any) error {
 	if _, err := u.drop.Exec(window...); err != nil {
 		return err
@@ -1620,19 +1650,19 @@ func (u *userIndex) committed() { u.state = u.next }
 // checkpointer moves the WAL into the database. SQLite's own checkpoints would
 // hold up a commit, and swallow a failed fsync.
 type checkpointer struct {
-	file    *database
-	log     *logger
-	length  *sql.Stmt
-	written int       // operations since the last look at the WAL's length
-	retryAt time.Time // of an incomplete checkpoint; zero where none is
-	moved   int64     // pages that the incomplete one moved
+	file       *database
+	log        *logger
+	length     *sql.Stmt
+	written    int       // operations since the last look at the WAL's length
+	retryAt    time.Time // retry timer of an incomplete checkpoint; or zero
+	pagesMoved int64     // by the last try; where the next moves as many, the same reader still blocks it
 }
 
 const (
-	walCheckEvery      = 512  // operations, of a few pages each, between looks at the WAL's length
-	checkpointPages    = 4000 // WAL pages (16 MB) after which the writer checkpoints
-	truncateAbovePages = 8000 // a longer WAL gives its space back
-	readerPause        = 100 * time.Millisecond
+	walCheckEvery      = 512                    // operations, of a few pages each, between looks at the WAL's length
+	checkpointPages    = 4000                   // WAL pages (16 MB) after which the writer checkpoints
+	truncateAbovePages = 8000                   // a longer WAL gives its space back
+	readerPause        = 100 * time.Millisecond // longest wait of a checkpoint for a reader; commits wait with it
 )
 
 func newCheckpointer(file *database, log *logger) (*checkpointer, error) {
@@ -1641,9 +1671,9 @@ func newCheckpointer(file *database, log *logger) (*checkpointer, error) {
 	return &checkpointer{file: file, log: log, length: length}, err
 }
 
-// run checkpoints once the WAL is long enough, so that the next commit begins
-// it anew. It waits readerPause for readers, once for each that holds it back,
-// and is tried again later. See https://sqlite.org/wal.html#ckpt.
+// run checkpoints a WAL of checkpointPages. A reader that blocks it is waited for
+// once, for readerPause; then run retries every retryPause without waiting, until
+// another reader blocks it. See https://sqlite.org/wal.html#ckpt.
 func (c *checkpointer) run() error {
 	retry := !c.retryAt.IsZero()
 	if retry && time.Now().Before(c.retryAt) || !retry && c.written < walCheckEvery {
@@ -1659,7 +1689,7 @@ func (c *checkpointer) run() error {
 		return nil
 	}
 	busy, pages, moved, err := c.checkpoint("PASSIVE")
-	sameReader := retry && moved < pages && moved == c.moved
+	sameReader := retry && moved < pages && moved == c.pagesMoved
 	if err == nil && !sameReader {
 		mode := "RESTART"
 		if pages > truncateAbovePages {
@@ -1669,7 +1699,7 @@ func (c *checkpointer) run() error {
 		busy, pages, moved, err = c.checkpoint(mode)
 		c.file.setBusyTimeout(busyTimeout)
 	}
-	c.retryAt, c.moved = time.Time{}, moved
+	c.retryAt, c.pagesMoved = time.Time{}, moved
 	if err != nil || busy || moved < pages {
 		c.retryAt = time.Now().Add(retryPause)
 	}
@@ -1691,16 +1721,16 @@ func progress(row *sql.Row) (busy bool, pages, moved int64, err error) {
 // ---- Reads. ----
 
 const (
-	rowReaders  = 3         // connections that read one order; the feeder's reads, short too, do not wait for lists
-	listReaders = 4         // connections that read lists
-	readBytes   = 256 << 10 // of text, after which a page ends
+	rowConnections  = 3         // for single orders and for the feeder, which must not wait for lists
+	listConnections = 4         // for lists
+	readBytes       = 256 << 10 // of text, after which a page ends
 )
 
 const (
 	selectByID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
 	selectByKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
-	// Each status is read in the sequence of the index, and no content: the cost is
-	// that of the orders returned, wherever they are in the table.
+	// Each status is read in the order of the index, and no content: the cost is that
+	// of the orders returned, wherever they are in the table.
 	selectBacklog = "SELECT * FROM (" + ofBacklog + "0 ORDER BY id_high LIMIT ?2) UNION ALL SELECT * FROM (" + ofBacklog + "1 ORDER BY id_high LIMIT ?2) ORDER BY 1 LIMIT ?2"
 	ofBacklog     = "SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high > ?1 AND status = "
 )
@@ -1719,14 +1749,10 @@ func openReader(path string, connections int) (*reader, error) {
 	}
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
-	prepare := func(query string) *sql.Stmt {
-		stmt, prepareErr := db.Prepare(query)
-		err = cmp.Or(err, prepareErr)
-		return stmt
-	}
-	r := &reader{DB: db, findID: prepare(selectByID), findKey: prepare(selectByKey), backlog: prepare(selectBacklog)}
+	p := preparer{db: db}
+	r := &reader{DB: db, findID: p.prepare(selectByID), findKey: p.prepare(selectByKey), backlog: p.prepare(selectBacklog)}
 	open := make([]*sql.Conn, 0, connections)
-	for err == nil && len(open) < connections {
+	for err = p.err; err == nil && len(open) < connections; {
 		var c *sql.Conn
 		if c, err = db.Conn(context.Background()); err == nil {
 			open = append(open, c)
@@ -1739,41 +1765,43 @@ func openReader(path string, connections int) (*reader, error) {
 	return r, err
 }
 
-// close waits a moment for reads that are still under way: the last connection
-// to close must be the writer's.
+const readEndTimeout = time.Second // longest wait of close for reads under way
+
+// close waits for reads under way: the last connection to close must be the
+// writer's.
 func (r *reader) close() error {
 	if r == nil {
 		return nil
 	}
 	err := r.Close()
-	for end := time.Now().Add(busyTimeout); r.Stats().OpenConnections > 0 && time.Now().Before(end); {
+	for end := time.Now().Add(readEndTimeout); r.Stats().OpenConnections > 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 	return err
 }
 
 func (e *sqliteEngine) find(id ulid.ULID) (order, int64, error) {
-	return e.readOne(e.rows.findID, high(id), func(o order) bool { return o.id == id })
+	return e.readOne(e.rowReaders.findID, high(id), func(o order) bool { return o.id == id })
 }
 
 func (e *sqliteEngine) findKey(key string) (order, int64, error) {
-	return e.readOne(e.rows.findKey, key, func(order) bool { return true })
+	return e.readOne(e.rowReaders.findKey, key, func(order) bool { return true })
 }
 
-// readOne reads readOne order; not finding it is also an answer as of a seq.
+// readOne reads one order. Not finding it is an answer too, as of a seq.
 func (e *sqliteEngine) readOne(query *sql.Stmt, by any, matches func(order) bool) (o order, seq int64, err error) {
 	o, err = scanOrder(query.QueryRow(by).Scan, &seq)
 	if err == nil && matches(o) {
 		return o, seq, nil
 	}
 	if err == nil || errors.Is(err, sql.ErrNoRows) {
-		err = cmp.Or(e.rows.QueryRow("SELECT seq FROM totals").Scan(&seq), errNotFound)
+		err = cmp.Or(e.rowReaders.QueryRow("SELECT seq FROM totals").Scan(&seq), errNotFound)
 	}
 	return order{}, seq, err
 }
 
 func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err error) {
-	rows, err := e.rows.backlog.Query(after, limit)
+	rows, err := e.rowReaders.backlog.Query(after, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -1790,17 +1818,18 @@ func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err erro
 	return found, rows.Err()
 }
 
+// oldestUnfinished lacks the status at its end, and is math.MaxInt64 without orders.
 const oldestUnfinished = "SELECT coalesce(min(id_high), 9223372036854775807) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = "
 
 func (e *sqliteEngine) oldest(st status) (idHigh int64, err error) {
-	err = e.rows.QueryRow(oldestUnfinished+"?", st).Scan(&idHigh)
+	err = e.rowReaders.QueryRow(oldestUnfinished+"?", st).Scan(&idHigh)
 	return idHigh, err
 }
 
 // list reads a page in one transaction, so that its bounds and all its queries
 // see the same commit.
 func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
-	tx, err := e.lists.Begin()
+	tx, err := e.listReaders.Begin()
 	if err != nil {
 		return p, 0, err
 	}
@@ -1815,10 +1844,10 @@ func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
 	return l.result(searched), seq, err
 }
 
-// listBounds are upper halves of IDs that bound the cost of a page by its
-// length, not by the table's.
+// listBounds are id_high values that bound the cost of a page by its length, not
+// by the table's.
 type listBounds struct {
-	oldestPending int64
+	oldestPending int64 // no earlier order is Pending
 	newestStarted int64 // no later order is Completed
 	newestIndexed int64 // later orders are not in the index of users
 }
@@ -1832,12 +1861,12 @@ type listing struct {
 }
 
 // read appends what a query finds, newest first, up to one order more than the
-// page holds: it tells that there is another page.
-func (l *listing) read(from, where, sort string, args ...any) error {
+// page holds: that one tells of another page.
+func (l *listing) read(table, where, sort string, args ...any) error {
 	if l.full() {
 		return nil
 	}
-	rows, err := l.tx.Query("SELECT "+orderColumns+" FROM "+from+" WHERE "+where+" ORDER BY "+sort+" LIMIT @limit",
+	rows, err := l.tx.Query("SELECT "+orderColumns+" FROM "+table+" WHERE "+where+" ORDER BY "+sort+" LIMIT @limit",
 		append(args, sql.Named("limit", l.limit+1-len(l.orders)))...)
 	if err != nil {
 		return err
@@ -1856,8 +1885,8 @@ func (l *listing) read(from, where, sort string, args ...any) error {
 
 func (l *listing) full() bool { return l.room <= 0 || len(l.orders) > l.limit }
 
-// result ends what was read. searched is the oldest ID looked for, 0 at the end
-// of the table.
+// result cuts the page off. searched is where the search stopped, 0 at the end of
+// the table.
 func (l *listing) result(searched int64) (p page) {
 	p.orders = l.orders[:min(len(l.orders), l.limit)]
 	switch {
@@ -1869,14 +1898,13 @@ func (l *listing) result(searched int64) (p page) {
 	return p
 }
 
-// search runs the queries of a page. Pending orders begin at the oldest one and
-// Completed ones end at the newest that was started; only what pool and queue
-// hold lies among them, and that is all of the Processing ones, which have an
-// index. Orders of a user are searched for among the newest, which are not
-// indexed yet, and then in the index.
+// search runs the queries of a page. Pending orders begin at oldestPending,
+// Completed ones end at newestStarted. Processing orders lie between them and have
+// an index. A user's orders are looked for in the table above newestIndexed, then
+// in the index.
 func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
 	oldest, before := int64(0), f.before
-	from, where := "orders NOT INDEXED", "id_high >= @from AND id_high < @before"
+	table, where := "orders NOT INDEXED", "id_high >= @oldest AND id_high < @before"
 	args := []any{sql.Named("user", f.userID)}
 	if f.userID != "" {
 		where += " AND user_id = @user"
@@ -1888,18 +1916,18 @@ func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
 		case pending:
 			oldest = b.oldestPending
 		case processing:
-			from, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
+			table, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
 		case completed:
 			before = min(before, b.newestStarted+1)
 		}
 	}
-	window := func(from, before int64) []any {
-		return append(args, sql.Named("from", from), sql.Named("before", before))
+	window := func(oldest, before int64) []any {
+		return append(args, sql.Named("oldest", oldest), sql.Named("before", before))
 	}
 	if f.userID == "" || f.status != nil && *f.status == processing {
-		return 0, l.read(from, where, "id_high DESC", window(oldest, before)...)
+		return 0, l.read(table, where, "id_high DESC", window(oldest, before)...)
 	}
-	if err := l.read(from, where, "id_high DESC", window(max(oldest, b.newestIndexed+1), before)...); err != nil {
+	if err := l.read(table, where, "id_high DESC", window(max(oldest, b.newestIndexed+1), before)...); err != nil {
 		return 0, err
 	}
 	before = min(before, b.newestIndexed+1)
@@ -1915,8 +1943,8 @@ func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
 	return searched, err
 }
 
-// oldestRun is the run at which a page by user ends: after pageRuns runs, or
-// where the orders in question begin.
+// oldestRun returns the run at which the search of a page by user stops: after
+// pageRuns runs, or at the run that holds oldest.
 func (l *listing) oldestRun(oldest, before int64) (first int64, err error) {
 	err = l.tx.QueryRow(`SELECT max(coalesce((SELECT max(first) FROM user_runs WHERE first <= @oldest), 0),
 		coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
@@ -1928,24 +1956,23 @@ func (l *listing) oldestRun(oldest, before int64) (first int64, err error) {
 
 const busyTimeout = time.Second // for another program's lock on a database
 
-// database is one SQLite file of ours.
+// database is orders.db or metrics.db.
 type database struct {
 	*sql.DB  // one connection; nil until open
 	path     string
 	appID    int64 // PRAGMA application_id
 	version  int64 // PRAGMA user_version
 	schema   string
-	upgrades []string // to version from the one before, and so on backwards: the last leads to version
-	// WAL pages after which SQLite makes a checkpoint by itself, in the commit
-	// and whatever comes of it; 0 where its owner makes them.
-	autoCheckpoint int
+	upgrades []string // each leads one version up; the last one to version
 
-	foundVersion int64                  // version of the file as inspected; 0 where there is no schema yet
-	inode        map[string]os.FileInfo // what its paths named when it was opened
+	autoCheckpoint int // PRAGMA wal_autocheckpoint, in pages; 0 where a checkpointer does it
+
+	foundVersion int64                  // by inspect; 0 if there is no schema yet
+	opened       map[string]os.FileInfo // by path: what it named when the database was opened
 	checked      time.Time              // when inPlace last looked
 }
 
-// openSQLite opens lazily: no file is touched before the first statement.
+// openSQLite opens lazily: it touches no file before the first statement.
 // See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
 func openSQLite(path string, params ...string) (*sql.DB, error) {
 	abs, err := sqlitePath(path)
@@ -1979,31 +2006,23 @@ func resolve(path string) (string, error) {
 	return filepath.Join(directory, filepath.Base(path)), err
 }
 
-// inspect opens the file if there is one, makes sure that it is ours and of a
-// version that we know, and reads its totals with that version's query. It
-// writes nothing.
+// inspect makes sure that the file, if there is one, is a database of orderd's,
+// of a known version and whole, and reads its totals with that version's query.
+// It writes nothing.
 func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	if d.path, err = resolve(d.path); err != nil {
 		return err
 	}
-	info, err := os.Stat(d.path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil
-	case err != nil:
-		return fmt.Errorf("cannot open %s: %w", d.path, err)
-	case !info.Mode().IsRegular():
-		return fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
-	}
-	if err := makeDataFile(d.path); err != nil { // SQLite would open a read-only file without a word
+	info, err := d.checkFile()
+	if info == nil {
 		return err
 	}
+	noWAL := !exists(d.path + "-wal")
 	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
-	whole := !exists(d.path + "-wal")
 	switch {
-	case whole && exists(d.path+"-journal"): // of a version that was cut off while it made the file: SQLite rolls it back
+	case noWAL && exists(d.path+"-journal"): // of a version that was cut off while it made the file: SQLite rolls it back
 		params = []string{"mode=rw"}
-	case whole:
+	case noWAL:
 		params = append(params, "immutable=1") // makes no -wal and -shm either
 	}
 	db, err := openSQLite(d.path, params...)
@@ -2011,28 +2030,55 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 		return err
 	}
 	defer db.Close()
-	var appID, version, pageSize, objects int64
-	row := db.QueryRow("SELECT a.application_id, v.user_version, p.page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v, pragma_page_size p")
-	if err := row.Scan(&appID, &version, &pageSize, &objects); err != nil {
-		return explain(d.path, err)
+	pageSize, err := d.checkVersion(db, queries)
+	if err != nil || d.foundVersion == 0 {
+		return err
 	}
-	query, known := queries[version]
-	switch {
-	case appID == 0 && version == 0 && objects == 0:
-		return nil
-	case appID != d.appID:
-		return fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
-	case !known:
-		return fmt.Errorf("%s has schema version %d and this orderd knows up to %d: use the orderd that wrote it", d.path, version, d.version)
-	case whole && info.Size()%pageSize != 0:
+	if noWAL && info.Size()%pageSize != 0 {
 		return damaged(d.path) // SQLite would take zeros for the rest of the last page
 	}
-	d.foundVersion = version
-	err = db.QueryRow(query).Scan(into...)
+	err = db.QueryRow(queries[d.foundVersion]).Scan(into...)
 	if err != nil && code(err) == 0 { // no row, or no numbers in it
 		return damaged(d.path)
 	}
 	return explain(d.path, err)
+}
+
+// checkFile makes sure that the file can be written. It returns nil if there is
+// no file.
+func (d *database) checkFile() (os.FileInfo, error) {
+	info, err := os.Stat(d.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("cannot open %s: %w", d.path, err)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a file: move it away, or choose another directory with -data", d.path)
+	}
+	if err := makeDataFile(d.path); err != nil {
+		return nil, err
+	}
+	return info, nil
+}
+
+// checkVersion sets foundVersion, unless the database is empty.
+func (d *database) checkVersion(db *sql.DB, queries map[int64]string) (pageSize int64, err error) {
+	var appID, version, objects int64
+	row := db.QueryRow("SELECT a.application_id, v.user_version, p.page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id a, pragma_user_version v, pragma_page_size p")
+	if err := row.Scan(&appID, &version, &pageSize, &objects); err != nil {
+		return 0, explain(d.path, err)
+	}
+	switch {
+	case appID == 0 && version == 0 && objects == 0:
+		return pageSize, nil
+	case appID != d.appID:
+		return 0, fmt.Errorf("%s is another program's database: move it away, or choose another directory with -data", d.path)
+	case queries[version] == "":
+		return 0, fmt.Errorf("%s has schema version %d and this orderd knows up to %d: use the orderd that wrote it", d.path, version, d.version)
+	}
+	d.foundVersion = version
+	return pageSize, nil
 }
 
 func exists(path string) bool {
@@ -2075,15 +2121,15 @@ func (d *database) upgrade() error {
 	return err
 }
 
-// setDurable sets what a commit must survive, and reads it back.
+// setDurable sets what makes a commit survive a power cut, and reads it back.
 func (d *database) setDurable() error {
 	var journal string
 	var synchronous int
 	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
 		return explain(d.path, err)
 	}
-	// fullfsync matters on macOS only. The checkpoint moves to other pages what an
-	// fsync may have failed on, so that the next commit begins the WAL anew.
+	// fullfsync matters on macOS only. The checkpoint empties the WAL: an fsync of it
+	// may have failed before this start.
 	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
 	if _, err := d.Exec(settings); err != nil {
 		return explain(d.path, err)
@@ -2129,24 +2175,24 @@ func (d *database) makeNew() error {
 
 // remember notes what the database's paths name now, for inPlace.
 func (d *database) remember() {
-	d.inode = map[string]os.FileInfo{}
+	d.opened = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
 		if info, err := os.Stat(path); err == nil {
-			d.inode[path] = info
+			d.opened[path] = info
 		}
 	}
 }
 
 const lookEvery = 100 * time.Millisecond // between looks at whether the files are in place
 
-// inPlace tells whether the paths still name the open files. What is written to
-// a file that was removed or replaced is gone at the next start.
+// inPlace fails if the paths no longer name the open files. What is written to a
+// file that was removed or replaced is gone at the next start.
 func (d *database) inPlace() error {
 	if time.Since(d.checked) < lookEvery {
 		return nil
 	}
 	for _, path := range []string{d.path, d.path + "-wal"} {
-		opened := d.inode[path]
+		opened := d.opened[path]
 		if now, err := os.Stat(path); opened != nil && (err != nil || !os.SameFile(opened, now)) {
 			return fmt.Errorf("%s was removed or replaced while orderd has it open: move it back, or stop orderd and put a backup in its place", path)
 		}
@@ -2158,10 +2204,10 @@ func (d *database) inPlace() error {
 const copyPages = 1024 // 4 MB at a time
 
 // copyTo writes a copy, as of one moment, while others read and write. Its
-// transaction keeps it from starting over with every commit; the WAL grows
+// transaction keeps the copy from starting over with every commit; the WAL grows
 // meanwhile (https://sqlite.org/backup.html). Each part is brought to disk at
-// once, and followed by a rest: one large fsync at the end would hold up those
-// of the service.
+// once, with a pause after it: one large fsync at the end would hold up those of
+// the service.
 func (d *database) copyTo(ctx context.Context, path string) error {
 	if err := makeFile(path); err != nil {
 		return err
@@ -2200,7 +2246,7 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	return nil
 }
 
-// setBusyTimeout needs the one connection: it is the writer's.
+// setBusyTimeout changes it on the one connection.
 func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
 }
@@ -2217,7 +2263,7 @@ func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
 	}
-	longest := filepath.Join(dir, "metrics.db.new") // of all that create makes
+	longest := filepath.Join(dir, "metrics.db.new") // the longest name that makeNew makes
 	if _, err := sqlitePath(longest); err != nil {
 		return nil, fmt.Errorf("cannot use the data directory: %w; choose another with -data", err)
 	}
@@ -2248,8 +2294,8 @@ func makeDirectory(dir string) error {
 	return nil
 }
 
-// syncDirectory makes the names in dir durable where the system can do that. No
-// order is in what has just been made.
+// syncDirectory makes the names in dir durable, if the system can do that. A
+// failure loses no order: the directory is new.
 func syncDirectory(dir string) {
 	if d, err := os.Open(dir); err == nil {
 		d.Sync()
@@ -2257,18 +2303,7 @@ func syncDirectory(dir string) {
 	}
 }
 
-// makeFile makes an empty file for its owner only, or makes sure that the one
-// there can be written. SQLite gives -wal and -shm the same mode. It must not
-// run once SQLite has the file open: closing any descriptor of a file drops
-// the process's locks on it.
-func makeFile(path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
-}
-
+// makeDataFile makes a database's file. SQLite gives -wal and -shm the same mode.
 func makeDataFile(path string) error {
 	if err := makeFile(path); err != nil {
 		return fmt.Errorf("cannot write to the data directory: %w; check the owner and mode, or choose another with -data", err)
@@ -2276,9 +2311,9 @@ func makeDataFile(path string) error {
 	return nil
 }
 
-// syncFile brings a file to disk, if there is one. Of a -wal that a killed
-// process left nothing may be shown before that; the checkpoint at start would
-// not do it, where another program reads an older state.
+// syncFile brings a file to disk, if there is one. A -wal that a killed process
+// left must be on disk before anything of it is shown; the checkpoint at start
+// does not sync it while another program reads an older state.
 func syncFile(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -2302,8 +2337,8 @@ func damaged(path string) error {
 	return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
 }
 
-// explain turns an SQLite error into one sentence with the remedy. Only the
-// low byte is the kind of error: https://sqlite.org/rescode.html.
+// explain turns an SQLite error into one sentence with the remedy. The low byte
+// of a code is its kind: https://sqlite.org/rescode.html.
 func explain(path string, err error) error {
 	if err == nil {
 		return nil

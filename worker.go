@@ -22,11 +22,11 @@ import (
 
 const (
 	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
-	feedPause    = 5 * time.Millisecond   // after a read that came to the end of the table, so that the next one finds more
+	feedPause    = 5 * time.Millisecond   // after a read that reached the end, so that the next one finds more
 	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
 	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
-	longestPause = 5 * time.Second        // of the pool, and of orders that met with trouble: once it is over they all go on
-	givesWay     = 10 * time.Millisecond  // by which the pause of an order that met with trouble is longer than the pool's: another is tried first
+	longestPause = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
+	givesWay     = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
 	maxParked    = 1_000_000              // orders in a pause; beyond them the feeder waits
 )
 
@@ -34,8 +34,8 @@ const (
 type poolOptions struct {
 	workers  int
 	places   int              // in the channel
-	work     work             // where there is no endpoint
-	endpoint endpointOptions  // that does the work, or zero
+	work     work             // used if there is no endpoint
+	endpoint endpointOptions  // without a url: no endpoint
 	now      func() time.Time // the wall clock
 }
 
@@ -61,25 +61,24 @@ type pool struct {
 	active  atomic.Int64 // attempts under way
 	failed  atomic.Int64 // attempts that failed
 
-	failures *fewLines // of one order each
-	troubles *fewLines // of the endpoint
+	failures *limitedLog // of one order each
+	troubles *limitedLog // of the endpoint
 
-	// stopping is done when the service begins to stop: no worker takes another
-	// order, nobody waits for one, and readyz says no.
+	// stopping is cancelled by stop, when the service begins to stop: no worker
+	// takes another order, and /readyz says no.
 	stopping context.Context
 	stop     context.CancelFunc
-	working  context.Context // cancelled by drain: end what runs
+	working  context.Context // cancelled by drain at its deadline: ends running work
 	cancel   context.CancelFunc
 	running  sync.WaitGroup // feeder and workers
 }
 
-// job is an order in the hands of the pool, whose first attempt was in this
-// process. It is small (40 bytes), and without pointers, since a million may be
-// parked.
+// job is an order that the pool has begun. It is small (40 bytes) and without
+// pointers, since maxParked of them may be parked.
 type job struct {
 	id       ulid.ULID
-	started  int64         // Unix ms of the first attempt, by the wall clock
-	began    time.Duration // the same, since the pool was made, by the monotonic clock
+	started  int64         // as in order
+	began    time.Duration // first attempt, monotonic, since pool.made
 	due      tick          // of the next attempt, while it is parked
 	attempts int32         // that failed
 }
@@ -89,7 +88,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 		poolOptions: o, store: s, log: log, made: time.Now(),
 		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
 		took: newHistogram(durationBounds), gate: newGate(),
-		failures: &fewLines{log: log}, troubles: &fewLines{log: log},
+		failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
 	}
 	if o.endpoint.url != "" {
 		p.work = newEndpoint(o.endpoint, o.workers, s.get).post
@@ -111,7 +110,7 @@ func (p *pool) start() {
 // feed carries unfinished orders from the table to the channel, first in, first
 // out.
 func (p *pool) feed() {
-	cursor := int64(0) // upper half of the newest ID that is in the channel
+	cursor := int64(0) // id_high of the newest order that is or was in the channel
 	for p.stopping.Err() == nil {
 		orders, err := p.store.backlog(cursor, feedRows)
 		for _, o := range orders {
@@ -123,10 +122,7 @@ func (p *pool) feed() {
 		switch {
 		case err != nil:
 			p.log.Error("the backlog cannot be read", "error", err)
-			select {
-			case <-time.After(retryPause):
-			case <-p.stopping.Done():
-			}
+			sleep(p.stopping, retryPause)
 		case len(orders) < feedRows:
 			time.Sleep(feedPause)
 			select {
@@ -140,9 +136,7 @@ func (p *pool) feed() {
 // push waits for a place in the channel; false says that the pool is stopping.
 func (p *pool) push(o queued) bool {
 	for p.parked.len() >= maxParked {
-		select {
-		case <-time.After(firstRetry):
-		case <-p.stopping.Done():
+		if !sleep(p.stopping, firstRetry) {
 			return false
 		}
 	}
@@ -175,7 +169,7 @@ func (p *pool) runWorker() {
 	}
 }
 
-// next waits for a new order, in its turn, or a parked one that is due.
+// next takes a new order or a parked one that is due.
 func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 	select {
 	case o := <-p.channel:
@@ -197,12 +191,11 @@ func (p *pool) begin(o queued) job {
 	return j
 }
 
-// attempt works on an order once. One that fails sits out a pause without a
-// worker and is tried again, unless the pool is ending: then it waits in the
-// table for the next start.
+// attempt works on an order once. If that fails, the order is parked for a pause,
+// unless the work was cut off: then it waits in the table for the next start.
 func (p *pool) attempt(j job) error {
 	p.active.Add(1)
-	err := p.guarded(j)
+	err := p.runSafely(j)
 	p.active.Add(-1)
 	switch {
 	case err == nil:
@@ -216,8 +209,8 @@ func (p *pool) attempt(j job) error {
 	return err
 }
 
-// guarded turns a panic in the work into an error of this attempt.
-func (p *pool) guarded(j job) (err error) {
+// runSafely turns a panic in the work into an error of this attempt.
+func (p *pool) runSafely(j job) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic: %v", r)
@@ -232,44 +225,41 @@ func (p *pool) complete(j job) {
 	p.store.step(step{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
 }
 
-// postpone parks an order after an attempt that failed. The endpoint's trouble
-// is endure's to log.
+// postpone parks an order after an attempt that failed, and logs the failure;
+// endure logs trouble.
 func (p *pool) postpone(j job, err error) {
 	pause := doubled(j.attempts, longestRetry)
 	due := time.Now().Add(pause)
 	j.attempts++
 	if t, ok := errors.AsType[*trouble](err); ok {
-		due = t.over(j.attempts - 1).Add(givesWay)
+		due = t.pauseEnd(j.attempts - 1).Add(givesWay)
 	} else {
 		p.failures.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
 	}
 	p.parked.park(j, due)
 }
 
-// doubled is the pause after some failures in a row and another one.
+// doubled is the pause after failures+1 failures in a row.
 func doubled(failures int32, longest time.Duration) time.Duration {
 	return min(firstRetry<<min(failures, 16), longest)
 }
 
-// endure stays with the endpoint's trouble: while all other workers pause, its
-// worker tries one order at a time until the endpoint answers. A time-out is no
-// answer: the others would only hang too.
+// endure probes an endpoint in trouble, one order at a time, while the others
+// pause, until an attempt is answered. A time-out is no answer.
 func (p *pool) endure(t *trouble, id ulid.ULID) {
 	p.troubles.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
 	said := began
 	for trials := int32(0); ; trials++ {
-		over := t.over(trials)
-		select {
-		case <-time.After(time.Until(over)):
-		case <-p.stopping.Done():
+		pauseEnd := t.pauseEnd(trials)
+		if !sleep(p.stopping, time.Until(pauseEnd)) {
 			return
 		}
 		if time.Since(said) >= time.Minute {
 			said = time.Now()
 			p.troubles.warn("the endpoint is still in trouble", "for", said.Sub(began).String(), "trials", trials, "error", t)
 		}
-		j, ok := p.trial(over)
+		j, ok := p.nextTrial(pauseEnd)
 		if !ok {
 			return
 		}
@@ -286,18 +276,19 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 	}
 }
 
-// trial is the parked order that has been due longest, else the next new one.
-func (p *pool) trial(over time.Time) (j job, ok bool) {
-	j, ok = p.parked.unpark(over)
+// nextTrial returns the parked order that is due first, if it is due by pauseEnd,
+// or waits for the next order.
+func (p *pool) nextTrial(pauseEnd time.Time) (j job, ok bool) {
+	j, ok = p.parked.unpark(pauseEnd)
 	for !ok && p.stopping.Err() == nil {
 		j, ok = p.next(nil)
 	}
 	return j, ok
 }
 
-// drain waits until running work has ended, and ends it at the deadline. It
-// does not wait for a worker whose step finds no room in the store then: the
-// store's end releases that.
+// drain waits until running work has ended, and cancels it at the deadline. It
+// does not wait longer for a worker whose step waits for room in the store:
+// closing the store releases that worker.
 func (p *pool) drain(deadline time.Time) {
 	ended := make(chan struct{})
 	go func() {
@@ -339,7 +330,7 @@ func (g *gate) set(shut bool) bool {
 	return true
 }
 
-// parking holds orders in a pause.
+// parking holds orders that pause between two attempts.
 type parking struct {
 	made  time.Time     // what ticks count from
 	ready chan struct{} // capacity 1: a job may be due
@@ -349,8 +340,8 @@ type parking struct {
 	jobs jobHeap
 }
 
-// tick is a time in 10 ms since parking was made. After 497 days it starts anew:
-// of two, their difference tells which is later.
+// tick counts 10 ms since parking was made; it wraps after 497 days, so only
+// differences compare.
 type tick uint32
 
 const tickLength = 10 * time.Millisecond
@@ -368,7 +359,7 @@ func (p *parking) tick(t time.Time) tick { return tick(t.Sub(p.made) / tickLengt
 func (p *parking) park(j job, due time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	j.due = p.tick(due) + 1 // not before
+	j.due = p.tick(due) + 1 // rounded up
 	heap.Push(&p.jobs, j)
 	p.arm()
 }
@@ -404,8 +395,8 @@ func (p *parking) len() int {
 
 const heapChunk = 1024 // jobs, 40 KB
 
-// jobHeap has the job that is due first at its top: see container/heap. It
-// grows by chunks, which are not copied, and gives them back.
+// jobHeap is a heap of jobs by due time, for container/heap. It grows and shrinks
+// by chunks, so that no job is copied to grow it.
 type jobHeap struct {
 	chunks []*[heapChunk]job
 	n      int
@@ -436,18 +427,18 @@ func (h *jobHeap) Pop() any {
 
 const linesASecond = 5 // of each kind of failure
 
-// fewLines logs what may happen any number of times: beyond linesASecond it
-// leaves lines out, and the next line says how many.
-type fewLines struct {
+// limitedLog logs what may come in any number: beyond linesASecond it leaves lines
+// out, and the next line says how many.
+type limitedLog struct {
 	log *logger
 
 	mu      sync.Mutex // guards the rest
-	since   time.Time  // when the second began that lines are counted in
+	since   time.Time  // start of the second that lines counts
 	lines   int
-	leftOut int // since the last line
+	leftOut int // lines not written since the last one that was
 }
 
-func (f *fewLines) warn(message string, attributes ...any) {
+func (f *limitedLog) warn(message string, attributes ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if now := time.Now(); now.Sub(f.since) >= time.Second {
@@ -462,30 +453,29 @@ func (f *fewLines) warn(message string, attributes ...any) {
 	f.leftOut = 0
 }
 
-// simulate is the stand-in for real work: it takes a while.
+// simulate is the stand-in for real work: a pause.
 func simulate(delay time.Duration) work {
 	return func(ctx context.Context, _ ulid.ULID, _ int) error {
 		if delay == 0 {
 			return nil
 		}
-		select {
-		case <-time.After(delay):
-			return nil
-		case <-ctx.Done():
+		if !sleep(ctx, delay) {
 			return ctx.Err()
 		}
+		return nil
 	}
 }
 
-// trouble is an error of the endpoint's: no other order would fare better now.
+// trouble is an error that every order would meet now: the endpoint is down or
+// overloaded.
 type trouble struct {
 	error
-	since      time.Time     // the answer; or when connecting began, which can take as long as a pause
+	since      time.Time     // when the answer came, or when connecting began
 	retryAfter time.Duration // that the endpoint asks for, or 0
 }
 
-// over is when the pause ends, after some failures in a row and this one.
-func (t *trouble) over(failures int32) time.Time {
+// pauseEnd is when the pause ends that follows failures+1 failures in a row.
+func (t *trouble) pauseEnd(failures int32) time.Time {
 	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
 }
 
@@ -493,8 +483,9 @@ func (t *trouble) over(failures int32) time.Time {
 var errAnswered = errors.New("the endpoint answered")
 
 const (
-	maxAnswer     = 16 << 10    // bytes of an answer's body that are read, so that its connection can be used again
-	maxAnswerTime = time.Second // for that
+	dialTimeout   = 5 * time.Second // for a connection to the endpoint
+	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
+	maxAnswerTime = time.Second     // for reading them
 )
 
 // endpointOptions say where the work is done.
@@ -513,7 +504,7 @@ type endpoint struct {
 
 func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order, error)) *endpoint {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.DialContext = (&net.Dialer{Timeout: longestPause}).DialContext
+	transport.DialContext = (&net.Dialer{Timeout: dialTimeout}).DialContext
 	transport.MaxConnsPerHost, transport.MaxIdleConnsPerHost, transport.MaxIdleConns = connections, connections, connections
 	return &endpoint{endpointOptions: o, find: find, client: &http.Client{
 		Transport: transport,
@@ -522,8 +513,8 @@ func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order
 	}}
 }
 
-// post has the endpoint work on an order. A time-out is the order's, unless no
-// connection came about: then it is the endpoint's.
+// post sends an order to the endpoint and waits for the answer. A time-out is a
+// failure of this order; without a connection it is trouble.
 func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
 	began, connected := time.Now(), false
 	ctx, cancel := context.WithTimeout(ctx, e.timeout)
@@ -549,7 +540,7 @@ func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
 	return verdict(answer)
 }
 
-// verdict is what an answer says by its status line alone.
+// verdict is what an answer says; its body does not count.
 func verdict(answer *http.Response) error {
 	code := answer.StatusCode
 	if code >= 200 && code <= 299 {
@@ -563,7 +554,7 @@ func verdict(answer *http.Response) error {
 	return err
 }
 
-// request carries the order, read only now: what waits has no content.
+// request reads the order and makes the POST that carries it.
 func (e *endpoint) request(ctx context.Context, id ulid.ULID, attempt int) (*http.Request, error) {
 	o, err := e.find(id)
 	if err != nil {
@@ -593,8 +584,8 @@ func (e *endpoint) request(ctx context.Context, id ulid.ULID, attempt int) (*htt
 	return r, nil
 }
 
-// retryAfter reads the header of that name: seconds or a date. It is 0 where
-// there is nothing to wait for.
+// retryAfter parses a Retry-After header, which holds seconds or a date. Anything
+// else, or a time that has passed, is 0.
 func retryAfter(value string) (wait time.Duration) {
 	if at, err := http.ParseTime(value); err == nil {
 		wait = time.Until(at)
