@@ -185,7 +185,7 @@ type app struct {
 	lock     io.Closer // of the data directory
 	metrics  *metrics
 	sqlite   *sqliteEngine // keeps the orders; nil with -orders
-	postgres *postgres     // the same, for replicas; nil without -orders
+	replica  *replica      // the same, for replicas; nil without -orders
 	listener net.Listener
 	server   *server
 	store    *store // nil while another replica leads; so is pool
@@ -203,7 +203,7 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	if a.log, err = openLog(cfg.logOptions(), stderr); err != nil {
 		return nil, err
 	}
-	if err := a.look(); err != nil {
+	if err := a.openFiles(); err != nil {
 		return nil, a.abandon(err)
 	}
 	if a.sqlite != nil {
@@ -212,9 +212,9 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 	return a, nil
 }
 
-// look reads the certificate, and compares the two databases before anything is
-// written to either.
-func (a *app) look() (err error) {
+// openFiles opens what start writes to, and compares the two databases before
+// anything is written to either.
+func (a *app) openFiles() (err error) {
 	if a.cfg.certFile != "" {
 		if a.cfg.server.certificate, err = openCertificate(a.cfg.certFile, a.cfg.keyFile, a.log); err != nil {
 			return err
@@ -235,10 +235,10 @@ func (a *app) look() (err error) {
 		a.sqlite = engine
 		return a.metrics.check(held, engine.file.path)
 	}
-	if a.postgres, err = newPostgres(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
+	if a.replica, err = newPostgres(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
 		return err
 	}
-	a.postgres.url, err = a.cfg.advertised()
+	a.replica.url, err = a.cfg.advertised()
 	return err
 }
 
@@ -267,7 +267,7 @@ func (a *app) start() (err error) {
 	a.server = newServer(a.serverOptions(), a.metrics, a.log)
 	a.announce()
 	if a.store != nil {
-		a.lead()
+		a.serveOrders()
 	}
 	return nil
 }
@@ -278,18 +278,18 @@ func (a *app) serverOptions() serverOptions {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
 		o.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, o.names...)
 	}
-	if a.postgres != nil {
-		o.gauges = a.postgres.gauges
+	if a.replica != nil {
+		o.gauges = a.replica.gauges
 	} else {
 		o.gauges = a.sqlite.gauges
 	}
 	return o
 }
 
-// lead begins to work on what was left unfinished, and to answer for orders.
-func (a *app) lead() {
+// serveOrders begins to work on what was left unfinished, and to answer for orders.
+func (a *app) serveOrders() {
 	a.pool.start()
-	a.server.leads.Store(&leadership{a.store, a.pool, a.pass})
+	a.server.local.Store(&localOrders{a.store, a.pool, a.pass})
 	if ahead := a.store.clockBehind(); ahead > time.Minute {
 		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
 	}
@@ -326,7 +326,7 @@ func (a *app) serve(ctx context.Context) error {
 // keepLeading returns when ctx is done, or with the reason why the orders cannot
 // be kept any longer.
 func (a *app) keepLeading(ctx context.Context) error {
-	if a.postgres != nil {
+	if a.replica != nil {
 		return a.takeTurns(ctx)
 	}
 	select {
@@ -341,13 +341,13 @@ func (a *app) takeTurns(ctx context.Context) error {
 	for {
 		var err error
 		if a.store == nil {
-			if err = a.standBy(ctx, a.server.leader.follow); ctx.Err() != nil {
+			if err = a.awaitLead(ctx, a.server.forwarder.follow); ctx.Err() != nil {
 				return nil
 			} else if err != nil {
 				return err
 			}
 			if err = a.store.start(a.committed); err == nil {
-				a.lead()
+				a.serveOrders()
 				a.log.Info("this replica leads", "resumed", a.store.totals().unfinished())
 			}
 		}
@@ -366,9 +366,9 @@ func (a *app) takeTurns(ctx context.Context) error {
 	}
 }
 
-// standBy returns once this replica leads; follow is told who does meanwhile.
-func (a *app) standBy(ctx context.Context, follow func(url, pass string)) error {
-	engine, err := a.postgres.standBy(ctx, follow)
+// awaitLead returns once this replica leads; follow is told who does meanwhile.
+func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) error {
+	engine, err := a.replica.standBy(ctx, follow)
 	if err != nil {
 		return err
 	}
@@ -380,7 +380,7 @@ func (a *app) standBy(ctx context.Context, follow func(url, pass string)) error 
 // stepDown takes the store and the pool down: another replica leads, or the
 // start has failed.
 func (a *app) stepDown() error {
-	a.server.leads.Store(nil)
+	a.server.local.Store(nil)
 	a.pool.stop()
 	a.pool.drain(time.Now())
 	err := a.store.close()
@@ -467,8 +467,8 @@ func (a *app) announce() {
 	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
 	orders := ""
-	if a.postgres != nil {
-		orders = "orders in " + a.postgres.place() + ", other replicas reach this one at " + a.postgres.url
+	if a.replica != nil {
+		orders = "orders in " + a.replica.describe() + ", other replicas reach this one at " + a.replica.url
 	} else {
 		orders = fmt.Sprintf("%d unfinished orders resumed", a.store.totals().unfinished())
 	}

@@ -99,8 +99,8 @@ func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app)
 	}
 	a, err := openApp(cfg, io.Discard)
 	require.NoError(tb, err)
-	if a.postgres != nil {
-		require.NoError(tb, a.standBy(tb.Context(), func(string, string) {}))
+	if a.replica != nil {
+		require.NoError(tb, a.awaitLead(tb.Context(), func(string, string) {}))
 	}
 	if before != nil {
 		before(a)
@@ -389,7 +389,7 @@ func execOn(tb testing.TB, path, query string, args ...any) {
 func openOrders(tb testing.TB, a *app) (db *sql.DB) {
 	tb.Helper()
 	var err error
-	if a.postgres != nil {
+	if a.replica != nil {
 		db, err = sql.Open("pgx", a.cfg.orders)
 	} else {
 		db, err = openSQLite(a.sqlite.file.path)
@@ -490,7 +490,7 @@ func checkInvariants(tb testing.TB, a *app) {
 	tb.Helper()
 	until(tb, func() bool { // beats of a leader only count seq up
 		counted, held := *a.metrics.counted.Load(), a.store.totals()
-		return counted.seq == held.seq || a.postgres != nil && counted.accepted == held.accepted && counted.completed == held.completed
+		return counted.seq == held.seq || a.replica != nil && counted.accepted == held.accepted && counted.completed == held.completed
 	}, "metrics.db has counted all")
 	db := openOrders(tb, a)
 	defer db.Close()
@@ -561,7 +561,7 @@ func checkInvariants(tb testing.TB, a *app) {
 
 func writtenTotals(tb testing.TB, a *app, db *sql.DB) (t totals) {
 	table := "totals"
-	if a.postgres != nil {
+	if a.replica != nil {
 		table = "leader"
 	}
 	require.NoError(tb, db.QueryRow("SELECT "+totalsColumns+" FROM "+table).Scan(t.fields()...))
@@ -2714,9 +2714,9 @@ func TestMetricsText(t *testing.T) {
 		samples[m[1]+m[2]] = value
 	}
 	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
-	if a.postgres != nil {
+	if a.replica != nil {
 		kinds["orderd_wal_bytes"] = "gauge"
-		for _, g := range a.postgres.gauges() {
+		for _, g := range a.replica.gauges() {
 			require.Equal(t, "gauge", kinds[g.name])
 			delete(kinds, g.name)
 		}
@@ -3094,8 +3094,8 @@ func TestWithoutALeader(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
 	location := "/orders/" + place(t, a, "u", "i")
-	led := a.server.leads.Swap(nil)
-	t.Cleanup(func() { a.server.leads.Store(led) })
+	led := a.server.local.Swap(nil)
+	t.Cleanup(func() { a.server.local.Store(led) })
 	for _, path := range []string{location, "/orders", "/metrics", "/readyz"} {
 		got := get(t, a, path)
 		require.Equal(t, http.StatusServiceUnavailable, got.status, path)
@@ -9732,7 +9732,7 @@ func ask[T any](tb testing.TB, c *cluster, query string, args ...any) (v T) {
 }
 
 // newReplica is a way to the database, without a service around it.
-func newReplica(tb testing.TB, dsn string) *postgres {
+func newReplica(tb testing.TB, dsn string) *replica {
 	tb.Helper()
 	log := newLogger(io.Discard, slog.LevelInfo, io.Discard)
 	tb.Cleanup(func() { log.close() })
@@ -9745,7 +9745,7 @@ func newReplica(tb testing.TB, dsn string) *postgres {
 func nobodyFollows(string, string) {}
 
 // leadOn returns the engine of a replica that leads.
-func leadOn(tb testing.TB, p *postgres) *lead {
+func leadOn(tb testing.TB, p *replica) *postgresEngine {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(tb.Context(), time.Minute)
 	defer cancel()
@@ -9861,8 +9861,8 @@ func TestOneOfManyReplicasMakesTheTables(t *testing.T) {
 			conn, err := p.connect(t.Context())
 			if err == nil {
 				defer conn.Close(t.Context())
-				if err = p.prepare(t.Context(), conn); err == nil {
-					_, err = p.look(t.Context(), conn)
+				if err = p.makeTables(t.Context(), conn); err == nil {
+					_, err = p.readRow(t.Context(), conn)
 				}
 			}
 			assert.NoError(t, err)
@@ -9999,8 +9999,8 @@ func TestTheFence(t *testing.T) {
 		require.NoError(t, err)
 		other.seen = l.replica.seen
 		other.seen.totals.seq += test.seq
-		late := &lead{replica: other, term: l.term + test.term, conn: conn}
-		require.NoError(t, late.prepare(t.Context(), conn))
+		late := &postgresEngine{replica: other, term: l.term + test.term, conn: conn}
+		require.NoError(t, late.prepareCommit(t.Context(), conn))
 		b := batchOf(sampleOrder(1, ""))
 		err = late.commit(b)
 		require.ErrorIs(t, err, test.ends, test.name)
@@ -10011,11 +10011,11 @@ func TestTheFence(t *testing.T) {
 	first, second := newReplica(t, c.url("")), newReplica(t, c.url(""))
 	var rows [2]leaderRow
 	var conns [2]*pgx.Conn
-	for i, p := range []*postgres{first, second} {
+	for i, p := range []*replica{first, second} {
 		var err error
 		conns[i], err = p.connect(t.Context())
 		require.NoError(t, err)
-		rows[i], err = p.look(t.Context(), conns[i])
+		rows[i], err = p.readRow(t.Context(), conns[i])
 		require.NoError(t, err)
 	}
 	_, err := first.takeOver(t.Context(), conns[0], rows[0])
@@ -10109,7 +10109,7 @@ func (d *dropper) url() string {
 // pound commits batches, each of which completes the orders of the one before
 // it, with keys that come twice in a batch and in two batches. It returns how
 // many orders were stored.
-func pound(t *testing.T, l *lead, batches int) (stored int) {
+func pound(t *testing.T, l *postgresEngine, batches int) (stored int) {
 	t.Helper()
 	var last []*create
 	for i := range batches {
@@ -10268,7 +10268,7 @@ func TestTakeOver(t *testing.T) {
 	require.ErrorIs(t, err, errDeposed)
 	require.NoError(t, a.close())
 
-	led, followed := make(chan *lead, 1), make(chan string, 1)
+	led, followed := make(chan *postgresEngine, 1), make(chan string, 1)
 	go func() {
 		l, err := newReplica(t, c.url("")).standBy(t.Context(), func(url, _ string) {
 			select {
@@ -10320,7 +10320,7 @@ func TestASynchronousStandby(t *testing.T) {
 		persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
 		_, seq, err := l.find(b.creates[0].id)
 		require.NoError(t, err)
-		require.Greater(t, seq, l.proven.Load(), "it is not proven")
+		require.Greater(t, seq, l.confirmedSeq.Load(), "it is not proven")
 		select {
 		case err := <-done:
 			require.Fail(t, "answered", "%v", err)

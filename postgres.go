@@ -95,17 +95,17 @@ const (
 	expiryLooks    = 1024                   // orders that an expiry looks at
 )
 
-// postgres is one replica's way to the database, whether it leads or stands by.
-type postgres struct {
+// replica is one replica's way to the database, whether it leads or stands by.
+type replica struct {
 	config    *pgx.ConnConfig
 	url       string       // where other replicas reach this one
 	confirmed func(totals) // told of what a standby sees confirmed
 	log       *logger
 
 	// standBy's, and the writer's while this replica leads:
-	seen   leaderRow // the last row seen
-	proven mark      // the highest confirmed seq seen
-	warned bool      // the last commit came with a WARNING: see send
+	seen          leaderRow // the last row seen
+	highestProven mark      // the highest confirmed seq seen
+	warned        bool      // the last commit came with a WARNING: see send
 
 	// For the gauges:
 	leading atomic.Bool
@@ -124,11 +124,11 @@ type leaderRow struct {
 	totals              totals
 }
 
-const readRow = "SELECT version, term, since, proven, ended, url, pass, " + totalsColumns + " FROM leader WHERE one"
+const selectRow = "SELECT version, term, since, proven, ended, url, pass, " + totalsColumns + " FROM leader WHERE one"
 
 // newPostgres connects to nothing yet. counted is what metrics.db has counted:
 // a database with less has lost orders.
-func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger) (*postgres, error) {
+func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger) (*replica, error) {
 	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
 		return nil, errors.New("-orders must be the URL of a PostgreSQL database, such as postgres://orderd@db1/orderd")
 	}
@@ -137,21 +137,21 @@ func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger
 		return nil, fmt.Errorf("-orders cannot be used: %w", err)
 	}
 	config.ConnectTimeout = connectTimeout
-	config.ValidateConnect = fitting
-	p := &postgres{config: config, confirmed: confirmed, log: log}
+	config.ValidateConnect = setUpSession
+	p := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
-		p.seen.totals.identity, p.proven = counted.identity, mark{math.MaxInt64, counted.seq}
+		p.seen.totals.identity, p.highestProven = counted.identity, mark{math.MaxInt64, counted.seq}
 	}
 	p.alive.Store(new(time.Now()))
 	return p, nil
 }
 
-// place names the database without user and password.
-func (p *postgres) place() string {
+// describe names the database without user and password.
+func (p *replica) describe() string {
 	return fmt.Sprintf("the PostgreSQL database %s on %s:%d", p.config.Database, p.config.Host, p.config.Port)
 }
 
-func (p *postgres) gauges() []gauge {
+func (p *replica) gauges() []gauge {
 	return []gauge{
 		{"orderd_leader", "1 while this replica leads, else 0.", oneIf(p.leading.Load())},
 		{"orderd_term", "Term of the leader that this replica follows or is.", float64(p.term.Load())},
@@ -165,9 +165,10 @@ type unfit string
 
 func (u unfit) Error() string { return string(u) }
 
-// fitting refuses a server that is not durable, and passes over one that is in
-// recovery: pgx tries the next host of the URL then.
-func fitting(ctx context.Context, c *pgconn.PgConn) error {
+// setUpSession makes a session's settings ours. It refuses a server that is not
+// durable, and passes over one that is in recovery: pgx tries the next host of
+// the URL then.
+func setUpSession(ctx context.Context, c *pgconn.PgConn) error {
 	results, err := c.Exec(ctx, readSettings+sessionSettings).ReadAll()
 	if err != nil {
 		return err
@@ -190,7 +191,7 @@ func fitting(ctx context.Context, c *pgconn.PgConn) error {
 }
 
 // connect opens a session.
-func (p *postgres) connect(ctx context.Context) (*pgx.Conn, error) {
+func (p *replica) connect(ctx context.Context) (*pgx.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout)
 	defer cancel()
 	config := p.config.Copy()
@@ -216,20 +217,20 @@ var remedies = map[string]string{
 }
 
 // permanent turns an error that no waiting mends into one sentence; others are nil.
-func (p *postgres) permanent(err error) error {
+func (p *replica) permanent(err error) error {
 	if u, ok := errors.AsType[unfit](err); ok {
 		return u
 	}
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code != "XX000" && remedies[e.Code[:2]] != "" {
-		return fmt.Errorf("%s cannot be used: %s: %s", p.place(), e.Message, remedies[e.Code[:2]])
+		return fmt.Errorf("%s cannot be used: %s: %s", p.describe(), e.Message, remedies[e.Code[:2]])
 	}
 	return nil
 }
 
-// prepare makes the tables in an empty database. Where several replicas start
+// makeTables makes the tables in an empty database. Where several replicas start
 // at once, one makes them: the others' transactions fail on the catalogue's own
 // uniqueness.
-func (p *postgres) prepare(ctx context.Context, c *pgx.Conn) error {
+func (p *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	var ours, orders bool
@@ -247,12 +248,12 @@ func (p *postgres) prepare(ctx context.Context, c *pgx.Conn) error {
 	return err
 }
 
-// look reads the leader's row and notices a loss.
-func (p *postgres) look(ctx context.Context, c *pgx.Conn) (r leaderRow, err error) {
+// readRow reads the leader's row and notices a loss.
+func (p *replica) readRow(ctx context.Context, c *pgx.Conn) (r leaderRow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	var version int64
-	if err := c.QueryRow(ctx, readRow).Scan(append([]any{&version, &r.term, &r.since, &r.proven, &r.ended, &r.url, &r.pass}, r.totals.fields()...)...); err != nil {
+	if err := c.QueryRow(ctx, selectRow).Scan(append([]any{&version, &r.term, &r.since, &r.proven, &r.ended, &r.url, &r.pass}, r.totals.fields()...)...); err != nil {
 		return r, err
 	}
 	if version != postgresVersion {
@@ -263,23 +264,23 @@ func (p *postgres) look(ctx context.Context, c *pgx.Conn) (r leaderRow, err erro
 
 // compare holds a row against all that was confirmed before. Commits are lost
 // where seq went back, or where a later term began before the confirmed seq.
-func (p *postgres) compare(r leaderRow) error {
+func (p *replica) compare(r leaderRow) error {
 	if known := p.seen.totals.identity; known != 0 && known != r.totals.identity {
-		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.place())
+		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.describe())
 	}
 	left := r.totals.seq
-	if r.term > p.proven.term {
+	if r.term > p.highestProven.term {
 		left = min(left, r.since-1)
 	}
-	if left < p.proven.seq {
+	if left < p.highestProven.seq {
 		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
-			errBroken, p.place(), p.proven.seq, left, r.term)
+			errBroken, p.describe(), p.highestProven.seq, left, r.term)
 	}
-	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.proven.seq {
+	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestProven.seq {
 		p.confirmed(before.totals)
 	}
-	if r.proven > p.proven.seq {
-		p.proven = mark{r.term, r.proven}
+	if r.proven > p.highestProven.seq {
+		p.highestProven = mark{r.term, r.proven}
 	}
 	if r.totals.seq != p.seen.totals.seq {
 		p.alive.Store(new(time.Now()))
@@ -291,9 +292,9 @@ func (p *postgres) compare(r leaderRow) error {
 
 // standBy returns once this replica leads. follow is told who leads, "" for
 // nobody. A database that cannot be reached is waited for.
-func (p *postgres) standBy(ctx context.Context, follow func(url, pass string)) (*lead, error) {
+func (p *replica) standBy(ctx context.Context, follow func(url, pass string)) (*postgresEngine, error) {
 	for {
-		l, err := p.watch(ctx, follow)
+		l, err := p.followRow(ctx, follow)
 		switch {
 		case err == nil:
 			return l, nil
@@ -312,9 +313,9 @@ func (p *postgres) standBy(ctx context.Context, follow func(url, pass string)) (
 	}
 }
 
-// watch looks at the row, on one connection, until this replica leads or the
+// followRow looks at the row, on one connection, until this replica leads or the
 // connection fails.
-func (p *postgres) watch(ctx context.Context, follow func(url, pass string)) (l *lead, err error) {
+func (p *replica) followRow(ctx context.Context, follow func(url, pass string)) (l *postgresEngine, err error) {
 	c, err := p.connect(ctx)
 	if err != nil {
 		return nil, err
@@ -324,12 +325,12 @@ func (p *postgres) watch(ctx context.Context, follow func(url, pass string)) (l 
 			c.Close(context.Background())
 		}
 	}()
-	if err := p.prepare(ctx, c); err != nil {
+	if err := p.makeTables(ctx, c); err != nil {
 		return nil, err
 	}
 	for changed := time.Now(); ctx.Err() == nil; sleep(ctx, pollEvery) {
 		seq := p.seen.totals.seq
-		r, err := p.look(ctx, c)
+		r, err := p.readRow(ctx, c)
 		if err != nil {
 			return nil, err
 		}
@@ -354,7 +355,7 @@ WHERE one AND term = $1 AND seq = $2`
 
 // takeOver begins a term where the row is still as it was seen. Where that was
 // done and its answer was lost, the term ends as any other whose leader is gone.
-func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lead, error) {
+func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*postgresEngine, error) {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	pass := cryptorand.Text()
@@ -367,8 +368,8 @@ func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lea
 	}
 	r.term, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, p.url, pass
 	p.seen = r
-	l := &lead{replica: p, term: r.term, pass: pass, conn: c, arrived: true}
-	if err := l.prepare(ctx, c); err != nil {
+	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, arrived: true}
+	if err := l.prepareCommit(ctx, c); err != nil {
 		return nil, err
 	}
 	pool, err := pgxpool.ParseConfig(p.config.ConnString())
@@ -384,21 +385,21 @@ func (p *postgres) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*lea
 	return l, nil
 }
 
-// lead is the store's engine, for one term of the replica that leads.
-type lead struct {
-	replica *postgres // its seen is the row as this leader left it
+// postgresEngine is the store's engine, for one term of the replica that leads.
+type postgresEngine struct {
+	replica *replica // its seen is the row as this leader left it
 	term    int64
 	pass    string
 	reads   *pgxpool.Pool
 
 	// The writer's:
 	conn    *pgx.Conn
-	over    error // why this engine leads no more
+	ended   error // why this engine leads no more
 	inDoubt bool  // what was sent last may or may not be in the table, or still arrive
 	arrived bool  // the commit is visible, but perhaps on the primary alone: a confirmed beat proves it
 
-	proven atomic.Int64              // the highest seq that PostgreSQL has confirmed
-	lease  atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
+	confirmedSeq atomic.Int64              // the highest seq that PostgreSQL has confirmed
+	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
 }
 
 // commitBatch runs a whole batch in one statement, and so in one transaction
@@ -450,15 +451,15 @@ const maybeOrder = "coalesce(o.id_high, 0), coalesce(o.id_low, 0), coalesce(o.st
 
 const preparedCommit = "orderd_commit"
 
-// prepare has commitBatch parsed on the writer's connection.
-func (l *lead) prepare(ctx context.Context, c *pgx.Conn) error {
+// prepareCommit has commitBatch parsed on the writer's connection.
+func (l *postgresEngine) prepareCommit(ctx context.Context, c *pgx.Conn) error {
 	_, err := c.Prepare(ctx, preparedCommit, commitBatch)
 	return err
 }
 
 // start confirms the take-over with a first beat, and mends the totals where
 // somebody has changed the table by hand.
-func (l *lead) start() (totals, error) {
+func (l *postgresEngine) start() (totals, error) {
 	if err := l.commit(newBatch(nil)); err != nil {
 		return totals{}, err
 	}
@@ -482,7 +483,7 @@ func (l *lead) start() (totals, error) {
 }
 
 // count reads one row, which may take long: beats go on meanwhile.
-func (l *lead) count(query string, into ...any) error {
+func (l *postgresEngine) count(query string, into ...any) error {
 	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
 	defer cancel()
 	counted := make(chan error, 1)
@@ -501,20 +502,20 @@ func (l *lead) count(query string, into ...any) error {
 
 // parcel is a batch as the arguments of commitBatch.
 type parcel struct {
-	batch                *batch
-	ended                bool // the last one: the leader hands over
-	ids, lows, cents     []int64
-	users, items, keys   []string
-	moved, started, took []int64
-	previous, next       []int16
-	gone                 []int64
-	tried                bool // what the tables refused has been left out
+	batch                   *batch
+	ended                   bool // the last one: the leader hands over
+	ids, lows, cents        []int64
+	users, items, keys      []string
+	movedIDs, started, took []int64
+	previous, next          []int16
+	removedIDs              []int64
+	tried                   bool // what the tables refused has been left out
 }
 
 // pack resets the creates to what they were before any attempt. It leaves out a
 // create whose key an earlier one of the batch has.
 func pack(b *batch) *parcel {
-	p := &parcel{batch: b, moved: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
+	p := &parcel{batch: b, movedIDs: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
 	keys := map[string]bool{}
 	for _, c := range b.creates {
 		c.id, c.replayed, c.err = c.assigned, false, nil
@@ -528,11 +529,11 @@ func pack(b *batch) *parcel {
 		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
 	}
 	for _, st := range b.steps {
-		p.moved, p.started, p.took = append(p.moved, high(st.id)), append(p.started, st.started), append(p.took, st.took)
+		p.movedIDs, p.started, p.took = append(p.movedIDs, high(st.id)), append(p.started, st.started), append(p.took, st.took)
 		p.previous, p.next = append(p.previous, int16(st.from)), append(p.next, int16(st.to))
 	}
 	for _, id := range b.removed {
-		p.gone = append(p.gone, high(id))
+		p.removedIDs = append(p.removedIDs, high(id))
 	}
 	return p
 }
@@ -556,10 +557,10 @@ var errFenced = errors.New("the row of the leader is no longer as this leader le
 
 // commit tries until the outcome is known, or for commitTimeout. While an attempt
 // is in doubt only the same batch may be sent: the original may still arrive.
-func (l *lead) commit(b *batch) error {
+func (l *postgresEngine) commit(b *batch) error {
 	b.totals = l.replica.seen.totals
-	if l.over != nil {
-		return l.over
+	if l.ended != nil {
+		return l.ended
 	}
 	if err := l.expire(b); err != nil {
 		l.keep(b, err)
@@ -579,13 +580,13 @@ func (l *lead) commit(b *batch) error {
 		case errors.Is(err, errDeposed), errors.Is(err, errBroken), errors.Is(err, errRejected):
 			l.replica.leading.Store(false)
 			l.lease.Store(nil)
-			if l.over = err; errors.Is(err, errRejected) {
-				l.over = fmt.Errorf("%w: %w", errBroken, err)
+			if l.ended = err; errors.Is(err, errRejected) {
+				l.ended = fmt.Errorf("%w: %w", errBroken, err)
 			}
 			if doubtful {
-				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.over)
+				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.ended)
 			}
-			return l.over
+			return l.ended
 		case !doubtful:
 			return fmt.Errorf("%w: %w", errNotWritten, err)
 		case time.Now().After(end):
@@ -595,15 +596,15 @@ func (l *lead) commit(b *batch) error {
 }
 
 // keep leaves the orders of an expiry that failed to a later one.
-func (l *lead) keep(b *batch, err error) {
+func (l *postgresEngine) keep(b *batch, err error) {
 	l.replica.log.Warn("orders that were kept long enough could not be removed", "error", err)
 	b.expiry.through, b.expiry, b.removed = 0, nil, nil
 }
 
 // without is a batch that the tables refused without what they refuse: its
 // expiry, or creates, each of which it tries alone and takes back.
-func (l *lead) without(p *parcel, cause error) (*parcel, error) {
-	if len(p.gone) > 0 {
+func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
+	if len(p.removedIDs) > 0 {
 		l.keep(p.batch, cause)
 		return pack(p.batch), nil
 	}
@@ -647,7 +648,7 @@ func isRejection(err error) bool {
 
 // advance finds out what became of the last attempt, and makes the next: sends
 // the batch, or the beat that confirms it.
-func (l *lead) advance(p *parcel) error {
+func (l *postgresEngine) advance(p *parcel) error {
 	if err := l.reconnect(); err != nil {
 		return err
 	}
@@ -671,15 +672,15 @@ func (l *lead) advance(p *parcel) error {
 	if l.arrived {
 		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
 	}
-	l.replica.proven = mark{l.term, l.replica.seen.totals.seq}
-	l.proven.Store(l.replica.seen.totals.seq)
+	l.replica.highestProven = mark{l.term, l.replica.seen.totals.seq}
+	l.confirmedSeq.Store(l.replica.seen.totals.seq)
 	l.lease.Store(&sent)
 	l.replica.alive.Store(&sent)
 	return nil
 }
 
 // reconnect makes the writer's connection anew where it is gone.
-func (l *lead) reconnect() (err error) {
+func (l *postgresEngine) reconnect() (err error) {
 	if l.conn != nil && !l.conn.IsClosed() {
 		return nil
 	}
@@ -690,7 +691,7 @@ func (l *lead) reconnect() (err error) {
 	} else if err != nil {
 		return err
 	}
-	if err = l.prepare(ctx, l.conn); err == nil {
+	if err = l.prepareCommit(ctx, l.conn); err == nil {
 		return nil
 	}
 	l.conn.Close(ctx)
@@ -701,9 +702,9 @@ func (l *lead) reconnect() (err error) {
 }
 
 // findOut looks in the row for what was sent last.
-func (l *lead) findOut(p *parcel) error {
+func (l *postgresEngine) findOut(p *parcel) error {
 	before := l.replica.seen
-	r, err := l.replica.look(context.Background(), l.conn)
+	r, err := l.replica.readRow(context.Background(), l.conn)
 	switch {
 	case err != nil:
 		return err
@@ -729,7 +730,7 @@ func (l *lead) findOut(p *parcel) error {
 var errTampered = fmt.Errorf("%w: the row in the table leader was changed by something else", errBroken)
 
 // ordersOfKeys reads, for the writer, the orders that keys have created.
-func (l *lead) ordersOfKeys(keys []string) (map[string]order, error) {
+func (l *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	found := map[string]order{}
@@ -748,13 +749,13 @@ func (l *lead) ordersOfKeys(keys []string) (map[string]order, error) {
 
 // send sends a batch once. An ERROR of the server has rolled it back; a FATAL
 // one, or a lost connection, tells nothing.
-func (l *lead) send(p *parcel) error {
+func (l *postgresEngine) send(p *parcel) error {
 	seen := &l.replica.seen
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
 	l.replica.warned = false
-	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.proven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
-		p.moved, p.previous, p.next, p.started, p.took, p.gone)
+	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.highestProven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+		p.movedIDs, p.previous, p.next, p.started, p.took, p.removedIDs)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
 		return l.fenced(err)
@@ -779,11 +780,11 @@ func (l *lead) send(p *parcel) error {
 
 // fenced explains errFenced: our own earlier attempt while in doubt, else another
 // leader, or somebody who has changed the row.
-func (l *lead) fenced(err error) error {
+func (l *postgresEngine) fenced(err error) error {
 	if l.inDoubt {
 		return err
 	}
-	r, lookErr := l.replica.look(context.Background(), l.conn)
+	r, lookErr := l.replica.readRow(context.Background(), l.conn)
 	switch {
 	case lookErr != nil:
 		return lookErr
@@ -824,7 +825,7 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 // expire looks up what the batch is to remove. Completed orders never change,
 // and only this writer removes them, so the list stays right however often it
 // is sent.
-func (l *lead) expire(b *batch) error {
+func (l *postgresEngine) expire(b *batch) error {
 	x := b.expiry
 	if x == nil || b.removed != nil || l.inDoubt || l.arrived {
 		return nil
@@ -857,7 +858,7 @@ func (l *lead) expire(b *batch) error {
 
 // tidy commits a beat where the last commit is long enough ago: standbys see by
 // it that the leader is there.
-func (l *lead) tidy() (totals, error) {
+func (l *postgresEngine) tidy() (totals, error) {
 	var err error
 	if sent := l.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
 		err = l.commit(newBatch(nil))
@@ -868,7 +869,7 @@ func (l *lead) tidy() (totals, error) {
 // current tells why nothing may be shown now: too long ago, this leader last
 // knew that nobody had taken over. Both clocks count, as the monotonic one
 // stands still while the machine sleeps.
-func (l *lead) current() error {
+func (l *postgresEngine) current() error {
 	sent := l.lease.Load()
 	if sent == nil {
 		return errDeposed
@@ -881,10 +882,10 @@ func (l *lead) current() error {
 }
 
 // close hands over: standbys need not wait. Nothing is shown from here on.
-func (l *lead) close() error {
+func (l *postgresEngine) close() error {
 	l.lease.Store(nil)
 	l.replica.leading.Store(false)
-	if l.over == nil && !l.inDoubt && !l.arrived && l.reconnect() == nil {
+	if l.ended == nil && !l.inDoubt && !l.arrived && l.reconnect() == nil {
 		last := pack(newBatch(nil))
 		last.ended = true
 		if err := l.send(last); err != nil {
@@ -903,7 +904,7 @@ func (l *lead) close() error {
 // query reads what source finds, in one snapshot with the leader's row, and
 // returns that row's seq. It ends after readBytes of text, and then more is true.
 // A connection that has died says so only when it is used: then a new one is tried.
-func (l *lead) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
+func (l *postgresEngine) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	for range 3 {
@@ -917,8 +918,8 @@ func (l *lead) query(source string, args ...any) (orders []order, more bool, seq
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
 }
 
-func (l *lead) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
-	least, room := l.proven.Load(), readBytes
+func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
+	least, room := l.confirmedSeq.Load(), readBytes
 	rows, err := l.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
 	if err != nil {
 		return nil, false, 0, err
@@ -942,7 +943,7 @@ func (l *lead) tryQuery(ctx context.Context, source string, args []any) (orders 
 	return orders, room <= 0, seq, rows.Err()
 }
 
-func (l *lead) readOne(source string, args ...any) (o order, seq int64, err error) {
+func (l *postgresEngine) readOne(source string, args ...any) (o order, seq int64, err error) {
 	orders, _, seq, err := l.query(source, args...)
 	if err == nil && len(orders) == 0 {
 		return o, seq, errNotFound
@@ -953,18 +954,18 @@ func (l *lead) readOne(source string, args ...any) (o order, seq int64, err erro
 	return orders[0], seq, nil
 }
 
-func (l *lead) find(id ulid.ULID) (order, int64, error) {
+func (l *postgresEngine) find(id ulid.ULID) (order, int64, error) {
 	return l.readOne("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
 }
 
-func (l *lead) findKey(key string) (order, int64, error) {
+func (l *postgresEngine) findKey(key string) (order, int64, error) {
 	return l.readOne("SELECT * FROM orders WHERE key = $1", key)
 }
 
 // list bounds the cost of a page by its length, not by the table's: Pending and
 // Processing orders have an index of their own, and no Completed order is newer
 // than the newest that was started.
-func (l *lead) list(f filter) (p page, seq int64, err error) {
+func (l *postgresEngine) list(f filter) (p page, seq int64, err error) {
 	where, args := "id_high < $1", []any{f.before, f.limit + 1}
 	add := func(condition string, arg any) {
 		args = append(args, arg)
@@ -991,11 +992,11 @@ func (l *lead) list(f filter) (p page, seq int64, err error) {
 
 // backlog reads both unfinished statuses by their index; most of it is Pending.
 // It waits until what it has read is confirmed: no order is worked on before.
-func (l *lead) backlog(after int64, limit int) (found []queued, err error) {
+func (l *postgresEngine) backlog(after int64, limit int) (found []queued, err error) {
 	// Without text, of which a page holds only so much.
 	const part = "(SELECT id_high, id_low, status, '' AS user_id, '' AS item_ids, cents, started, took FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
 	orders, _, seq, err := l.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
-	for err == nil && l.proven.Load() < seq {
+	for err == nil && l.confirmedSeq.Load() < seq {
 		time.Sleep(publishPause)
 		err = l.current()
 	}
@@ -1008,7 +1009,7 @@ func (l *lead) backlog(after int64, limit int) (found []queued, err error) {
 	return found, nil
 }
 
-func (l *lead) oldest(st status) (int64, error) {
+func (l *postgresEngine) oldest(st status) (int64, error) {
 	o, _, err := l.readOne("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
 	if errors.Is(err, errNotFound) {
 		return math.MaxInt64, nil

@@ -72,9 +72,9 @@ type serverOptions struct {
 	gauges      func() []gauge
 }
 
-// leadership is what answers for orders: with SQLite from start to end, with
+// localOrders is what answers for orders: with SQLite from start to end, with
 // PostgreSQL while this replica leads.
-type leadership struct {
+type localOrders struct {
 	store *store
 	pool  *pool
 	pass  string // that requests passed on by other replicas carry; or empty
@@ -84,11 +84,11 @@ type leadership struct {
 // net/http's own server with its limits set.
 type server struct {
 	serverOptions
-	leads   atomic.Pointer[leadership] // nil while another replica leads
-	leader  *forwarder                 // to that one
-	metrics *metrics
-	log     *logger
-	http    *http.Server
+	local     atomic.Pointer[localOrders] // nil while another replica leads
+	forwarder *forwarder                  // to that one
+	metrics   *metrics
+	log       *logger
+	http      *http.Server
 
 	tokenHash, readTokenHash [sha256.Size]byte
 
@@ -108,7 +108,7 @@ type route struct {
 
 func newServer(o serverOptions, m *metrics, log *logger) *server {
 	srv := &server{
-		serverOptions: o, leader: newForwarder(), metrics: m, log: log,
+		serverOptions: o, forwarder: newForwarder(), metrics: m, log: log,
 		tokenHash: sha256.Sum256([]byte(o.token)), readTokenHash: sha256.Sum256([]byte(o.readToken)),
 		boot:    strconv.FormatUint(rand.Uint64(), 36) + "-",
 		creates: newHistogram(latencyBounds), reads: newHistogram(latencyBounds),
@@ -137,8 +137,8 @@ func (s *server) handler() http.Handler {
 	for path, handler := range map[string]echo.HandlerFunc{
 		"/":                 s.servePage,
 		"/openapi.json":     s.openAPI,
-		"/orders":           s.led(s.listOrders),
-		"/orders/:order_id": s.led(s.getOrder),
+		"/orders":           s.localOrForwarded(s.listOrders),
+		"/orders/:order_id": s.localOrForwarded(s.getOrder),
 		"/metrics":          s.getMetrics,
 		"/livez":            s.live,
 		"/healthz":          s.live,
@@ -146,7 +146,7 @@ func (s *server) handler() http.Handler {
 	} {
 		e.Match([]string{http.MethodGet, http.MethodHead}, path, handler)
 	}
-	e.POST("/orders", s.led(s.createOrder))
+	e.POST("/orders", s.localOrForwarded(s.createOrder))
 	for _, r := range e.Routes() {
 		s.routes[r.Method+r.Path] = &route{method: r.Method, path: r.Path}
 	}
@@ -156,10 +156,10 @@ func (s *server) handler() http.Handler {
 	return e
 }
 
-// led has a request answered by whoever leads: here, or by the leader.
-func (s *server) led(here func(echo.Context, *leadership) error) echo.HandlerFunc {
+// localOrForwarded has a request answered by whoever leads: here, or by the leader.
+func (s *server) localOrForwarded(here func(echo.Context, *localOrders) error) echo.HandlerFunc {
 	return func(c echo.Context) error {
-		if l := s.leads.Load(); l != nil {
+		if l := s.local.Load(); l != nil {
 			return here(c, l)
 		}
 		body, err := readBody(c) // before it is sent on: what does not arrive here is no fault of the way there
@@ -168,7 +168,7 @@ func (s *server) led(here func(echo.Context, *leadership) error) echo.HandlerFun
 		}
 		request := c.Request().Clone(c.Request().Context())
 		request.Body, request.ContentLength, request.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
-		return s.leader.forward(c.Response(), request, s.client(request))
+		return s.forwarder.forward(c.Response(), request, s.client(request))
 	}
 }
 
@@ -259,7 +259,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		request, response := c.Request(), c.Response()
 		id := string(strconv.AppendUint([]byte(s.boot), s.requests.Add(1), 36))
 		response.Header()[echo.HeaderXRequestID] = []string{id}
-		err := s.guarded(c, next)
+		err := s.admitAndHandle(c, next)
 		if err != nil {
 			c.Error(err)
 		}
@@ -319,13 +319,13 @@ func (s *server) client(r *http.Request) string {
 // passedOn reports whether another replica, which follows this one, has passed
 // the request on: its word on client and Host is good.
 func (s *server) passedOn(r *http.Request) bool {
-	l, pass := s.leads.Load(), r.Header[passHeader]
+	l, pass := s.local.Load(), r.Header[passHeader]
 	return l != nil && l.pass != "" && len(pass) == 1 && subtle.ConstantTimeCompare([]byte(pass[0]), []byte(l.pass)) == 1
 }
 
-// guarded calls the handler of a request that is admitted. A panic becomes an
+// admitAndHandle calls the handler of a request that is admitted. A panic becomes an
 // error, with the stack for the log.
-func (s *server) guarded(c echo.Context, handler echo.HandlerFunc) (err error) {
+func (s *server) admitAndHandle(c echo.Context, handler echo.HandlerFunc) (err error) {
 	defer func() {
 		switch r := recover(); r {
 		case nil:
@@ -378,20 +378,20 @@ var harmless = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 func (s *server) authorize(c echo.Context) error {
 	scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
 	hash := sha256.Sum256([]byte(given)) // equal lengths to compare
-	places := subtle.ConstantTimeCompare(hash[:], s.tokenHash[:]) == 1
-	reads := places || s.readToken != "" && subtle.ConstantTimeCompare(hash[:], s.readTokenHash[:]) == 1
+	mayPlace := subtle.ConstantTimeCompare(hash[:], s.tokenHash[:]) == 1
+	reads := mayPlace || s.readToken != "" && subtle.ConstantTimeCompare(hash[:], s.readTokenHash[:]) == 1
 	switch {
 	case !reads || !strings.EqualFold(scheme, "Bearer"):
 		c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
 		return newFault(http.StatusUnauthorized, "Send the server's token as Authorization: Bearer <token>.")
-	case !places && !slices.Contains(harmless, c.Request().Method):
+	case !mayPlace && !slices.Contains(harmless, c.Request().Method):
 		return newFault(http.StatusForbidden, "This token may only read: send the one that may place orders.")
 	}
 	return nil
 }
 
 // createOrder answers once the order is on disk.
-func (s *server) createOrder(c echo.Context, l *leadership) error {
+func (s *server) createOrder(c echo.Context, l *localOrders) error {
 	request := c.Request()
 	if kind, _, err := mime.ParseMediaType(request.Header.Get(echo.HeaderContentType)); err != nil || kind != echo.MIMEApplicationJSON {
 		return newFault(http.StatusUnsupportedMediaType, "Send the order as Content-Type: application/json.")
@@ -647,7 +647,7 @@ func parseCents(number string) (int64, error) {
 // getOrder answers from memory, or on a miss from one indexed row; with
 // view=full always from the row. With Prefer: wait it holds the answer until the
 // order is Completed.
-func (s *server) getOrder(c echo.Context, l *leadership) error {
+func (s *server) getOrder(c echo.Context, l *localOrders) error {
 	id, err := ulid.ParseStrict(c.Param("order_id"))
 	if err != nil {
 		return errNotFound
@@ -754,7 +754,7 @@ func newListedOrder(o order) listedOrder {
 
 // listOrders answers a page, newest first. Its cursor is the ID of the last
 // order, so pages stay right while orders arrive.
-func (s *server) listOrders(c echo.Context, l *leadership) error {
+func (s *server) listOrders(c echo.Context, l *localOrders) error {
 	query, err := url.ParseQuery(c.Request().URL.RawQuery)
 	if err != nil {
 		return badQuery("the query cannot be read: %v", err)
@@ -834,19 +834,19 @@ func (s *server) getMetrics(c echo.Context) error {
 	header := c.Response().Header()
 	header[echo.HeaderCacheControl] = noStore
 	header[echo.HeaderVary] = []string{echo.HeaderAccept}
-	text := func(c echo.Context, _ *leadership) error {
+	text := func(c echo.Context, _ *localOrders) error {
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
 	switch {
 	case !prefersText(c.Request().Header.Values(echo.HeaderAccept)):
-		return s.led(s.summary)(c)
+		return s.localOrForwarded(s.summary)(c)
 	case c.QueryParam("of") == "leader":
-		return s.led(text)(c)
+		return s.localOrForwarded(text)(c)
 	}
 	return text(c, nil)
 }
 
-func (s *server) summary(c echo.Context, l *leadership) error {
+func (s *server) summary(c echo.Context, l *localOrders) error {
 	t, err := l.store.showableTotals()
 	if err != nil {
 		return err
@@ -883,7 +883,7 @@ func (s *server) prometheus() []byte {
 	for _, g := range s.gauges() {
 		e.single(g.name, "gauge", g.help, g.value)
 	}
-	if l := s.leads.Load(); l != nil {
+	if l := s.local.Load(); l != nil {
 		s.ordersMetrics(&e, l)
 	}
 	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
@@ -905,7 +905,7 @@ func (s *server) prometheus() []byte {
 }
 
 // ordersMetrics tells of the orders and the work on them.
-func (s *server) ordersMetrics(e *exposition, l *leadership) {
+func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	t, cache := l.store.totals(), l.store.cache
 	sum := s.metrics.summary(t)
 	e.single("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
@@ -954,10 +954,10 @@ func (s *server) readyz(c echo.Context) error {
 
 // ready tells why creates are not taken, or soon will not be.
 func (s *server) ready() error {
-	l := s.leads.Load()
+	l := s.local.Load()
 	switch {
 	case l == nil:
-		return s.leader.ready()
+		return s.forwarder.ready()
 	case l.pool.stopping.Err() != nil:
 		return newFault(http.StatusServiceUnavailable, "The server is stopping; it answers until running work has ended.")
 	}
@@ -1002,7 +1002,7 @@ var errNoLeader = errors.New("no replica leads that this one can reach")
 type forwarder struct {
 	transport *http.Transport
 	buffers   sync.Pool
-	leader    atomic.Pointer[destination] // nil where there is none
+	target    atomic.Pointer[destination] // nil where there is none
 }
 
 // destination is a leader during its term.
@@ -1032,7 +1032,7 @@ func (f *forwarder) Put(b []byte) { f.buffers.Put((*[32 << 10]byte)(b)) }
 
 // follow is told where the leader is, "" for nowhere. It has one caller.
 func (f *forwarder) follow(address, pass string) {
-	old := f.leader.Load()
+	old := f.target.Load()
 	if old == nil && address == "" || old != nil && old.pass == pass && old.url.String() == address {
 		return
 	}
@@ -1041,7 +1041,7 @@ func (f *forwarder) follow(address, pass string) {
 		next = &destination{url: u, pass: pass}
 		next.gone, next.leave = context.WithCancel(context.Background())
 	}
-	f.leader.Store(next)
+	f.target.Store(next)
 	if old != nil {
 		old.leave()
 	}
@@ -1049,7 +1049,7 @@ func (f *forwarder) follow(address, pass string) {
 
 // ready tells why requests cannot be passed on.
 func (f *forwarder) ready() error {
-	if f.leader.Load() == nil {
+	if f.target.Load() == nil {
 		return errNoLeader
 	}
 	return nil
@@ -1058,7 +1058,7 @@ func (f *forwarder) ready() error {
 // forward answers with the leader's answer. Its error is that the request has
 // not come there, or for a create that this is not known.
 func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client string) error {
-	leader := f.leader.Load()
+	leader := f.target.Load()
 	if leader == nil || r.Header.Get(passHeader) != "" {
 		return errNoLeader
 	}
