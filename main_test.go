@@ -149,15 +149,12 @@ const longest = 90 * time.Second
 
 func until(tb testing.TB, condition func() bool, because ...any) {
 	tb.Helper()
-	require.Eventually(tb, condition, longest, 2*time.Millisecond, because...)
-}
-
-// persist tries until it succeeds. Unlike until it stays on the test's own
-// goroutine, so an attempt may require.
-func persist(tb testing.TB, attempt func() bool, because string) {
-	tb.Helper()
-	for began := time.Now(); !attempt(); runtime.Gosched() {
-		require.Less(tb, time.Since(began), time.Minute, because)
+	pause := time.Millisecond
+	for began := time.Now(); !condition(); time.Sleep(pause) {
+		if time.Since(began) > longest {
+			require.Fail(tb, "it does not come about", because...)
+		}
+		pause = min(pause*3/2, 10*time.Millisecond) // looks cost time that what is waited for may need
 	}
 }
 
@@ -1499,49 +1496,6 @@ func TestTokenSource(t *testing.T) {
 	}
 }
 
-func TestStartRefused(t *testing.T) {
-	t.Parallel()
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	t.Cleanup(func() { taken.Close() })
-	running := newTestApp(t, nil)
-	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
-	require.NoError(t, os.MkdirAll(deep, 0o700))
-	link := filepath.Join(t.TempDir(), "link")
-	require.NoError(t, os.Symlink(deep, link))
-	file := filepath.Join(t.TempDir(), "file")
-	require.NoError(t, os.WriteFile(file, nil, 0o600))
-	for _, test := range []struct {
-		name  string
-		args  []string
-		named []string
-	}{
-		{name: "a port that is taken", args: []string{"-addr", taken.Addr().String()}, named: []string{taken.Addr().String(), "-addr"}},
-		{name: "an address that is not ours", args: []string{"-addr", "192.0.2.1:0"}, named: []string{"192.0.2.1:0", "-addr"}},
-		{name: "a data directory in use", args: []string{"-data", running.cfg.data}, named: []string{running.cfg.data, "-data"}},
-		{name: "a data directory that is a file", args: []string{"-data", file + "/data"}, named: []string{file, "-data"}},
-		{name: "a data directory too deep for SQLite", args: []string{"-data", deep}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
-		{name: "a link to such a one", args: []string{"-data", link}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
-		{name: "a log too deep for SQLite", args: []string{"-log", deep + "/orderd.log"}, named: []string{"bytes and SQLite takes at most 500; choose another with -log"}},
-		{name: "a certificate that is none", args: []string{"-tls-cert", file, "-tls-key", file}, named: []string{"HTTPS", "-tls-cert", "-tls-key"}},
-		{name: "a key as the log", args: []string{"-tls-cert", "c", "-tls-key", file, "-log", file}, named: []string{file, "orderd's own", "-log"}},
-		{name: "a log directory that is a file", args: []string{"-log", file + "/orderd.log"}, named: []string{file, "-log"}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			var stdout, stderr transcript
-			args := append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/orderd.log"}, test.args...)
-			code, sentence := exited(t, run(t.Context(), args, nil, &stdout, &stderr))
-			require.Equal(t, 1, code)
-			for _, part := range test.named {
-				require.Contains(t, sentence, part)
-			}
-			require.Empty(t, stdout.String()+stderr.String())
-		})
-	}
-}
-
 // running is a run in the background.
 type running struct {
 	addr   string
@@ -1588,7 +1542,7 @@ func TestSignals(t *testing.T) {
 		t.Parallel()
 		p := startWrapped(t, wrapper, t.TempDir(), nil, "-delay", "24h", "-drain", drain)
 		newJournal("signal", 0).place(t, p.url(), 1)
-		persist(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
+		until(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
 		return p
 	}
 	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
@@ -3516,8 +3470,8 @@ func TestReadyTellsOfACheckpointThatHangs(t *testing.T) {
 			return response.StatusCode == want
 		}
 	}
-	require.Eventually(t, ready(http.StatusServiceUnavailable), time.Minute, 10*time.Millisecond)
-	require.Eventually(t, ready(http.StatusOK), time.Minute, 10*time.Millisecond)
+	until(t, ready(http.StatusServiceUnavailable))
+	until(t, ready(http.StatusOK))
 	stopLoad()
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
@@ -5038,89 +4992,6 @@ func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	checkInvariants(t, a)
 }
 
-func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name   string
-		damage func(t *testing.T, path string)
-	}{
-		{"from a metrics.db that was deleted", func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) }},
-		{"from one that is empty", func(t *testing.T, path string) { require.NoError(t, os.Truncate(path, 0)) }},
-		{"from the sums of a backup", func(t *testing.T, path string) {
-			execOn(t, path, "UPDATE totals SET accepted = 2, completed = 1, took = 5, seq = seq - 1")
-		}},
-		{"from sums of nothing", func(t *testing.T, path string) {
-			execOn(t, path, "UPDATE totals SET accepted = 0, completed = 0, took = 0")
-		}},
-		{"from a wrong time", func(t *testing.T, path string) { execOn(t, path, "UPDATE totals SET took = 1000000") }},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			a, stop := openIdle(t, dir, nil, nil)
-			for i, id := range commitTogether(t, a.store, sampleOrders(4)) {
-				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
-			}
-			checkInvariants(t, a)
-			before := a.metrics.summary(a.store.totals())
-			stop()
-			tc.damage(t, a.metrics.file.path)
-			a, stop = openIdle(t, dir, nil, nil)
-			require.Equal(t, before, a.metrics.summary(a.store.totals()))
-			checkInvariants(t, a)
-			stop()
-		})
-	}
-}
-
-func TestLostOrdersAreNoticedAtStart(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name                string
-		accepted, completed int64 // in metrics.db
-		without             bool  // orders.db
-		want                string
-	}{
-		{"one order more was accepted", 5, 2, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 5 and 2 as of commit %[3]d"},
-		{"one order more was completed", 4, 3, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4 and 3 as of commit %[3]d"},
-		{"an order was started", 4, 2, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4 and 2 as of commit %[3]d"},
-		{"far more of both", 4000, 3000, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4000 and 3000 as of commit %[3]d"},
-		{"orders.db is gone", 4, 2, true, "it holds 0 orders, 0 of them completed, as of commit 0, but %[1]s has counted 4 and 2 as of commit %[3]d"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			a, stop := openIdle(t, dir, nil, nil)
-			ids := commitTogether(t, a.store, sampleOrders(4))
-			moveTo(t, a.store, ids[0], completed, 1)
-			moveTo(t, a.store, ids[1], completed, 2)
-			checkInvariants(t, a)
-			stop()
-			orders, counts, seq := onSQLite(t, a).file.path, a.metrics.file.path, a.store.totals().seq
-			execOn(t, counts, "UPDATE totals SET accepted = ?, completed = ?, seq = seq + 1", tc.accepted, tc.completed)
-			if tc.without {
-				require.NoError(t, os.Remove(orders))
-			}
-			before := []string{bytesOf(t, orders), bytesOf(t, counts)}
-			for range 2 {
-				_, err := openApp(testConfig(dir), io.Discard)
-				require.ErrorContains(t, err, orders+" has lost orders or their steps")
-				require.ErrorContains(t, err, fmt.Sprintf(tc.want, counts, seq, seq+1))
-				require.ErrorContains(t, err, "delete "+counts)
-				require.Equal(t, before, []string{bytesOf(t, orders), bytesOf(t, counts)}, "the files are left as they were")
-			}
-			require.NoError(t, os.Remove(counts)) // as the message says
-			a, _ = openTestApp(t, dir, nil, nil)
-			left := int64(4)
-			if tc.without {
-				left = 0
-			}
-			awaitRest(t, a, 0, left)
-			checkInvariants(t, a)
-		})
-	}
-}
-
 // bytesOf is what a file holds, if there is one.
 func bytesOf(tb testing.TB, path string) string {
 	tb.Helper()
@@ -5212,7 +5083,7 @@ func TestProcessFigures(t *testing.T) {
 		require.NoError(t, err)
 		defer conn.Close()
 	}
-	persist(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
+	until(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
 	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid))
 	require.NoError(t, err)
 	require.InDelta(t, len(open), figure("process_open_fds"), 1)
@@ -6252,11 +6123,11 @@ func metric(tb testing.TB, base, name string) float64 {
 // drained waits until all orders are Completed and counted.
 func drained(tb testing.TB, base string) (sum summary) {
 	tb.Helper()
-	require.Eventually(tb, func() bool {
+	until(tb, func() bool {
 		var err error
 		sum, err = getSummary(base)
 		return err == nil && sum.OrdersPending == 0 && sum.OrdersProcessing == 0 && sum.TotalOrdersProcessed == sum.OrdersCompleted
-	}, time.Minute, 5*time.Millisecond)
+	})
 	return sum
 }
 
@@ -6500,7 +6371,7 @@ func TestSigtermUnderLoad(t *testing.T) {
 		p := startProcess(t, dir, nil, "-delay", "5ms", "-workers", "4", "-drain", "5s")
 		stopLoad, stopObservers := j.load(p.url(), 8, 100_000), j.observe(p.url())
 		before := j.count(accepted)
-		require.Eventually(t, func() bool { return j.count(accepted) > before+300 }, time.Minute, time.Millisecond)
+		until(t, func() bool { return j.count(accepted) > before+300 })
 		began := time.Now()
 		require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
 		require.Less(t, time.Since(began), 6*time.Second)
@@ -6565,10 +6436,10 @@ func TestSigtermReleasesWhoWaits(t *testing.T) {
 		answered <- response.Status
 	}()
 	<-sent
-	require.Eventually(t, func() bool { // the order is being worked on, so the wait has something to wait for
+	until(t, func() bool { // the order is being worked on, so the wait has something to wait for
 		sum, err := getSummary(p.url())
 		return err == nil && sum.OrdersProcessing == 1
-	}, time.Minute, time.Millisecond)
+	})
 	select {
 	case status := <-answered:
 		require.Fail(t, "answered before the order completed", status)
@@ -6712,10 +6583,10 @@ func TestFsyncFailsOnce(t *testing.T) {
 	args := []string{"-delay", "24h", "-workers", "1", "-drain", "1s"}
 	p := startProcess(t, dir, nil, args...)
 	j.place(t, p.url(), 1)
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		sum, err := getSummary(p.url())
 		return err == nil && sum.OrdersProcessing == 1
-	}, time.Minute, time.Millisecond)
+	})
 	p.stop(t)
 	p = startWrapped(t, straced(t, filepath.Join(dir, "strace"), wal,
 		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=4"), dir, nil, args...)
@@ -6800,7 +6671,7 @@ func TestWriteFails(t *testing.T) {
 			stopObservers := j.observe(p.url())
 			client := newClient()
 			failed := 0
-			require.Eventually(t, func() bool { // each thread fails anew, so it fails more than once
+			until(t, func() bool { // each thread fails anew, so it fails more than once
 				in := j.next()
 				o, err := j.send(client, p.url(), in)
 				if err != nil {
@@ -6813,7 +6684,7 @@ func TestWriteFails(t *testing.T) {
 					j.violate("an order is told to be unknown after a failed write")
 				}
 				return err != nil || failed > 0 && o == accepted
-			}, time.Minute, time.Millisecond)
+			})
 			stopObservers()
 			text, err := os.ReadFile(log)
 			require.NoError(t, err)
@@ -6917,7 +6788,7 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 		}
 	}
 	require.Less(t, median(took), retryPause.Seconds()/2, "nobody waits for the writer's next attempt")
-	require.Eventually(t, func() bool { return reads() > before+100 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return reads() > before+100 })
 	stopObservers()
 	require.Empty(t, j.violations)
 	require.LessOrEqual(t, logLines(t, p.dir, "refused until"), logged+3+found)
@@ -6969,10 +6840,10 @@ func TestFullDisk(t *testing.T) {
 	j.fullDisk(t, p)
 	require.NoError(t, os.Remove(filler))
 	client := newClient()
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		o, err := j.send(client, p.url(), j.next())
 		return err == nil && o == accepted
-	}, time.Minute, time.Millisecond)
+	})
 	response, err := client.Get(p.url() + "/readyz")
 	require.NoError(t, err)
 	response.Body.Close()
@@ -7002,28 +6873,56 @@ func contents(tb testing.TB, dir string) map[string]string {
 	return found
 }
 
+// refusedStart runs the service in this process and returns the sentence that
+// it ends with.
+func refusedStart(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	var stdout, stderr transcript
+	args = append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log"}, args...)
+	code, sentence := exited(t, run(t.Context(), args, []string{"GOGC=off"}, &stdout, &stderr))
+	require.Equal(t, 1, code)
+	require.Empty(t, stdout.String()+stderr.String())
+	return sentence
+}
+
+// TestStartIsRefused with one sentence that says why, and leaves the data as it was.
 func TestStartIsRefused(t *testing.T) {
 	t.Parallel()
-	// Three directories: stopped, the same ten orders earlier, and killed.
-	stopped, earlier, killed := t.TempDir(), t.TempDir(), t.TempDir()
-	j := newJournal("start", 0)
-	p := startProcess(t, stopped, nil, "-delay", "0s")
-	j.place(t, p.url(), 10)
-	j.check(t, p.url())
-	p.stop(t)
+	// Four directories: stopped, the same ten orders earlier, killed, and another service's.
+	stopped, earlier, killed, elsewhere := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	complete := func(dir string, orders int) {
+		a, stop := openIdle(t, dir, nil, nil)
+		for _, id := range commitTogether(t, a.store, sampleOrders(orders)) {
+			moveTo(t, a.store, id, completed, 1)
+		}
+		checkInvariants(t, a)
+		stop()
+	}
+	complete(stopped, 10)
 	require.NoError(t, os.CopyFS(earlier, os.DirFS(stopped)))
-	p = startProcess(t, stopped, nil, "-delay", "0s")
-	j.place(t, p.url(), 10)
-	j.check(t, p.url())
-	require.NoError(t, os.CopyFS(killed, os.DirFS(earlier)))
-	p.stop(t)
-	k := newJournal("killed", 0)
-	p = startProcess(t, killed, nil, "-delay", "0s")
-	k.place(t, p.url(), 10)
+	require.NoError(t, os.CopyFS(killed, os.DirFS(stopped)))
+	complete(stopped, 10)
+	complete(elsewhere, 30)
+	p := startProcess(t, killed, nil, "-delay", "0s")
+	newJournal("killed", 0).place(t, p.url(), 10)
 	drained(t, p.url())
 	p.kill()
 
-	remove := func(names ...string) func(*testing.T, string) []string {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { taken.Close() })
+	running := newTestApp(t, nil)
+	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
+	require.NoError(t, os.MkdirAll(deep, 0o700))
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(deep, link))
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, []byte("text"), 0o600))
+
+	// A way to spoil a directory returns more arguments for the start.
+	type spoiler = func(t *testing.T, dir string) []string
+	given := func(args ...string) spoiler { return func(*testing.T, string) []string { return args } }
+	remove := func(names ...string) spoiler {
 		return func(t *testing.T, dir string) []string {
 			for _, name := range names {
 				require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
@@ -7031,78 +6930,70 @@ func TestStartIsRefused(t *testing.T) {
 			return nil
 		}
 	}
-	half := func(size int64) int64 { return size / 2 }
-	lastByte := func(size int64) int64 { return size - 1 }
-	lastPage := func(size int64) int64 { return size - 4095 }
-	truncated := func(name string, to func(int64) int64) func(*testing.T, string) []string {
+	shortened := func(name string, by func(size int64) int64) spoiler {
 		return func(t *testing.T, dir string) []string {
 			path := filepath.Join(dir, "data", name)
 			info, err := os.Stat(path)
 			require.NoError(t, err)
-			require.NoError(t, os.Truncate(path, to(info.Size())))
+			require.NoError(t, os.Truncate(path, info.Size()-by(info.Size())))
 			return nil
 		}
 	}
-	junk := func(name string) func(*testing.T, string) []string {
+	half := func(size int64) int64 { return size / 2 }
+	bytesLess := func(n int64) func(int64) int64 { return func(int64) int64 { return n } }
+	replaced := func(name string, by func() string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), bytes.Repeat([]byte("junk "), 5000), 0o600))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), []byte(by()), 0o600))
 			return nil
 		}
 	}
-	directory := func(name string) func(*testing.T, string) []string {
+	junk := func() string { return strings.Repeat("junk ", 5000) }
+	from := func(dir string) func() string {
+		return func() string { return bytesOf(t, filepath.Join(dir, "data", "orders.db")) }
+	}
+	directory := func(name string) spoiler {
 		return func(t *testing.T, dir string) []string {
 			require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
-			require.NoError(t, os.MkdirAll(filepath.Join(dir, "data", name), 0o700))
+			require.NoError(t, os.Mkdir(filepath.Join(dir, "data", name), 0o700))
 			return nil
 		}
 	}
-	query := func(name, query string) func(*testing.T, string) []string {
+	query := func(name, query string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			db, err := openSQLite(filepath.Join(dir, "data", name))
-			require.NoError(t, err)
-			_, err = db.Exec(query)
-			require.NoError(t, err)
-			require.NoError(t, db.Close())
+			execOn(t, filepath.Join(dir, "data", name), query)
 			return nil
 		}
 	}
-	mode := func(name string, mode os.FileMode) func(*testing.T, string) []string {
-		return func(t *testing.T, dir string) []string {
-			needsModes(t)
-			path := filepath.Join(dir, name)
-			info, err := os.Stat(path)
-			require.NoError(t, err)
-			require.NoError(t, os.Chmod(path, mode))
-			t.Cleanup(func() { os.Chmod(path, info.Mode()) })
-			return nil
-		}
+	lost := func(orders, done, counted, countedDone int) string {
+		return fmt.Sprintf(`orders\.db has lost orders or their steps: it holds %d orders, %d of them completed, as of commit \d+, but \S+metrics\.db has counted %d and %d as of commit \d+; `+
+			`put back the newest \S+orders\.db together with its -wal file, or delete \S+metrics\.db to accept the loss`, orders, done, counted, countedDone)
 	}
+	const tooDeep = "bytes and SQLite takes at most 500; choose another with "
 	for _, test := range []struct {
 		name  string
-		from  string
-		spoil func(*testing.T, string) []string // returns more arguments
+		from  string // a directory to copy
+		spoil spoiler
 		says  string
 	}{
-		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"both -wal files deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"orders.db deleted", stopped, remove("orders.db"), `has lost orders or their steps: it holds 0 orders, 0 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"an older orders.db", stopped, func(t *testing.T, dir string) []string {
-			text, err := os.ReadFile(filepath.Join(earlier, "data", "orders.db"))
-			require.NoError(t, err)
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", "orders.db"), text, 0o600))
-			return nil
-		}, `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+; put back the newest`},
-		{"half of orders.db", stopped, truncated("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
-		{"half of metrics.db", stopped, truncated("metrics.db", half), "metrics.db is damaged or not a database: "},
-		{"orders.db without its last byte", stopped, truncated("orders.db", lastByte), "orders.db is damaged or not a database: "},
-		{"metrics.db without its last byte", stopped, truncated("metrics.db", lastByte), "metrics.db is damaged or not a database: "},
-		{"orders.db without most of its last page", stopped, truncated("orders.db", lastPage), "orders.db is damaged or not a database: "},
-		{"metrics.db without most of its last page", stopped, truncated("metrics.db", lastPage), "metrics.db is damaged or not a database: "},
+		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), lost(10, 10, 20, 20)},
+		{"both -wal files deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), lost(10, 10, 20, 20)},
+		{"orders.db deleted", stopped, remove("orders.db"), lost(0, 0, 20, 20)},
+		{"an older orders.db", stopped, replaced("orders.db", from(earlier)), lost(10, 10, 20, 20)},
+		{"one order more was counted", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = seq + 1"), lost(20, 20, 21, 20)},
+		{"one order more was accepted, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = 0, identity = 0"), lost(20, 20, 21, 20)},
+		{"one order more was completed, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET completed = 21, seq = 0, identity = 0"), lost(20, 20, 20, 21)},
+		{"an order was started", stopped, query("metrics.db", "UPDATE totals SET seq = seq + 1"), lost(20, 20, 20, 20)},
+		{"another service's orders.db", stopped, replaced("orders.db", from(elsewhere)), `orders\.db is not the database whose 20 orders \S+metrics\.db has counted: put that one back, or delete`},
+		{"half of orders.db", stopped, shortened("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
+		{"half of metrics.db", stopped, shortened("metrics.db", half), "metrics.db is damaged or not a database: "},
+		{"orders.db without its last byte", stopped, shortened("orders.db", bytesLess(1)), "orders.db is damaged or not a database: "},
+		{"metrics.db without its last byte", stopped, shortened("metrics.db", bytesLess(1)), "metrics.db is damaged or not a database: "},
+		{"orders.db without most of its last page", stopped, shortened("orders.db", bytesLess(4095)), "orders.db is damaged or not a database: "},
 		{"no row in orders.db", stopped, query("orders.db", "DELETE FROM totals"), "orders.db is damaged or not a database: "},
 		{"no row in metrics.db", stopped, query("metrics.db", "DELETE FROM totals"), "metrics.db is damaged or not a database: "},
-		{"junk in orders.db", stopped, junk("orders.db"), "orders.db is damaged or not a database: "},
-		{"junk in metrics.db", stopped, junk("metrics.db"), "metrics.db is damaged or not a database: "},
-		{"junk in metrics.db after kill -9", killed, junk("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"junk in orders.db", stopped, replaced("orders.db", junk), "orders.db is damaged or not a database: "},
+		{"junk in metrics.db", stopped, replaced("metrics.db", junk), "metrics.db is damaged or not a database: "},
+		{"junk in metrics.db after kill -9", killed, replaced("metrics.db", junk), "metrics.db is damaged or not a database: "},
 		{"orders.db is a directory", stopped, directory("orders.db"), "orders.db is not a file: move it away"},
 		{"metrics.db is a directory", stopped, directory("metrics.db"), "metrics.db is not a file: move it away"},
 		{"a newer orders.db", stopped, query("orders.db", "PRAGMA user_version = 99"), "orders.db has schema version 99 and this orderd knows up to 3: "},
@@ -7110,57 +7001,29 @@ func TestStartIsRefused(t *testing.T) {
 		{"a newer metrics.db after kill -9", killed, query("metrics.db", "PRAGMA user_version = 99"), "metrics.db has schema version 99 and this orderd knows up to 2: "},
 		{"another program's orders.db", stopped, query("orders.db", "PRAGMA application_id = 1"), "orders.db is another program's database: "},
 		{"no table in orders.db", stopped, query("orders.db", "DROP TABLE totals"), "cannot use .*orders.db: "},
-		{"orders.db is read-only", stopped, mode("data/orders.db", 0o400), "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
-		{"metrics.db is read-only", stopped, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
-		{"metrics.db is read-only after kill -9", killed, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; "},
-		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
-		{"a data directory without write permission", stopped, mode("data", 0o500), "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
-		{"a place for the data without write permission", stopped, func(t *testing.T, dir string) []string {
-			mode("data", 0o500)(t, dir)
-			return []string{"-data", filepath.Join(dir, "data", "deeper")}
-		}, "cannot make the data directory: .*; choose another with -data"},
-		{"a log directory without write permission", stopped, func(t *testing.T, dir string) []string {
-			require.NoError(t, os.Remove(filepath.Join(dir, "logs", "orderd.log")))
-			return mode("logs", 0o500)(t, dir)
-		}, "cannot write the log file .*; choose another with -log"},
-		{"the data directory is a file", stopped, func(t *testing.T, dir string) []string {
-			return []string{"-data", filepath.Join(dir, "data", "orders.db")}
-		}, "data directory|not a directory"},
-		{"the log directory is a file", stopped, func(t *testing.T, dir string) []string {
-			return []string{"-log", filepath.Join(dir, "data", "orders.db", "log")}
-		}, "cannot write the log file .*; choose another with -log"},
-		{"the log is orders.db", stopped, func(t *testing.T, dir string) []string {
-			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
-		}, "cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
+		{"a data directory that is a file", stopped, given("-data", file), "choose another with -data"},
+		{"a data directory in a file", stopped, given("-data", file+"/data"), "choose another with -data"},
+		{"a data directory in use", stopped, given("-data", running.cfg.data), "another orderd uses the data directory " + running.cfg.data + ": stop it first, or choose another with -data"},
+		{"a data directory too deep for SQLite", stopped, given("-data", deep), tooDeep + "-data"},
+		{"a link to such a one", stopped, given("-data", link), tooDeep + "-data"},
+		{"a log too deep for SQLite", stopped, given("-log", deep+"/orderd.log"), tooDeep + "-log"},
+		{"a log directory that is a file", stopped, given("-log", file+"/orderd.log"), "cannot write the log file .*; choose another with -log"},
+		{"the log is another orderd's", stopped, given("-log", running.cfg.log.file), "cannot write the log file .*: another orderd uses it; choose another with -log"},
+		{"the log is orders.db", stopped, func(_ *testing.T, dir string) []string { return []string{"-log", filepath.Join(dir, "data", "orders.db")} },
+			"cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
 		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
 			elsewhere := t.TempDir()
 			for _, name := range []string{"orders.db", "orders.db-wal"} {
 				require.NoError(t, os.Rename(filepath.Join(dir, "data", name), filepath.Join(elsewhere, name)))
 			}
-			if err := os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")); err != nil {
-				t.Skip("cannot make symbolic links: ", err)
-			}
+			require.NoError(t, os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")))
 			return []string{"-log", filepath.Join(elsewhere, "orders.db-wal")}
 		}, "cannot write the log file .*: it is orderd's own orders.db-wal; choose another with -log"},
-		{"the log is the token file", stopped, func(t *testing.T, dir string) []string {
-			token := filepath.Join(dir, "token")
-			require.NoError(t, os.WriteFile(token, []byte("s3cret"), 0o600))
-			return []string{"-token-file", token, "-log", token}
-		}, "cannot write the log file .*: it is orderd's own token; choose another with -log"},
-		{"the log is another orderd's", stopped, func(t *testing.T, dir string) []string {
-			other := startProcess(t, t.TempDir(), nil)
-			return []string{"-log", filepath.Join(other.dir, "logs", "orderd.log")}
-		}, "cannot write the log file .*: another orderd uses it; choose another with -log"},
-		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
-			taken, err := net.Listen("tcp", "127.0.0.1:0")
-			require.NoError(t, err)
-			t.Cleanup(func() { taken.Close() })
-			return []string{"-addr", taken.Addr().String()}
-		}, "address .* is taken by another program: choose another with -addr"},
-		{"a second instance with the same log", stopped, func(t *testing.T, dir string) []string {
-			startProcess(t, dir, nil)
-			return []string{"-log", filepath.Join(dir, "logs", "second.log")}
-		}, "another orderd uses the data directory .*: stop it first"},
+		{"the log is the token file", stopped, given("-token-file", file, "-log", file), "cannot write the log file .*: it is orderd's own file; choose another with -log"},
+		{"the log is the key", stopped, given("-tls-cert", "c", "-tls-key", file, "-log", file), "cannot write the log file .*: it is orderd's own file; choose another with -log"},
+		{"a certificate that is none", stopped, given("-tls-cert", file, "-tls-key", file), "cannot serve HTTPS: .*; see -tls-cert and -tls-key"},
+		{"a port that is taken", stopped, given("-addr", taken.Addr().String()), "address " + taken.Addr().String() + " is taken by another program: choose another with -addr"},
+		{"an address that is not ours", stopped, given("-addr", "192.0.2.1:0"), "cannot listen on 192.0.2.1:0: .*; choose another address with -addr"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -7168,14 +7031,48 @@ func TestStartIsRefused(t *testing.T) {
 			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
 			args := test.spoil(t, dir)
 			before := contents(t, dir)
-			p := launch(t, unprivileged(), dir, nil, args...)
-			require.Equal(t, 1, p.wait(t, time.Minute))
-			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
-			after := contents(t, dir)
-			for path := range before {
-				require.True(t, before[path] == after[path], "%s has changed from %d to %d bytes", path, len(before[path]), len(after[path]))
+			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)`, refusedStart(t, dir, args...))
+			require.Equal(t, before, contents(t, dir), "the data is as it was")
+			if strings.Contains(test.says, "to accept the loss") || strings.Contains(test.says, "is not the database") {
+				for _, suffix := range []string{"", "-wal", "-shm"} {
+					os.Remove(filepath.Join(dir, "data", "metrics.db"+suffix))
+				}
+				a, _ := openIdle(t, dir, nil, nil)
+				checkInvariants(t, a)
 			}
-			require.ElementsMatch(t, slices.Collect(maps.Keys(before)), slices.Collect(maps.Keys(after)))
+		})
+	}
+	for _, test := range []struct {
+		name, from, path string
+		mode             os.FileMode
+		args             []string
+		says             string
+	}{
+		{"orders.db is read-only", stopped, "data/orders.db", 0o400, nil, "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
+		{"metrics.db is read-only", stopped, "data/metrics.db", 0o400, nil, "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
+		{"a -wal file is read-only", killed, "data/orders.db-wal", 0o400, nil, "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
+		{"a data directory without write permission", stopped, "data", 0o500, nil, "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
+		{"a place for the data without write permission", stopped, "data", 0o500, []string{"-data", "data/deeper"}, "cannot make the data directory: .*; choose another with -data"},
+		{"a log directory without write permission", stopped, "data", 0o500, []string{"-log", "data/orderd.log"}, "cannot write the log file .*; choose another with -log"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			needsModes(t)
+			dir := t.TempDir()
+			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
+			before := contents(t, dir)
+			path := filepath.Join(dir, test.path)
+			info, err := os.Stat(path)
+			require.NoError(t, err)
+			require.NoError(t, os.Chmod(path, test.mode))
+			t.Cleanup(func() { os.Chmod(path, info.Mode()) })
+			for i := 1; i < len(test.args); i += 2 {
+				test.args[i] = filepath.Join(dir, test.args[i])
+			}
+			p := launch(t, unprivileged(), dir, nil, test.args...)
+			require.Equal(t, 1, p.wait(t, longest))
+			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
+			require.Equal(t, before, contents(t, dir))
 		})
 	}
 	t.Run("of six that start at once, five", func(t *testing.T) {
@@ -7197,26 +7094,42 @@ func TestStartIsRefused(t *testing.T) {
 		}
 		require.Equal(t, 1, started)
 	})
-	t.Run("metrics.db deleted is made anew", func(t *testing.T) {
-		t.Parallel()
-		for _, from := range []string{stopped, killed} {
+}
+
+// TestMetricsAreRebuiltFromTheOrders whatever has become of metrics.db, unless
+// it has counted more than there is.
+func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]string{
+		"deleted":         "",
+		"empty":           "-",
+		"a backup":        "UPDATE totals SET accepted = 2, completed = 1, took = 5, seq = seq - 1",
+		"sums of nothing": "UPDATE totals SET accepted = 0, completed = 0, took = 0",
+		"a wrong time":    "UPDATE totals SET took = 1000000",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			dir := t.TempDir()
-			require.NoError(t, os.CopyFS(dir, os.DirFS(from)))
-			for _, name := range []string{"metrics.db", "metrics.db-wal", "metrics.db-shm"} {
-				if err := os.Remove(filepath.Join(dir, "data", name)); !errors.Is(err, os.ErrNotExist) {
-					require.NoError(t, err)
-				}
+			a, stop := openIdle(t, dir, nil, nil)
+			for i, id := range commitTogether(t, a.store, sampleOrders(4)) {
+				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
 			}
-			p := startProcess(t, dir, nil)
-			sum, err := getSummary(p.url())
-			require.NoError(t, err)
-			require.EqualValues(t, 20, sum.TotalOrdersProcessed)
-			require.EqualValues(t, 20, sum.OrdersCompleted)
-			if from == stopped {
-				require.InDelta(t, j.average, sum.AverageProcessingTime, 1e-12)
+			checkInvariants(t, a)
+			before := a.metrics.summary(a.store.totals())
+			stop()
+			switch damage {
+			case "":
+				require.NoError(t, os.Remove(a.metrics.file.path))
+			case "-":
+				require.NoError(t, os.Truncate(a.metrics.file.path, 0))
+			default:
+				execOn(t, a.metrics.file.path, damage)
 			}
-		}
-	})
+			a, _ = openIdle(t, dir, nil, nil)
+			require.Equal(t, before, a.metrics.summary(a.store.totals()))
+			checkInvariants(t, a)
+		})
+	}
 }
 
 // TestWALIndexCannotGrow lets the disk be full just when SQLite, after the
@@ -7242,7 +7155,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
 			defer end()
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
-			require.Eventually(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 10e6 }, time.Minute, time.Millisecond)
+			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 10e6 })
 			stopLoad()
 			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
@@ -7251,13 +7164,13 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
 			}
-			require.Eventually(t, traced, time.Minute, time.Millisecond)
+			until(t, traced)
 			stopLoad = j.load(p.url(), 16, math.MaxInt)
 			stopObservers := j.observe(p.url())
-			require.Eventually(t, func() bool {
+			until(t, func() bool {
 				text, err := os.ReadFile(log)
 				return err == nil && bytes.Contains(text, []byte("INJECTED"))
-			}, time.Minute, time.Millisecond)
+			})
 			if killed {
 				p.kill()
 				stopLoad()
@@ -7267,7 +7180,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				return
 			}
 			before := j.count(accepted)
-			require.Eventually(t, func() bool { return j.count(accepted) > before+100 }, 2*longest, time.Millisecond)
+			until(t, func() bool { return j.count(accepted) > before+100 })
 			stopLoad()
 			stopObservers()
 			end()
@@ -7289,13 +7202,13 @@ func TestStoppedAndContinued(t *testing.T) {
 	j := newJournal("stopped", 5*time.Millisecond)
 	p := startProcess(t, dir, nil, "-delay", "5ms")
 	stopLoad, stopObservers := j.load(p.url(), 4, 2000), j.observe(p.url())
-	require.Eventually(t, func() bool { return j.count(accepted) > 50 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > 50 })
 	pid := strconv.Itoa(p.cmd.Process.Pid)
 	require.NoError(t, exec.Command("kill", "-STOP", pid).Run())
 	<-time.After(5 * time.Second)
 	during := j.count(accepted)
 	require.NoError(t, exec.Command("kill", "-CONT", pid).Run())
-	require.Eventually(t, func() bool { return j.count(accepted) > during+50 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > during+50 })
 	stopLoad()
 	stopObservers()
 	require.Zero(t, j.count(unknown))
@@ -7354,12 +7267,12 @@ func TestLogTakenAway(t *testing.T) {
 				os.WriteFile(filepath.Join(logs, "orderd.log"), nil, 0o600))
 		},
 	} {
-		persist(t, logged, "the log is written")
+		until(t, logged, "the log is written")
 		require.NoError(t, away())
 		j.place(t, p.url(), 10)
-		persist(t, logged, "the log comes back")
+		until(t, logged, "the log comes back")
 	}
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.NoError(t, os.RemoveAll(logs))
 		return os.WriteFile(logs, nil, 0o600) == nil // else the log was just made anew
 	}, "no log can be made")
@@ -7369,7 +7282,7 @@ func TestLogTakenAway(t *testing.T) {
 	j.place(t, p.url(), 10)
 	require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Remove(logs))
-	persist(t, logged, "the log comes back")
+	until(t, logged, "the log comes back")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
@@ -7427,13 +7340,13 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	}
 	require.NoError(t, os.Chmod(logs, 0o500))
 	t.Cleanup(func() { os.Chmod(logs, 0o700) })
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.Equal(t, 1, files())
 		return strings.Contains(p.stderr.String(), "cannot write the log")
 	}, "the log is due for rotation")
 	require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Chmod(logs, 0o700))
-	persist(t, func() bool { return files() > 1 }, "the log is rotated")
+	until(t, func() bool { return files() > 1 }, "the log is rotated")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 }
@@ -7472,13 +7385,13 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 		return lines
 	}
 	place()
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.NoError(t, os.RemoveAll(logs))
 		return os.Symlink("nowhere", logs) == nil // else the log was just made anew
 	}, "no log can be made")
-	persist(t, func() bool { return dropped() > 0 }, "the log is closed")
+	until(t, func() bool { return dropped() > 0 }, "the log is closed")
 	var crowd []net.Conn
-	persist(t, func() bool {
+	until(t, func() bool {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(t, err)
 		crowd = append(crowd, conn)
@@ -7493,7 +7406,7 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 	}, "no descriptor is left")
 	require.NoError(t, os.Remove(logs))
 	before := dropped()
-	persist(t, func() bool {
+	until(t, func() bool {
 		place()
 		return dropped() > before+100
 	}, "orders go on, and their lines are dropped")
@@ -7501,7 +7414,7 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 	for _, conn := range crowd {
 		require.NoError(t, conn.Close())
 	}
-	persist(t, func() bool {
+	until(t, func() bool {
 		place()
 		info, err := os.Stat(filepath.Join(logs, "orderd.log"))
 		return err == nil && info.Size() > 0
@@ -7518,7 +7431,7 @@ func TestBackupWhileItRuns(t *testing.T) {
 	p := startProcess(t, dir, nil, "-delay", "1ms")
 	stop := j.load(p.url(), 8, math.MaxInt)
 	defer stop()
-	require.Eventually(t, func() bool { return j.count(accepted) > 1000 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > 1000 })
 	j.mu.Lock()
 	k.accepted = slices.Clone(j.accepted) // what the backup must hold; it may hold more
 	j.mu.Unlock()
@@ -7747,17 +7660,17 @@ func TestWorkThatPanics(t *testing.T) {
 	}
 	bad := &create{order: order{userID: "bad", itemIDs: "x"}}
 	require.NoError(t, a.store.create(bad))
-	require.Eventually(t, func() bool { return tried() > 0 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return tried() > 0 })
 	for n := int64(1); n <= 20; n++ {
 		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		require.Eventually(t, func() bool { return a.store.totals().completed == n }, time.Minute, time.Millisecond)
+		until(t, func() bool { return a.store.totals().completed == n })
 	}
-	require.Eventually(t, func() bool { return tried() >= 4 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return tried() >= 4 })
 	o, err := a.store.get(bad.id)
 	require.NoError(t, err)
 	require.Equal(t, processing, o.status)
 	broken.Store(false)
-	require.Eventually(t, func() bool { return a.store.totals().completed == 21 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return a.store.totals().completed == 21 })
 	for i := range attempts[1:] {
 		require.GreaterOrEqual(t, attempts[i+1].Sub(attempts[i]), firstRetry<<i)
 	}
@@ -7786,7 +7699,7 @@ func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
 		ids = append(ids, n.id)
 	}
 	close(release)
-	require.Eventually(t, func() bool { return a.store.totals().completed == orders }, 20*time.Second, time.Millisecond)
+	until(t, func() bool { return a.store.totals().completed == orders })
 	require.Equal(t, ids, worked) // first in, first out
 }
 
@@ -7808,13 +7721,13 @@ func TestOneFailingOrderStopsNoOther(t *testing.T) {
 	for range failing {
 		require.NoError(t, a.store.create(&create{order: order{userID: "never", itemIDs: "x"}}))
 	}
-	require.Eventually(t, func() bool { return a.store.totals().processing == failing }, time.Minute, time.Millisecond)
+	until(t, func() bool { return a.store.totals().processing == failing })
 	for n := int64(1); n <= 20; n++ {
 		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		require.Eventually(t, func() bool { return a.store.totals().completed == n }, time.Minute, time.Millisecond)
+		until(t, func() bool { return a.store.totals().completed == n })
 	}
 	broken.Store(false)
-	require.Eventually(t, func() bool { return a.store.totals().completed == 20+failing }, time.Minute, time.Millisecond)
+	until(t, func() bool { return a.store.totals().completed == 20+failing })
 }
 
 func TestOverload(t *testing.T) {
@@ -7846,11 +7759,11 @@ func TestOverload(t *testing.T) {
 	for range maxCreates {
 		place()
 	}
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		a.store.intake.mu.Lock()
 		defer a.store.intake.mu.Unlock()
 		return len(a.store.intake.open.creates) == maxCreates
-	}, time.Minute, time.Millisecond)
+	})
 	j := newJournal("overload", 0)
 	for range 10 { // at once: the writer is held
 		o, err := j.send(newClient(), base, j.next())
@@ -8140,9 +8053,7 @@ func TestOrdersBehindALink(t *testing.T) {
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "data"), 0o700))
 	link := filepath.Join(dir, "data", "orders.db")
 	require.NoError(t, os.Symlink(filepath.Join(elsewhere, "there.db"), link))
-	_, err := openApp(testConfig(dir), io.Discard)
-	require.ErrorContains(t, err, link+" is a link to a file that does not exist")
-
+	require.Contains(t, refusedStart(t, dir), link+" is a link to a file that does not exist")
 	require.NoError(t, os.WriteFile(filepath.Join(elsewhere, "there.db"), nil, 0o600))
 	j := newJournal("link", 0)
 	p := startProcess(t, dir, nil, "-delay", "0s")
@@ -8347,27 +8258,6 @@ func TestListsPushNoStatusOut(t *testing.T) {
 		_, hit := a.store.cache.get(id)
 		require.Equal(t, i >= len(ids)-cached, hit, "order %d", i)
 	}
-}
-
-// TestOrdersOfAnotherService puts another database in the place of the one that
-// metrics.db has counted, with more orders in it.
-func TestOrdersOfAnotherService(t *testing.T) {
-	t.Parallel()
-	dir, elsewhere := t.TempDir(), t.TempDir()
-	for orders, in := range map[int]string{5: dir, 7: elsewhere} {
-		a, stop := openIdle(t, in, nil, nil)
-		commitTogether(t, a.store, sampleOrders(orders))
-		stop()
-	}
-	own, other := filepath.Join(dir, "data", "orders.db"), filepath.Join(elsewhere, "data", "orders.db")
-	text, err := os.ReadFile(other)
-	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(own, text, 0o600))
-	_, err = openApp(testConfig(dir), io.Discard)
-	require.ErrorContains(t, err, own+" is not the database whose 5 orders "+filepath.Join(dir, "data", "metrics.db")+" has counted")
-	require.NoError(t, os.Remove(filepath.Join(dir, "data", "metrics.db")))
-	a, _ := openIdle(t, dir, nil, nil)
-	checkInvariants(t, a)
 }
 
 // ---- older versions ----
@@ -8845,9 +8735,9 @@ func TestWaiters(t *testing.T) {
 	if tooMany.Load() {
 		t.Skip("needs more open files: ", n)
 	}
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		return metric(t, p.url(), "orderd_cache_hits_total") >= float64(n)
-	}, time.Minute, 10*time.Millisecond, "all wait")
+	}, "all wait")
 	full := p.residentMB(t)
 	require.Zero(t, answers.Load())
 	began := time.Now()
@@ -8919,10 +8809,10 @@ func TestLogInjection(t *testing.T) {
 		require.Equal(t, http.StatusNotFound, response.StatusCode)
 	}
 	var text []byte
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		text, _ = os.ReadFile(a.cfg.log.file)
 		return bytes.Count(text, []byte(`"status":404`)) == 3
-	}, time.Minute, 10*time.Millisecond)
+	})
 	for line := range bytes.Lines(text) {
 		var entry struct{ Msg string }
 		require.NoError(t, json.Unmarshal(line, &entry), "%q", line)
@@ -9219,9 +9109,9 @@ func median(values []float64) float64 {
 // completes waits until n orders are Completed and counted.
 func completes(tb testing.TB, a *app, n int64) {
 	tb.Helper()
-	require.Eventually(tb, func() bool {
+	until(tb, func() bool {
 		return a.store.totals().completed == n && a.metrics.counted.Load().completed == n
-	}, time.Minute, time.Millisecond)
+	})
 }
 
 // seed fills a fresh data directory with orders that were not posted:
@@ -9347,9 +9237,9 @@ func BenchmarkIdle(b *testing.B) {
 		_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n", created.Header.Get("Location"))
 		require.NoError(b, err)
 	}
-	require.Eventually(b, func() bool {
+	until(b, func() bool {
 		return metric(b, p.url(), "orderd_cache_hits_total") >= n && metric(b, p.url(), "orderd_orders_parked") == n
-	}, time.Minute, 10*time.Millisecond)
+	})
 	earlier, ok := p.cpu()
 	if !ok {
 		b.Skip("needs /proc")
@@ -9457,7 +9347,7 @@ func BenchmarkCreateBesideRetention(b *testing.B) {
 				return sum.TotalOrdersProcessed - sum.OrdersCompleted
 			}
 			earlier := removed()
-			require.Eventually(b, func() bool { return removed() > earlier }, time.Minute, time.Millisecond)
+			until(b, func() bool { return removed() > earlier })
 			earlier = removed()
 			l := hammer(b, p.addr, 64, http.StatusCreated, request)
 			pace = append(pace, float64(removed()-earlier)/float64(l.count))
@@ -9653,7 +9543,7 @@ func (c *cluster) start(tb testing.TB) {
 		c.cmd.Process.Signal(syscall.SIGQUIT)
 		<-exited
 	})
-	persist(tb, func() bool {
+	until(tb, func() bool {
 		select {
 		case <-exited:
 			require.Fail(tb, "the server has ended", said.String())
@@ -10049,7 +9939,7 @@ func pound(t *testing.T, l *lead, batches int) (stored int) {
 		}
 		b := batchOf(creates...)
 		b.steps = stepsOf(pending, completed, 3, last...)
-		persist(t, func() bool {
+		until(t, func() bool {
 			err := l.commit(b)
 			if err != nil {
 				require.True(t, errors.Is(err, errNotWritten) || errors.Is(err, errInDoubt), err)
@@ -10066,7 +9956,7 @@ func pound(t *testing.T, l *lead, batches int) (stored int) {
 		}
 		last = creates
 	}
-	persist(t, func() bool { return l.commit(newBatch(stepsOf(pending, completed, 3, last...))) == nil }, "the last ones are completed")
+	until(t, func() bool { return l.commit(newBatch(stepsOf(pending, completed, 3, last...))) == nil }, "the last ones are completed")
 	return stored
 }
 
@@ -10158,7 +10048,7 @@ func TestOriginalAndResend(t *testing.T) {
 			}()
 			waiting := func(n int64) {
 				t.Helper()
-				persist(t, func() bool {
+				until(t, func() bool {
 					return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'") == n
 				}, "so many wait for the row")
 			}
@@ -10223,7 +10113,7 @@ func TestASynchronousStandby(t *testing.T) {
 	c := newCluster(t)
 	s := c.standby(t, "second")
 	c.exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'second'", "SELECT pg_reload_conf()")
-	persist(t, func() bool {
+	until(t, func() bool {
 		return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == 1
 	}, "the standby is synchronous")
 	l := leadOn(t, newReplica(t, c.url("")))
@@ -10240,13 +10130,13 @@ func TestASynchronousStandby(t *testing.T) {
 			}
 			done <- err
 		}()
-		persist(t, func() bool {
+		until(t, func() bool {
 			return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == 1
 		}, "the commit waits for the standby")
 		if end != "" { // else the engine's own deadline cancels it
 			c.exec(t, "SELECT "+end+"(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 		}
-		persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
+		until(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
 		_, seq, err := l.find(b.creates[0].id)
 		require.NoError(t, err)
 		require.Greater(t, seq, l.proven.Load(), "it is not proven")
@@ -10311,7 +10201,7 @@ func (r *replicas) urls() (urls []string) {
 // leader waits for one, and returns its number.
 func (r *replicas) leader(tb testing.TB) (leader int) {
 	tb.Helper()
-	persist(tb, func() bool {
+	until(tb, func() bool {
 		for i, p := range r.all {
 			got := send(tb.Context(), p.addr, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
 			if leader = i; strings.Contains(got.body, "\norderd_leader 1\n") && send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK {
@@ -10423,7 +10313,7 @@ func (j *journal) checkReplicas(t *testing.T, r *replicas) {
 	defer client.CloseIdleConnections()
 	for i, in := range j.intents {
 		if in.key != "" && in.outcome == unknown {
-			persist(t, func() bool {
+			until(t, func() bool {
 				o, _ := j.send(client, r.url(i%len(r.all)), in)
 				in.outcome = o
 				return o == accepted || o == refused && strings.HasSuffix(in.body, `: -1}`) // else a 503 that says nothing of the first try
@@ -10446,13 +10336,13 @@ func TestLostCommitsAreNoticed(t *testing.T) {
 	r := startReplicas(t, both, 2)
 	j := newJournal("lost", 5*time.Millisecond)
 	j.place(t, r.url(0), 5)
-	persist(t, func() bool { return ask[int64](t, s, "SELECT coalesce(max(completed), 0) FROM leader") == 5 }, "the standby has them")
+	until(t, func() bool { return ask[int64](t, s, "SELECT coalesce(max(completed), 0) FROM leader") == 5 }, "the standby has them")
 	s.exec(t, "ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
-	persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication") == 0 }, "the standby follows no more")
+	until(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication") == 0 }, "the standby follows no more")
 	j.place(t, r.url(1), 5)
 	drained(t, r.url(0))
 	for i := range r.all { // by their own metrics.db
-		persist(t, func() bool {
+		until(t, func() bool {
 			counts, err := openSQLite(filepath.Join(r.dirs[i], "data", "metrics.db"), "mode=ro")
 			require.NoError(t, err)
 			defer counts.Close()
@@ -10628,7 +10518,7 @@ func BenchmarkPostgres(b *testing.B) {
 		simple := startProcess(b, b.TempDir(), []string{childMode + "=transactions", "TEST_TRANSACTIONS=" + url + "pool_max_conns=16"})
 		compare(b, func() load {
 			l := hammer(b, simple.addr, 256, http.StatusCreated, post)
-			persist(b, func() bool {
+			until(b, func() bool {
 				conn, err := pgx.Connect(b.Context(), url)
 				require.NoError(b, err)
 				defer conn.Close(b.Context())
