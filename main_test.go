@@ -67,7 +67,7 @@ import (
 
 var (
 	long        = flag.Bool("long", false, "take the crowds and backlogs in full")
-	killRounds  = flag.Int("kill-rounds", 5, "how often TestKillNine kills the service")
+	killRounds  = flag.Int("kill-rounds", 3, "how often TestKillNine kills the service")
 	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
 	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
 	readerHold  = flag.Duration("reader-holds", time.Second, "how long TestReaderUnderLoad holds its transaction")
@@ -230,6 +230,9 @@ func callAt(t *testing.T, addr, method, path string, header http.Header, body st
 	return got
 }
 
+// base is the URL that an app answers at.
+func base(a *app) string { return "http://" + a.listener.Addr().String() }
+
 func call(t *testing.T, a *app, method, path string, header http.Header, body string) answer {
 	t.Helper()
 	return callAt(t, a.listener.Addr().String(), method, path, header, body)
@@ -306,6 +309,15 @@ func sampleOrders(n int) []*create {
 	creates := make([]*create, n)
 	for i := range creates {
 		creates[i] = sampleOrder(i, "")
+	}
+	return creates
+}
+
+// largest are orders with as much text as the API takes.
+func largest(n int) []*create {
+	creates := sampleOrders(n)
+	for _, c := range creates {
+		c.itemIDs = strings.Repeat("x", maxItemIDs)
 	}
 	return creates
 }
@@ -769,7 +781,7 @@ func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...s
 	tb.Helper()
 	self, err := os.Executable()
 	require.NoError(tb, err)
-	command := append(slices.Clone(wrapper), self,
+	command := append(slices.Clone(wrapper), self, "-cache", "10000", // the usual million would cost 16 MB to clear
 		"-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
 	if url := ordersURL(dir); url != "" {
 		command = append(command, "-orders", url, "-advertise", "http://127.0.0.1:1")
@@ -1537,6 +1549,9 @@ func TestExitWhereNobodyReadsStderr(t *testing.T) {
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
+	heard := make(chan os.Signal, 1) // or the process would ignore them as the test does in the background or under nohup
+	signal.Notify(heard, syscall.SIGHUP, syscall.SIGINT)
+	t.Cleanup(func() { signal.Stop(heard) })
 	// working starts a process that works on an order for as long as it is let.
 	working := func(t *testing.T, wrapper []string, drain string) *process {
 		t.Parallel()
@@ -1546,9 +1561,6 @@ func TestSignals(t *testing.T) {
 		return p
 	}
 	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
-		hangups := make(chan os.Signal, 1) // or the process would ignore them as the test does under nohup
-		signal.Notify(hangups, syscall.SIGHUP)
-		t.Cleanup(func() { signal.Stop(hangups) })
 		p := working(t, nil, "1s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
 		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
@@ -2177,11 +2189,11 @@ func TestWait(t *testing.T) {
 		require.ErrorIs(t, (<-answers).err, context.Canceled)
 		until(t, func() bool { return watchers(a) == 0 })
 	})
-	t.Run("is shared by a thousand clients", func(t *testing.T) {
+	t.Run("is shared by many clients", func(t *testing.T) {
 		t.Parallel()
 		a, release, _ := heldApp(t, nil, nil)
 		id := place(t, a, "u", "held")
-		answers := make([]<-chan answer, 1000)
+		answers := make([]<-chan answer, 50)
 		for i := range answers {
 			answers[i] = later(t.Context(), a, id, "60")
 		}
@@ -2204,7 +2216,7 @@ func TestAnswersWhileItWaitsForRunningWork(t *testing.T) {
 	go stop()
 	until(t, func() bool { return get(t, a, "/readyz").status == http.StatusServiceUnavailable }, "readyz says no")
 	require.Contains(t, get(t, a, "/readyz").body, "The server is stopping")
-	require.Zero(t, metric(t, "http://"+a.listener.Addr().String(), "orderd_ready"))
+	require.Zero(t, metric(t, base(a), "orderd_ready"))
 	require.Equal(t, "Processing", statusOf(t, a, id))
 	late := place(t, a, "u", "x")
 	got := arrived(t, later(t.Context(), a, id, "60"))
@@ -2627,45 +2639,73 @@ func TestMetricsNegotiation(t *testing.T) {
 	}
 }
 
+// TestMetricsText has every figure differ from 0, and from others.
 func TestMetricsText(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
-	for range 3 {
-		place(t, a, "u", "i")
+	gate := make(chan struct{})
+	t.Cleanup(func() { close(gate) })
+	var back atomic.Int64 // that the clock goes
+	a, _ := openTestApp(t, t.TempDir(), func(c *config) {
+		c.pool.workers, c.pool.places, c.store.cache, c.drain = 1, 2, 4, 0
+		c.store.now = func() time.Time { return time.Now().Add(time.Duration(-back.Load())) }
+	}, func(a *app) {
+		a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
+			switch o.itemIDs {
+			case "fails":
+				return errors.New("no stock")
+			case "held":
+				return hold(gate)(ctx, o.id, 1)
+			}
+			return nil
+		})
+	})
+	oldest := place(t, a, "u", "c")
+	place(t, a, "u", "c")
+	place(t, a, "u", "c")
+	awaitRest(t, a, 0, 3)
+	place(t, a, "u", "held")
+	awaitRest(t, a, 1, 3)
+	gate <- struct{}{} // work on it took a while
+	awaitRest(t, a, 0, 4)
+	place(t, a, "u", "fails")
+	until(t, func() bool { return a.pool.parked.len() == 1 })
+	place(t, a, "u", "held") // so that no worker tries the other again
+	until(t, func() bool {
+		return a.store.totals().processing == 2 && a.pool.active.Load() == 1 && a.pool.parked.len() == 1
+	})
+	var newest string
+	for range 5 {
+		newest = place(t, a, "u", "c")
 	}
+	until(t, func() bool { return len(a.pool.channel) == 2 })
 	post(t, a, `{}`)
-	until(t, func() bool { return a.metrics.counted.Load().completed == 3 })
 	get(t, a, "/nowhere")
-	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
-	require.True(t, strings.HasSuffix(text, "\n"))
+	for _, id := range []string{newest, newest, oldest} {
+		statusOf(t, a, id)
+	}
+	call(t, a, http.MethodGet, "/orders/"+oldest, prefer("wait=0"), "")
+	a.log.dropped.Add(7)
+	back.Store(int64(time.Hour))
 
-	kinds, samples := map[string]string{}, map[string]float64{}
-	helped, family := "", ""
-	comment := regexp.MustCompile(`^# (HELP|TYPE) ((?:orderd|process|go)_[a-z_]+) (.+)$`)
-	sample := regexp.MustCompile(`^((?:orderd|process|go)_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
-	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
-		if m := comment.FindStringSubmatch(line); m != nil && m[1] == "HELP" {
-			helped = m[2]
-			continue
-		} else if m != nil {
-			require.Equal(t, helped, m[2], "HELP comes before TYPE")
-			require.NotContains(t, kinds, m[2], "a metric is described once")
-			family = m[2]
+	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
+	kinds, family := map[string]string{}, ""
+	line := regexp.MustCompile(`^(?:# HELP (\S+) \S.*|# TYPE (\S+) (counter|gauge|histogram)|([a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+))$`)
+	for shown := range strings.Lines(text) {
+		m := line.FindStringSubmatch(strings.TrimSuffix(shown, "\n"))
+		switch {
+		case m == nil:
+			require.Fail(t, "this is no line of the format", shown)
+		case m[1] != "":
+			require.NotContains(t, kinds, m[1], "a metric is described once")
+			family = m[1]
+		case m[2] != "":
+			require.Equal(t, family, m[2], "HELP comes before TYPE")
 			kinds[family] = m[3]
-			continue
+		case kinds[family] == "histogram":
+			require.Contains(t, []string{family + "_bucket", family + "_sum", family + "_count"}, m[4])
+		default:
+			require.Equal(t, family, m[4], "a sample follows its TYPE")
 		}
-		m := sample.FindStringSubmatch(line)
-		require.NotNil(t, m, line)
-		name := m[1]
-		if kinds[family] == "histogram" {
-			name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
-		}
-		require.Equal(t, family, name, "a sample follows its TYPE")
-		value, err := strconv.ParseFloat(m[3], 64)
-		require.NoError(t, err, line)
-		require.NotContains(t, samples, m[1]+m[2], "a sample is given once")
-		samples[m[1]+m[2]] = value
 	}
 	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
 	if a.postgres != nil {
@@ -2684,38 +2724,44 @@ func TestMetricsText(t *testing.T) {
 		"orderd_commit_operations": "histogram", "orderd_commit_seconds": "histogram", "orderd_wal_bytes": "gauge",
 		"orderd_clock_behind_seconds": "gauge", "orderd_log_lines_dropped_total": "counter", "orderd_build_info": "gauge",
 	}, kinds)
-	requireSamples(t, samples, map[string]float64{
-		"orderd_orders_processed_total":                                          3,
-		"orderd_orders_accepted_total":                                           3,
-		`orderd_orders{status="Pending"}`:                                        0,
-		`orderd_orders{status="Completed"}`:                                      3,
-		"orderd_processing_seconds_count":                                        3,
-		"orderd_create_seconds_count":                                            4,
-		"orderd_queue_capacity":                                                  1024,
-		"orderd_cache_entries":                                                   3,
-		`orderd_http_requests_total{method="POST",route="/orders",status="201"}`: 3,
+	found := samples(t, base(a))
+	for name, want := range map[string]float64{
+		"orderd_ready":                       1,
+		"orderd_orders_processed_total":      4,
+		"orderd_orders_accepted_total":       11,
+		`orderd_orders{status="Pending"}`:    5,
+		`orderd_orders{status="Processing"}`: 2,
+		`orderd_orders{status="Completed"}`:  4,
+		"orderd_processing_seconds_count":    4,
+		"orderd_queue_length":                2,
+		"orderd_queue_capacity":              2,
+		"orderd_attempts_failed_total":       float64(a.pool.failed.Load()),
+		"orderd_orders_parked":               1,
+		"orderd_cache_entries":               4,
+		"orderd_cache_hits_total":            2,
+		"orderd_cache_misses_total":          3, // waiting asks twice
+		"orderd_create_seconds_count":        12,
+		"orderd_read_seconds_count":          3,
+		"orderd_log_lines_dropped_total":     7,
+		`orderd_http_requests_total{method="POST",route="/orders",status="201"}`: 11,
 		`orderd_http_requests_total{method="POST",route="/orders",status="422"}`: 1,
 		`orderd_http_requests_total{method="other",route="other",status="404"}`:  1,
-	})
-	bucket := regexp.MustCompile(`(?m)^(orderd_[a-z_]+)_bucket\{le="([^"]+)"\} (\d+)$`)
-	var name string
-	var bound, count float64
-	for _, m := range append(bucket.FindAllStringSubmatch(text, -1), []string{"", "", "", ""}) {
-		if m[1] != name {
-			require.True(t, name == "" || math.IsInf(bound, 1), "%s ends with +Inf", name)
-			require.Equal(t, samples[name+"_count"], count, name)
-			name, bound, count = m[1], math.Inf(-1), 0
-			if name == "" {
-				break
-			}
-		}
-		le, err := strconv.ParseFloat(m[2], 64)
+	} {
+		require.Contains(t, found, name)
+		require.Equal(t, want, found[name], name)
+	}
+	require.Positive(t, found["orderd_attempts_failed_total"])
+	require.InDelta(t, 3600, found["orderd_clock_behind_seconds"], 60)
+	require.Greater(t, found["orderd_oldest_pending_seconds"], 0.0)
+	require.Less(t, found["orderd_oldest_pending_seconds"], 60.0)
+	require.Greater(t, found["orderd_processing_seconds_sum"], 0.0)
+	require.Less(t, found["orderd_processing_seconds_sum"], 60.0)
+	require.GreaterOrEqual(t, found["orderd_commit_operations_sum"], 11.0+6+4)
+	require.Positive(t, found["orderd_commit_seconds_sum"])
+	if a.sqlite != nil {
+		info, err := os.Stat(a.sqlite.file.path + "-wal")
 		require.NoError(t, err)
-		n, err := strconv.ParseFloat(m[3], 64)
-		require.NoError(t, err)
-		require.Greater(t, le, bound, name)
-		require.GreaterOrEqual(t, n, count, "%s is cumulative", name)
-		bound, count = le, n
+		require.Equal(t, float64(info.Size()), found["orderd_wal_bytes"])
 	}
 }
 
@@ -2898,10 +2944,7 @@ func TestBehindNginx(t *testing.T) {
 	release := sync.OnceFunc(func() { close(gate) })
 	t.Cleanup(release)
 	certFile, keyFile, _ := makeCertificate(t, files)
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	addr := free.Addr().String()
-	free.Close()
+	addr := fmt.Sprint("127.0.0.1:", freePort(t))
 
 	readme, err := os.ReadFile("README.md")
 	require.NoError(t, err)
@@ -3795,7 +3838,7 @@ func TestListsOfAUser(t *testing.T) {
 						}
 					}
 					found, n := walk(t, a.store, filter{userID: user, status: st, limit: limit})
-					require.Equal(t, want, found)
+					require.True(t, slices.Equal(want, found)) // require.Equal would take seconds
 					require.Equal(t, max(1, (len(want)+limit-1)/limit), n)
 				})
 			}
@@ -4479,15 +4522,6 @@ func inTrouble(a *app) bool {
 	return shut
 }
 
-// sample is the value of one sample in the text of GET /metrics, or "".
-func sample(t *testing.T, a *app, name string) string {
-	t.Helper()
-	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
-	_, rest, _ := strings.Cut(text, "\n"+name+" ")
-	value, _, _ := strings.Cut(rest, "\n")
-	return value
-}
-
 // The messages about an endpoint.
 const (
 	troubleBegins = "the endpoint is in trouble: orders wait until it answers"
@@ -4516,13 +4550,15 @@ func TestTheEndpointGetsTheOrderExactly(t *testing.T) {
 	require.Equal(t, "1", got.number)
 	require.Equal(t, "application/json", got.header.Get("Content-Type"))
 	require.Equal(t, "Bearer s3cret", got.header.Get("Authorization"))
-	require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
-	require.Empty(t, sample(t, newTestApp(t, nil), "orderd_endpoint_down"), "there is no endpoint")
+	require.Zero(t, metric(t, base(a), "orderd_endpoint_down"))
 	checkInvariants(t, a)
 }
 
 func TestAnswersOfTheEndpoint(t *testing.T) {
 	t.Parallel()
+	dir, failed, begins := t.TempDir(), 0, 0
+	e := newUserEndpoint(t, nil)
+	a, stop := openTestApp(t, dir, e.works, nil)
 	withBody := func(code int, rest http.HandlerFunc) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(code)
@@ -4567,37 +4603,37 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 		}, trouble: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+			e.answers(func(w http.ResponseWriter, r *http.Request) {
 				if r.Header.Get("Orderd-Attempt") == "1" && r.URL.Path == "/work" {
 					tc.first(w, r)
 				}
 			})
-			a, stop := openTestApp(t, dir, e.works, nil)
+			before := a.store.totals().completed
 			id := commitTogether(t, a.store, sampleOrders(1))[0].String()
-			awaitRest(t, a, 0, 1)
-			attempts, failed, begins := []string{id + " 1"}, 0, 0
+			awaitRest(t, a, 0, before+1)
+			attempts := []string{id + " 1"}
 			if !tc.done {
-				attempts, failed = append(attempts, id+" 2"), 1
+				attempts, failed = append(attempts, id+" 2"), failed+1
 			}
 			if tc.trouble {
-				begins = 1
+				begins++
 			}
 			var seen []string
 			for _, got := range e.seen() {
-				seen = append(seen, got.id+" "+got.number)
+				if got.id == id {
+					seen = append(seen, got.id+" "+got.number)
+				}
 			}
 			require.Equal(t, attempts, seen)
-			require.Equal(t, strconv.Itoa(failed), sample(t, a, "orderd_attempts_failed_total"))
+			require.EqualValues(t, failed, metric(t, base(a), "orderd_attempts_failed_total"))
 			until(t, func() bool { return !inTrouble(a) })
-			checkInvariants(t, a)
-			stop()
-			require.Len(t, logged(t, dir, troubleBegins), begins)
-			require.Len(t, logged(t, dir, troubleEnds), begins)
-			require.Len(t, logged(t, dir, attemptFailed), failed-begins)
 		})
 	}
+	checkInvariants(t, a)
+	stop()
+	require.Len(t, logged(t, dir, troubleBegins), begins)
+	require.Len(t, logged(t, dir, troubleEnds), begins)
+	require.Len(t, logged(t, dir, attemptFailed), failed-begins)
 }
 
 // TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
@@ -4682,7 +4718,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			e.goAway()
 			ids = append(ids, commitTogether(t, a.store, sampleOrders(feedRows))...)
 			until(t, func() bool { return a.pool.failed.Load() >= int64(workers)+5 }, "the endpoint is tried again and again")
-			require.Equal(t, "1", sample(t, a, "orderd_endpoint_down"))
+			require.Equal(t, 1.0, metric(t, base(a), "orderd_endpoint_down"))
 			require.LessOrEqual(t, a.store.totals().processing, int64(workers)+5, "only what was tried is Processing")
 			require.LessOrEqual(t, a.pool.parked.len(), workers+5)
 			require.LessOrEqual(t, a.pool.active.Load(), int64(1))
@@ -4690,7 +4726,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			ids = append(ids, ulid.MustParse(place(t, a, "u", "i")))
 			e.comeBack(t)
 			awaitRest(t, a, 0, int64(len(ids)))
-			require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
+			require.Zero(t, metric(t, base(a), "orderd_endpoint_down"))
 			if workers == 1 {
 				require.Equal(t, ids, worked.read(), "first in, first out, while it was away too")
 			}
@@ -5091,186 +5127,6 @@ func TestProcessFigures(t *testing.T) {
 	used, _ := p.cpu()
 	require.InDelta(t, used.Seconds(), figure("process_cpu_seconds_total"), 0.5)
 	require.InEpsilon(t, p.residentMB(t)*(1<<20), figure("process_resident_memory_bytes"), 0.2)
-}
-
-func TestPrometheusTextIsValid(t *testing.T) {
-	t.Parallel()
-	a := newTestApp(t, nil)
-	ids := commitTogether(t, a.store, sampleOrders(5))
-	awaitRest(t, a, 0, 5)
-	base := "http://" + a.listener.Addr().String()
-	get := func(path string) (kind, text string) {
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, base+path, nil)
-		require.NoError(t, err)
-		request.Header.Set("Accept", "text/plain;version=0.0.4")
-		response, err := http.DefaultClient.Do(request)
-		require.NoError(t, err)
-		defer response.Body.Close()
-		body, err := io.ReadAll(response.Body)
-		require.NoError(t, err)
-		return response.Header.Get("Content-Type"), string(body)
-	}
-	for _, path := range []string{"/orders/" + ids[0].String(), "/orders/no-such-order", `/no%20"such"\path`, "/orders", "/metrics"} {
-		get(path)
-	}
-	kind, text := get("/metrics")
-	require.Equal(t, "text/plain; version=0.0.4; charset=utf-8", kind)
-	samples, err := parsePrometheus(text)
-	require.NoError(t, err)
-	requireSamples(t, samples, map[string]float64{
-		"orderd_orders_processed_total":      5,
-		"orderd_orders_accepted_total":       5,
-		`orderd_orders{status="Pending"}`:    0,
-		`orderd_orders{status="Processing"}`: 0,
-		`orderd_orders{status="Completed"}`:  5,
-		"orderd_processing_seconds_count":    5,
-		"orderd_oldest_pending_seconds":      0,
-		"orderd_queue_length":                0,
-		"orderd_queue_capacity":              1024,
-		"orderd_cache_entries":               5,
-		"orderd_cache_hits_total":            1,
-		"orderd_read_seconds_count":          2,
-		"orderd_create_seconds_count":        0,
-		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="200"}`: 1,
-		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="404"}`: 1,
-		`orderd_http_requests_total{method="GET",route="/metrics",status="200"}`:          1,
-		`orderd_http_requests_total{method="other",route="other",status="404"}`:           1,
-	})
-	require.Positive(t, samples["orderd_wal_bytes"])
-	checkInvariants(t, a)
-
-	const head = "# HELP a_total Text.\n# TYPE a_total counter\n"
-	const histogramHead = "# HELP h Text.\n# TYPE h histogram\n"
-	for _, tc := range []struct{ name, text, want string }{
-		{"no end of line", head + "a_total 1", "end of line"},
-		{"an empty line", head + "\n", "no sample"},
-		{"a sample without a family", "a_total 1\n", "does not belong"},
-		{"a sample of another family", head + "b_total 1\n", "does not belong"},
-		{"a family twice", head + "a_total 1\n" + head, "again"},
-		{"a type of another name", "# HELP a Text.\n# TYPE b gauge\n", "no TYPE"},
-		{"a type without help", "# TYPE a gauge\na 1\n", "no sample"},
-		{"a type that is none", "# HELP a Text.\n# TYPE a meter\n", "no TYPE"},
-		{"a name that is none", "# HELP a-b Text.\n# TYPE a-b gauge\n", "no sample"},
-		{"a label that is none", head + `a_total{b-c="d"} 1` + "\n", "no sample"},
-		{"a quote in a label", head + `a_total{b="c"d"} 1` + "\n", "no sample"},
-		{"a label twice", head + `a_total{b="c",b="d"} 1` + "\n", "label"},
-		{"a sample twice", head + "a_total 1\na_total 2\n", "twice"},
-		{"a value that is none", head + "a_total 0x1\n", "no sample"},
-		{"a negative counter", head + "a_total -1\n", "counter"},
-		{"buckets that fall", histogramHead + "h_bucket{le=\"1\"} 3\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "cumulative"},
-		{"bounds that fall", histogramHead + "h_bucket{le=\"2\"} 1\nh_bucket{le=\"1\"} 2\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "ascend"},
-		{"no bucket without a bound", histogramHead + "h_bucket{le=\"1\"} 1\nh_sum 1\nh_count 1\n", "count"},
-		{"a count of its own", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 2\n", "count"},
-		{"no sum", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_count 1\n", "sum"},
-	} {
-		t.Run("the parser refuses "+tc.name, func(t *testing.T) {
-			_, err := parsePrometheus(tc.text)
-			require.ErrorContains(t, err, tc.want)
-		})
-	}
-}
-
-const promName = `[a-zA-Z_:][a-zA-Z0-9_:]*`
-
-var (
-	promHelp   = regexp.MustCompile(`^# HELP (` + promName + `) (.+)$`)
-	promType   = regexp.MustCompile(`^# TYPE (` + promName + `) (counter|gauge|histogram|summary|untyped)$`)
-	promLabel  = regexp.MustCompile(`([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\[\\"n])*)"`)
-	promSample = regexp.MustCompile(`^(` + promName + `)(\{` + promLabel.String() + `(?:,` + promLabel.String() + `)*\})? ([+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf)|NaN)$`)
-)
-
-func requireSamples(t *testing.T, samples, wanted map[string]float64) {
-	t.Helper()
-	for name, want := range wanted {
-		require.Contains(t, samples, name)
-		require.Equal(t, want, samples[name], name)
-	}
-}
-
-// parsePrometheus reads the text format 0.0.4 as strictly as orderd writes it:
-// each family has HELP, TYPE and its samples, in one piece. The samples are
-// returned by name and labels as they stand.
-func parsePrometheus(text string) (map[string]float64, error) {
-	if !strings.HasSuffix(text, "\n") || !utf8.ValidString(text) {
-		return nil, errors.New("the last line has no end of line, or the text is not UTF-8")
-	}
-	samples, families := map[string]float64{}, map[string]bool{}
-	var name, kind string
-	var bounds, counts []float64 // of the histogram's buckets
-	finish := func() error {
-		switch total, ok := samples[name+"_count"]; {
-		case kind != "histogram":
-			return nil
-		case len(bounds) == 0 || !math.IsInf(bounds[len(bounds)-1], 1) || !ok || counts[len(counts)-1] != total:
-			return fmt.Errorf("%s: the last bucket is not the count", name)
-		}
-		if _, ok := samples[name+"_sum"]; !ok {
-			return fmt.Errorf("%s has no sum", name)
-		}
-		return nil
-	}
-	lines := bufio.NewScanner(strings.NewReader(text))
-	for lines.Scan() {
-		line := lines.Text()
-		if help := promHelp.FindStringSubmatch(line); help != nil {
-			if err := finish(); err != nil {
-				return nil, err
-			}
-			lines.Scan()
-			typed := promType.FindStringSubmatch(lines.Text())
-			if typed == nil || typed[1] != help[1] {
-				return nil, fmt.Errorf("no TYPE after %q", line)
-			}
-			if name, kind = typed[1], typed[2]; families[name] {
-				return nil, fmt.Errorf("family %s again", name)
-			}
-			families[name], bounds, counts = true, nil, nil
-			continue
-		}
-		parts := promSample.FindStringSubmatch(line)
-		if parts == nil {
-			return nil, fmt.Errorf("no sample: %q", line)
-		}
-		value, err := strconv.ParseFloat(parts[len(parts)-1], 64)
-		if err != nil {
-			return nil, err
-		}
-		labels := map[string]string{}
-		for _, l := range promLabel.FindAllStringSubmatch(parts[2], -1) {
-			if _, ok := labels[l[1]]; ok {
-				return nil, fmt.Errorf("label twice: %q", line)
-			}
-			labels[l[1]] = l[2]
-		}
-		suffix, ours := strings.CutPrefix(parts[1], name)
-		if kind == "histogram" {
-			ours = ours && slices.Contains([]string{"_bucket", "_sum", "_count"}, suffix)
-		} else {
-			ours = ours && suffix == ""
-		}
-		if !ours || kind == "" {
-			return nil, fmt.Errorf("sample does not belong to %s: %q", name, line)
-		}
-		if _, ok := samples[parts[1]+parts[2]]; ok {
-			return nil, fmt.Errorf("sample twice: %q", line)
-		}
-		samples[parts[1]+parts[2]] = value
-		if kind == "counter" && (!strings.HasSuffix(name, "_total") || !(value >= 0)) {
-			return nil, fmt.Errorf("no counter: %q", line)
-		}
-		if suffix != "_bucket" {
-			continue
-		}
-		bound, err := strconv.ParseFloat(labels["le"], 64)
-		if err != nil || len(bounds) > 0 && bound <= bounds[len(bounds)-1] {
-			return nil, fmt.Errorf("bounds do not ascend: %q", line)
-		}
-		if len(counts) > 0 && value < counts[len(counts)-1] {
-			return nil, fmt.Errorf("buckets are not cumulative: %q", line)
-		}
-		bounds, counts = append(bounds, bound), append(counts, value)
-	}
-	return samples, cmp.Or(lines.Err(), finish())
 }
 
 // ---- log.go ----
@@ -5971,9 +5827,8 @@ func (j *journal) observe(base string) (stop func()) {
 				}
 				if err := look(client, r); err != nil && !j.replicas {
 					return // the service has gone
-				} else if err != nil {
-					time.Sleep(5 * time.Millisecond)
 				}
+				time.Sleep(5 * time.Millisecond) // what is observed needs the processor
 			}
 		})
 	}
@@ -6098,26 +5953,25 @@ func getSummary(base string) (sum summary, err error) {
 	return sum, json.NewDecoder(response.Body).Decode(&sum)
 }
 
-// metric reads one metric without labels from the Prometheus text.
+// metrics reads the Prometheus text; a sample's name has its labels.
+func samples(tb testing.TB, base string) map[string]float64 {
+	tb.Helper()
+	got := exchange(context.Background(), http.DefaultClient, base, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
+	require.NoError(tb, got.err)
+	found := map[string]float64{}
+	for _, m := range regexp.MustCompile(`(?m)^([a-z_]+(?:\{.*\})?) (\S+)$`).FindAllStringSubmatch(got.body, -1) {
+		value, err := strconv.ParseFloat(m[2], 64)
+		require.NoError(tb, err)
+		found[m[1]] = value
+	}
+	return found
+}
+
 func metric(tb testing.TB, base, name string) float64 {
 	tb.Helper()
-	request, err := http.NewRequest(http.MethodGet, base+"/metrics", nil)
-	require.NoError(tb, err)
-	request.Header.Set("Accept", "text/plain")
-	response, err := http.DefaultClient.Do(request)
-	require.NoError(tb, err)
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	require.NoError(tb, err)
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, name+" "); ok {
-			v, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
-			require.NoError(tb, err)
-			return v
-		}
-	}
-	require.Fail(tb, "no metric "+name)
-	return 0
+	found := samples(tb, base)
+	require.Contains(tb, found, name)
+	return found[name]
 }
 
 // drained waits until all orders are Completed and counted.
@@ -6310,7 +6164,7 @@ func TestKillNine(t *testing.T) {
 		p := startProcess(t, dir, nil, args...)
 		j.check(t, p.url())
 		stopLoad, stopObservers := j.load(p.url(), 8, 2000), j.observe(p.url())
-		pause(400 * time.Millisecond)
+		pause(300 * time.Millisecond)
 		p.kill()
 		stopLoad()
 		stopObservers()
@@ -6371,7 +6225,7 @@ func TestSigtermUnderLoad(t *testing.T) {
 		p := startProcess(t, dir, nil, "-delay", "5ms", "-workers", "4", "-drain", "5s")
 		stopLoad, stopObservers := j.load(p.url(), 8, 100_000), j.observe(p.url())
 		before := j.count(accepted)
-		until(t, func() bool { return j.count(accepted) > before+300 })
+		until(t, func() bool { return j.count(accepted) > before+100 })
 		began := time.Now()
 		require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
 		require.Less(t, time.Since(began), 6*time.Second)
@@ -7009,7 +6863,9 @@ func TestStartIsRefused(t *testing.T) {
 		{"a log too deep for SQLite", stopped, given("-log", deep+"/orderd.log"), tooDeep + "-log"},
 		{"a log directory that is a file", stopped, given("-log", file+"/orderd.log"), "cannot write the log file .*; choose another with -log"},
 		{"the log is another orderd's", stopped, given("-log", running.cfg.log.file), "cannot write the log file .*: another orderd uses it; choose another with -log"},
-		{"the log is orders.db", stopped, func(_ *testing.T, dir string) []string { return []string{"-log", filepath.Join(dir, "data", "orders.db")} },
+		{"the log is orders.db", stopped, func(_ *testing.T, dir string) []string {
+			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
+		},
 			"cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
 		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
 			elsewhere := t.TempDir()
@@ -7150,12 +7006,12 @@ func TestWALIndexCannotGrow(t *testing.T) {
 					tracer.Wait()
 				}
 			})
-			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "64")
+			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "2")
 			j.place(t, p.url(), 1)
 			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
 			defer end()
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
-			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 10e6 })
+			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 15e6 }, "the next step of the index is near")
 			stopLoad()
 			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
@@ -7165,7 +7021,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
 			}
 			until(t, traced)
-			stopLoad = j.load(p.url(), 16, math.MaxInt)
+			stopLoad = j.load(p.url(), 4, math.MaxInt) // each system call costs now
 			stopObservers := j.observe(p.url())
 			until(t, func() bool {
 				text, err := os.ReadFile(log)
@@ -7180,7 +7036,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				return
 			}
 			before := j.count(accepted)
-			until(t, func() bool { return j.count(accepted) > before+100 })
+			until(t, func() bool { return j.count(accepted) > before+20 })
 			stopLoad()
 			stopObservers()
 			end()
@@ -7195,9 +7051,6 @@ func TestWALIndexCannotGrow(t *testing.T) {
 func TestStoppedAndContinued(t *testing.T) {
 	t.Parallel()
 	needs(t, "kill")
-	if testing.Short() {
-		t.Skip("takes five seconds")
-	}
 	dir := t.TempDir()
 	j := newJournal("stopped", 5*time.Millisecond)
 	p := startProcess(t, dir, nil, "-delay", "5ms")
@@ -7205,7 +7058,7 @@ func TestStoppedAndContinued(t *testing.T) {
 	until(t, func() bool { return j.count(accepted) > 50 })
 	pid := strconv.Itoa(p.cmd.Process.Pid)
 	require.NoError(t, exec.Command("kill", "-STOP", pid).Run())
-	<-time.After(5 * time.Second)
+	<-time.After(time.Duration(many(50)) * 100 * time.Millisecond)
 	during := j.count(accepted)
 	require.NoError(t, exec.Command("kill", "-CONT", pid).Run())
 	until(t, func() bool { return j.count(accepted) > during+50 })
@@ -7227,10 +7080,10 @@ func TestClockSteps(t *testing.T) {
 	}
 	for range 2 { // the second time with the newest ID an hour ahead
 		a, stop := openTestApp(t, dir, step, nil)
-		base := "http://" + a.listener.Addr().String()
+		base := base(a)
 		stopObservers := j.observe(base)
 		before, stopLoad := j.count(accepted), j.load(base, 4, math.MaxInt)
-		until(t, func() bool { return j.count(accepted) > before+150 }, "orders are placed while the clock steps")
+		until(t, func() bool { return j.count(accepted) > before+50 }, "orders are placed while the clock steps")
 		stopLoad()
 		j.place(t, base, 50)
 		stopObservers()
@@ -7310,7 +7163,7 @@ func TestStderrThatNobodyReads(t *testing.T) {
 			if gone {
 				require.NoError(t, reader.Close())
 			}
-			j.place(t, p.url(), 1000) // whose log lines are longer than a pipe
+			j.place(t, p.url(), 450) // whose log lines are longer than a pipe
 			j.check(t, p.url())
 			if gone {
 				require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
@@ -7431,7 +7284,7 @@ func TestBackupWhileItRuns(t *testing.T) {
 	p := startProcess(t, dir, nil, "-delay", "1ms")
 	stop := j.load(p.url(), 8, math.MaxInt)
 	defer stop()
-	until(t, func() bool { return j.count(accepted) > 1000 })
+	until(t, func() bool { return j.count(accepted) > 300 })
 	j.mu.Lock()
 	k.accepted = slices.Clone(j.accepted) // what the backup must hold; it may hold more
 	j.mu.Unlock()
@@ -7552,10 +7405,11 @@ func TestReaderUnderLoad(t *testing.T) {
 // TestListsDoNotHoldTheWAL has some list under way at every moment.
 func TestListsDoNotHoldTheWAL(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
+	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	var quit atomic.Bool
-	var readers, writers sync.WaitGroup
-	for range 8 {
+	var readers sync.WaitGroup
+	t.Cleanup(func() { quit.Store(true) })
+	for range 3 {
 		readers.Go(func() {
 			for !quit.Load() {
 				_, err := a.store.list(filter{before: math.MaxInt64, limit: maxPage})
@@ -7564,13 +7418,8 @@ func TestListsDoNotHoldTheWAL(t *testing.T) {
 		})
 	}
 	longest := int64(0)
-	for range 300 {
-		for range 64 {
-			writers.Go(func() {
-				assert.NoError(t, a.store.create(&create{order: order{userID: "u", itemIDs: strings.Repeat("x", 4000)}}))
-			})
-		}
-		writers.Wait()
+	for written := 0; written < 4*walKept; written += 64 * maxItemIDs {
+		commitTogether(t, a.store, largest(64))
 		longest = max(longest, walBytes(a))
 	}
 	quit.Store(true)
@@ -7586,11 +7435,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	commitTogether(t, a.store, sampleOrders(1))
 	_, endFirst := holdSnapshot(t, onSQLite(t, a).file.path)
 	for walBytes(a) <= walKept*5/4 {
-		creates := sampleOrders(64)
-		for _, c := range creates {
-			c.itemIDs = strings.Repeat("x", maxItemIDs)
-		}
-		commitTogether(t, a.store, creates)
+		commitTogether(t, a.store, largest(64))
 	}
 	_, endLast := holdSnapshot(t, onSQLite(t, a).file.path)
 	endFirst()
@@ -7601,37 +7446,25 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 
 func TestReaderHoldsTheWAL(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
-	base := "http://" + a.listener.Addr().String()
-	wal := func() float64 { return metric(t, base, "orderd_wal_bytes") }
-	items := strings.Repeat("x", maxItemIDs)
-	// fill writes large orders until done, and watches that each create is quick.
+	a, _ := openIdle(t, t.TempDir(), nil, nil)
+	// fill writes until done, and watches that nobody waits.
 	fill := func(done func() bool) {
 		for n := 0; !done(); n++ {
 			require.Less(t, n, 200)
-			var wg sync.WaitGroup
-			var failed atomic.Int64
-			for range 64 {
-				wg.Go(func() {
-					began := time.Now()
-					if err := a.store.create(&create{order: order{userID: "reader", itemIDs: items, cents: 1}}); err != nil || time.Since(began) > 10*time.Second {
-						failed.Add(1)
-					}
-				})
-			}
-			wg.Wait()
-			require.Zero(t, failed.Load())
+			began := time.Now()
+			commitTogether(t, a.store, largest(64))
+			require.Less(t, time.Since(began), 10*time.Second)
 		}
 	}
 	fill(func() bool { return a.store.totals().accepted >= 64 })
 	count, end := holdSnapshot(t, onSQLite(t, a).file.path)
 	held := count()
-	fill(func() bool { return wal() > walKept*5/4 })
+	fill(func() bool { return walBytes(a) > walKept*5/4 })
 	require.Equal(t, held, count())
 	require.Greater(t, a.store.totals().accepted, held+1000)
 	end()
-	fill(func() bool { return wal() <= walKept })
-	drained(t, base)
+	fill(func() bool { return walBytes(a) <= walKept })
+	checkInvariants(t, a)
 }
 
 // ---- faults: the work, overload ----
@@ -7744,7 +7577,7 @@ func TestOverload(t *testing.T) {
 	})
 	let := sync.OnceFunc(func() { close(release) })
 	t.Cleanup(let)
-	base := "http://" + a.listener.Addr().String()
+	base := base(a)
 	var wg sync.WaitGroup
 	var failed atomic.Int64
 	place := func() {
@@ -7785,7 +7618,10 @@ func TestOverload(t *testing.T) {
 // TestAMillionPending starts on a backlog far longer than the channel.
 func TestAMillionPending(t *testing.T) {
 	t.Parallel()
-	orders, dir := many(1_000_000), t.TempDir()
+	orders, dir := 50_000, t.TempDir()
+	if *long {
+		orders = 1_000_000
+	}
 	seed(t, dir, 0, orders)
 	p := startProcess(t, dir, nil, "-delay", "0s", "-workers", "1", "-queue", "16", "-cache", "1000")
 	largest := 0.0
@@ -8119,9 +7955,7 @@ func TestAClockThatWasAheadIsTold(t *testing.T) {
 	place(t, a, "user", "item")
 	stop()
 	a, stop = openTestApp(t, dir, nil, nil)
-	samples, err := parsePrometheus(call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body)
-	require.NoError(t, err)
-	require.InDelta(t, 86400, samples["orderd_clock_behind_seconds"], 600)
+	require.InDelta(t, 86400, metric(t, base(a), "orderd_clock_behind_seconds"), 600)
 	stop()
 	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
 	require.NoError(t, err)
@@ -8217,6 +8051,7 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 func TestMemoryIsBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
+	quiet := p.residentMB(t)
 	request := postRequest(orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1"))
 	var failed atomic.Pointer[error]
 	var clients sync.WaitGroup
@@ -8229,7 +8064,7 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 			}
 			defer conn.Close()
 			r := bufio.NewReader(conn)
-			for range max(many(20_000), 5_000) / 16 {
+			for range max(many(20_000), 3_000) / 16 {
 				_, err := conn.Write(request)
 				if err := cmp.Or(err, readAnswer(r, []byte("HTTP/1.1 201 "))); err != nil {
 					failed.Store(&err)
@@ -8240,7 +8075,7 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 	}
 	clients.Wait()
 	require.Nil(t, failed.Load())
-	require.True(t, p.residentMB(t) < 100 || raced()) // the race detector takes memory of its own
+	require.True(t, p.residentMB(t) < quiet+40 || raced(), "not even the least number of them, of 16 KB each, would fit there") // the race detector takes memory of its own
 	p.stop(t)
 }
 
@@ -8589,7 +8424,7 @@ func TestAbuse(t *testing.T) {
 			require.Less(t, time.Since(began), test.within)
 		})
 	}
-	drained(t, "http://"+a.listener.Addr().String())
+	drained(t, base(a))
 }
 
 // TestCrowd leaves 2,000 connections idle, sends 250 headers and 250 bodies a
@@ -8754,7 +8589,7 @@ func TestWaiters(t *testing.T) {
 func TestRandomIDs(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	base := "http://" + a.listener.Addr().String()
+	base := base(a)
 	j := newJournal("ids", 0)
 	j.place(t, base, 3)
 	j.check(t, base)
@@ -9501,10 +9336,14 @@ func newCluster(tb testing.TB, settings ...string) *cluster {
 
 func freePort(tb testing.TB) int {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(tb, err)
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	for {
+		port := 20_000 + rand.IntN(10_000) // below those that the system gives to others meanwhile
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
+		if err == nil {
+			require.NoError(tb, l.Close())
+			return port
+		}
+	}
 }
 
 // standby copies the server, to follow it under that name.
