@@ -50,6 +50,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -70,7 +71,7 @@ var (
 	killRounds  = flag.Int("kill-rounds", 3, "how often TestKillNine kills the service")
 	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
 	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
-	readerHold  = flag.Duration("reader-holds", time.Second, "how long TestReaderUnderLoad holds its transaction")
+	readerHold  = flag.Duration("reader-holds", 300*time.Millisecond, "how long TestReaderUnderLoad holds its transaction")
 )
 
 // newTestApp opens the whole service on real files and a free port, serves it,
@@ -91,13 +92,13 @@ func openTestApp(tb testing.TB, dir string, change func(*config), before func(*a
 }
 
 // lookedAt is an app that has been opened and not started.
-func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app)) *app {
+func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app), stderr ...io.Writer) *app {
 	tb.Helper()
 	cfg := testConfig(dir)
 	if change != nil {
 		change(&cfg)
 	}
-	a, err := openApp(cfg, io.Discard)
+	a, err := openApp(cfg, io.MultiWriter(stderr...))
 	require.NoError(tb, err)
 	if a.postgres != nil {
 		require.NoError(tb, a.standBy(tb.Context(), func(string, string) {}))
@@ -425,13 +426,16 @@ func onSQLite(tb testing.TB, a *app) *sqliteEngine {
 }
 
 // logged are the lines with this message in the log of an app that has ended.
-func logged(tb testing.TB, dir, message string) (lines []map[string]any) {
+func logged(tb testing.TB, dir, message string) []map[string]any {
 	tb.Helper()
-	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
-	require.NoError(tb, err)
-	for line := range bytes.Lines(text) {
+	return linesOf(tb, bytesOf(tb, filepath.Join(dir, "logs", "orderd.log")), message)
+}
+
+func linesOf(tb testing.TB, log, message string) (lines []map[string]any) {
+	tb.Helper()
+	for line := range strings.Lines(log) {
 		var fields map[string]any
-		require.NoError(tb, json.Unmarshal(line, &fields))
+		require.NoError(tb, json.Unmarshal([]byte(line), &fields))
 		if fields["msg"] == message {
 			lines = append(lines, fields)
 		}
@@ -1980,20 +1984,6 @@ func TestIdempotencyKey(t *testing.T) {
 	})
 }
 
-func TestIdempotencyKeyOutlivesARestart(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, nil, nil)
-	first := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
-	stop()
-	a, _ = openTestApp(t, dir, nil, nil)
-	second := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
-	require.Equal(t, http.StatusCreated, second.status)
-	require.Equal(t, first.body, second.body)
-	require.Equal(t, "true", second.header.Get("Idempotent-Replayed"))
-	require.EqualValues(t, 1, a.store.totals().accepted)
-}
-
 func TestGetOrder(t *testing.T) {
 	t.Parallel()
 	a, release, _ := heldApp(t, func(c *config) { c.pool.workers, c.store.cache = 1, 2 }, nil)
@@ -3226,7 +3216,13 @@ func TestClientInTheRequestLog(t *testing.T) {
 	t.Parallel()
 	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	peer := regexp.MustCompile(`^127\.0\.0\.1:\d+$`)
-	for _, test := range []struct {
+	type asked struct {
+		a     *app
+		lines func() []map[string]any
+		tests []int
+	}
+	apps := map[string]*asked{} // by what they are told
+	tests := []struct {
 		name      string
 		names     []string // from -host
 		addr      string
@@ -3249,26 +3245,36 @@ func TestClientInTheRequestLog(t *testing.T) {
 		{name: "a trace that is none", header: http.Header{"Traceparent": {trace + " " + trace}}, traceless: true},
 		{name: "an old trace", header: http.Header{"Traceparent": {"00-0AF7651916CD43DD8448EB211C80319C-B7AD6B7169203331-01"}}, traceless: true},
 		{name: "two traces", header: http.Header{"Traceparent": {trace, trace}}, traceless: true},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
+	}
+	for i, test := range tests {
+		at := cmp.Or(test.addr, "127.0.0.1:0") + strings.Join(test.names, "")
+		if apps[at] == nil {
 			dir := t.TempDir()
 			a, stop := openTestApp(t, dir, func(c *config) { c.server.names, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
-			call(t, a, http.MethodGet, "/livez", test.header, "")
-			stop()
-			lines := logged(t, dir, "request")
-			require.Len(t, lines, 1)
+			apps[at] = &asked{a: a, lines: func() []map[string]any {
+				stop()
+				return logged(t, dir, "request")
+			}}
+		}
+		call(t, apps[at].a, http.MethodGet, "/livez", test.header, "")
+		apps[at].tests = append(apps[at].tests, i)
+	}
+	for _, one := range apps {
+		lines := one.lines()
+		require.Len(t, lines, len(one.tests))
+		for n, i := range one.tests {
+			test := tests[i]
 			if test.client == "" {
-				require.Regexp(t, peer, lines[0]["client"])
+				require.Regexp(t, peer, lines[n]["client"], test.name)
 			} else {
-				require.Equal(t, test.client, lines[0]["client"])
+				require.Equal(t, test.client, lines[n]["client"], test.name)
 			}
 			if test.header["Traceparent"] == nil || test.traceless {
-				require.NotContains(t, lines[0], "traceparent")
+				require.NotContains(t, lines[n], "traceparent", test.name)
 			} else {
-				require.Equal(t, trace, lines[0]["traceparent"])
+				require.Equal(t, trace, lines[n]["traceparent"], test.name)
 			}
-		})
+		}
 	}
 }
 
@@ -3472,54 +3478,6 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	checkInvariants(t, a)
 }
 
-func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
-	t.Parallel()
-	a, _ := openIdle(t, t.TempDir(), nil, nil)
-	first := sampleOrder(1, "key")
-	require.NoError(t, a.store.create(first))
-	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection
-	require.NoError(t, err)
-	for range 2 { // in the batch that fails, and behind it
-		again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
-		require.NoError(t, a.store.create(again))
-		require.True(t, again.replayed)
-		require.Equal(t, first.id, again.id)
-		require.ErrorIs(t, a.store.create(other), errKeyReused)
-		require.ErrorIs(t, a.store.create(fresh), errUnwritable)
-	}
-	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
-	require.NoError(t, err)
-	until(t, func() bool { return a.store.create(sampleOrder(3, "new")) == nil }, "the refused key is free")
-	checkInvariants(t, a)
-}
-
-// TestReadyTellsOfACheckpointThatHangs has an fsync of orders.db take longer
-// than a disk should.
-func TestReadyTellsOfACheckpointThatHangs(t *testing.T) {
-	t.Parallel()
-	dir, wal := walDir(t)
-	p := startWrapped(t, straced(t, filepath.Join(dir, "strace"), strings.TrimSuffix(wal, "-wal"),
-		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_enter=6000000:when=1"), dir, nil, "-delay", "1ms")
-	j := newJournal("hang", time.Millisecond)
-	j.large = true
-	stopLoad := j.load(p.url(), 16, math.MaxInt)
-	ready := func(want int) func() bool {
-		return func() bool {
-			response, err := http.Get(p.url() + "/readyz")
-			if !assert.NoError(t, err) {
-				return true
-			}
-			response.Body.Close()
-			return response.StatusCode == want
-		}
-	}
-	until(t, ready(http.StatusServiceUnavailable))
-	until(t, ready(http.StatusOK))
-	stopLoad()
-	j.check(t, p.url())
-	j.stopAndCheck(t, p)
-}
-
 // TestRetryOfNothingIsAWrite: after creates alone were refused, only a commit
 // that the disk has taken may let them in again.
 func TestRetryOfNothingIsAWrite(t *testing.T) {
@@ -3535,129 +3493,111 @@ func TestRetryOfNothingIsAWrite(t *testing.T) {
 	}
 }
 
-func TestReadyTellsOfACommitThatHangs(t *testing.T) {
+// TestOrdersAgainstAModel places, works, asks and restarts at random. One worker
+// takes orders first in, first out, and the test lets it complete so many: so of
+// all orders the first done are Completed, the next is Processing, the rest Pending.
+func TestOrdersAgainstAModel(t *testing.T) {
 	t.Parallel()
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			held <- struct{}{}
-			<-release
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
-	require.NoError(t, a.store.ready())
-	done := make(chan error)
-	go func() { done <- a.store.create(sampleOrder(1, "")) }()
-	<-held
-	until(t, func() bool { return errors.Is(a.store.ready(), errStalled) }, "the store is not ready")
-	let()
-	require.NoError(t, <-done)
-	until(t, func() bool { return a.store.ready() == nil }, "the store is ready again")
-}
-
-func TestReopeningForgetsNothing(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	creates := sampleOrders(9)
-	creates[3].key, creates[8].key = "third", "eighth"
-	ids := commitTogether(t, a.store, creates)
-	for i, to := range []status{completed, processing, completed, pending, processing} {
-		moveTo(t, a.store, ids[i], to, int64(i))
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			t.Parallel()
+			r, dir := rand.New(rand.NewPCG(seed, 0)), t.TempDir()
+			var placed []*create
+			done, resumed := 0, 0 // orders; resumed at the last start
+			var a *app
+			var stop func()
+			var worked diary
+			permits := make(chan struct{}, 10_000)
+			start := func() {
+				resumed, worked.ids = done, nil
+				a, stop = openTestApp(t, dir, func(c *config) {
+					c.drain, c.pool.workers, c.pool.places, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
+					c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
+						worked.note(id)
+						select {
+						case <-permits:
+							return nil
+						case <-ctx.Done():
+							return ctx.Err()
+						}
+					}
+				}, nil)
+			}
+			compare := func() {
+				awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
+				until(t, func() bool { return len(worked.read()) == min(done+1, len(placed))-resumed }, "the next is in work")
+				wantStatus := func(i int) status { return []status{completed, processing, pending}[min(2, max(0, i-done+1))] }
+				found := allOrders(t, a.store)
+				require.Len(t, found, len(placed))
+				slices.Reverse(found)
+				for i, c := range placed {
+					o := found[i]
+					require.Equal(t, wantStatus(i), o.status, "order %d of %d", i, done)
+					o.status, o.started, o.took = pending, 0, 0
+					require.Equal(t, c.order, o)
+					if got := worked.read(); i >= resumed && i-resumed < len(got) {
+						require.Equal(t, c.id, got[i-resumed], "first in, first out")
+					}
+				}
+				for range 10 {
+					i := r.IntN(len(placed))
+					st, err := a.store.status(placed[i].id)
+					require.NoError(t, err)
+					require.Equal(t, wantStatus(i), st)
+				}
+				checkInvariants(t, a)
+			}
+			place := func(n int) {
+				creates := make([]*create, n)
+				for i := range creates {
+					key := ""
+					if r.IntN(3) == 0 {
+						key = fmt.Sprint("key", len(placed)+i)
+					}
+					creates[i] = sampleOrder(len(placed)+i, key)
+				}
+				commitTogether(t, a.store, creates)
+				placed = append(placed, creates...)
+			}
+			start()
+			place(2*feedRows + 3) // more than the feeder reads at a time, and than the channel holds
+			for range 12 {
+				switch what := r.IntN(5); what {
+				case 0:
+					place(1 + r.IntN(60))
+				case 1, 2:
+					n := min(1+r.IntN(300), len(placed)-done)
+					for range n {
+						permits <- struct{}{}
+					}
+					done += n
+				case 3:
+					i := r.IntN(len(placed))
+					if key := placed[i].key; key != "" {
+						again := sampleOrder(i, key)
+						require.NoError(t, a.store.create(again))
+						require.True(t, again.replayed)
+						require.Equal(t, placed[i].id, again.id)
+						require.ErrorIs(t, a.store.create(sampleOrder(i+1, key)), errKeyReused)
+					}
+				case 4:
+					awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
+					before := a.metrics.summary(a.store.totals())
+					stop()
+					start()
+					require.Equal(t, before.TotalOrdersProcessed, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
+					require.Equal(t, before.AverageProcessingTime, a.metrics.summary(a.store.totals()).AverageProcessingTime)
+				}
+				compare()
+			}
+			for ; done < len(placed); done++ {
+				permits <- struct{}{}
+			}
+			compare()
+			stop()
+			require.Empty(t, logged(t, dir, "a step did not find its order"))
+		})
 	}
-	before, totalsBefore := allOrders(t, a.store), counts(a)
-	require.Len(t, before, 9)
-	checkInvariants(t, a)
-	stop()
-
-	for range 2 {
-		a, stop = openIdle(t, dir, nil, nil)
-		require.Equal(t, before, allOrders(t, a.store))
-		require.Equal(t, totalsBefore, counts(a))
-		require.Equal(t, int64(7), unfinished(a))
-		again := sampleOrder(3, "third")
-		require.NoError(t, a.store.create(again))
-		require.True(t, again.replayed)
-		require.Equal(t, ids[3], again.id)
-		require.ErrorIs(t, a.store.create(sampleOrder(4, "eighth")), errKeyReused)
-		require.Equal(t, totalsBefore, counts(a), "a replay and a refusal are no new orders")
-		checkInvariants(t, a)
-		stop()
-	}
-}
-
-func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	ids := commitTogether(t, a.store, sampleOrders(7))
-	was := []status{completed, pending, processing, completed, processing, pending, pending}
-	for i, to := range was {
-		moveTo(t, a.store, ids[i], to, 5)
-	}
-	checkInvariants(t, a)
-	stop()
-
-	var worked diary
-	var steps stepDiary
-	release := make(chan struct{})
-	work := hold(release)
-	a, _ = openTestApp(t, dir, func(c *config) {
-		c.pool.workers = 1
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return work(ctx, id, 1)
-		}
-	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
-
-	require.Equal(t, int64(5), unfinished(a))
-	awaitRest(t, a, 3, 2) // the first Pending order has joined those that were Processing
-	for _, i := range []int{2, 4} {
-		st, err := a.store.status(ids[i])
-		require.NoError(t, err)
-		require.Equal(t, processing, st, "before it was resumed")
-	}
-	checkInvariants(t, a)
-	close(release)
-	awaitRest(t, a, 0, 7)
-	require.Equal(t, []ulid.ULID{ids[1], ids[2], ids[4], ids[5], ids[6]}, worked.read())
-	taken := steps.read()
-	for i, st := range was {
-		switch st {
-		case pending:
-			require.Equal(t, pending, taken[ids[i]][0].from)
-		case processing:
-			require.Len(t, taken[ids[i]], 1)
-			require.Equal(t, []status{processing, completed}, []status{taken[ids[i]][0].from, taken[ids[i]][0].to})
-		case completed:
-			require.Empty(t, taken[ids[i]])
-		}
-	}
-	checkInvariants(t, a)
-}
-
-// stepDiary notes the steps of every batch, as a beforeCommit hook.
-type stepDiary struct {
-	mu    sync.Mutex
-	steps map[ulid.ULID][]step
-}
-
-func (d *stepDiary) note(b *batch) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.steps == nil {
-		d.steps = map[ulid.ULID][]step{}
-	}
-	for _, st := range b.steps {
-		d.steps[st.id] = append(d.steps[st.id], st)
-	}
-}
-
-func (d *stepDiary) read() map[ulid.ULID][]step {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return maps.Clone(d.steps)
 }
 
 func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
@@ -4131,276 +4071,6 @@ func TestCacheWatch(t *testing.T) {
 
 // ---- worker.go ----
 
-func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name           string
-		queue, batches int
-		size           int
-	}{
-		{"in one batch", 1024, 1, 60},
-		{"in many batches", 1024, 30, 2},
-		{"a backlog of ten times the channel", 16, 1, 160},
-		{"a backlog longer than the feeder reads at a time", 16, 1, feedRows + 40},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			var worked diary
-			release := make(chan struct{})
-			a := newTestApp(t, func(c *config) {
-				c.pool.workers, c.pool.places = 1, tc.queue
-				work := hold(release)
-				c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-					worked.note(id)
-					return work(ctx, id, 1)
-				}
-			})
-			var ids []ulid.ULID
-			for range tc.batches {
-				ids = append(ids, commitTogether(t, a.store, sampleOrders(tc.size))...)
-			}
-			awaitRest(t, a, 1, 0)
-			until(t, func() bool { return len(a.pool.channel) == min(tc.queue, len(ids)-1) }, "the channel is as full as it gets")
-			require.Equal(t, tc.queue, cap(a.pool.channel))
-			require.Equal(t, ids[:1], worked.read())
-			checkInvariants(t, a)
-			close(release)
-			awaitRest(t, a, 0, int64(len(ids)))
-			require.Equal(t, ids, worked.read())
-			checkInvariants(t, a)
-		})
-	}
-}
-
-func TestBacklogFoundAtStartIsTakenInOrder(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	ids := commitTogether(t, a.store, sampleOrders(2*feedRows+3))
-	stop()
-	var worked diary
-	a, _ = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places = 1, 16
-		c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return nil
-		}
-	}, nil)
-
-	more := commitTogether(t, a.store, sampleOrders(40))
-	awaitRest(t, a, 0, int64(len(ids)+len(more)))
-	require.Equal(t, append(ids, more...), worked.read())
-	checkInvariants(t, a)
-}
-
-func TestAPanicCostsOneAttempt(t *testing.T) {
-	t.Parallel()
-	worst := 3
-	for _, tc := range []struct {
-		name string
-		fail func() error
-		text string
-	}{
-		{"a panic", func() error { panic("boom") }, "panic: boom"},
-		{"a runtime error", func() error { return []error{}[worst] }, "panic: runtime error: index out of range [3] with length 0"},
-		{"an error", func() error { return errors.New("no stock") }, "no stock"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			var worked diary
-			queued := make(chan struct{})
-			a, stop := openTestApp(t, dir, func(c *config) {
-				c.pool.workers = 1
-				c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-					worked.note(id)
-					if len(worked.read()) == 1 {
-						<-queued
-						return tc.fail()
-					}
-					return nil
-				}
-			}, nil)
-
-			ids := commitTogether(t, a.store, sampleOrders(3))
-			until(t, func() bool { return len(a.pool.channel) == 2 }, "the others wait for the one worker")
-			close(queued)
-			awaitRest(t, a, 0, 3)
-			require.Equal(t, append(ids, ids[0]), worked.read(), "the others go first, then it is tried again")
-			o, err := a.store.get(ids[0])
-			require.NoError(t, err)
-			require.GreaterOrEqual(t, o.took, firstRetry.Microseconds(), "the pause counts as processing")
-			checkInvariants(t, a)
-			stop()
-			lines := logged(t, dir, "an attempt at an order failed")
-			require.Len(t, lines, 1)
-			require.Equal(t, "WARN", lines[0]["level"])
-			require.Equal(t, ids[0].String(), lines[0]["order_id"])
-			require.Equal(t, tc.text, lines[0]["error"])
-		})
-	}
-}
-
-// TestParkedOrdersAreBounded has every place for a pause taken: the feeder waits.
-func TestParkedOrdersAreBounded(t *testing.T) {
-	t.Parallel()
-	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		for range maxParked {
-			a.pool.parked.park(job{}, time.Now().Add(time.Hour))
-		}
-	})
-	ids := commitTogether(t, a.store, sampleOrders(5))
-	require.Never(t, func() bool { return len(a.pool.channel) > 0 || a.store.totals().pending() < 5 }, 2*firstRetry, firstRetry/10)
-	a.pool.parked.mu.Lock()
-	a.pool.parked.jobs = jobHeap{}
-	a.pool.parked.mu.Unlock()
-	awaitRest(t, a, 0, int64(len(ids)))
-	checkInvariants(t, a)
-}
-
-// forwardOnly asks for the statuses of orders over and over.
-type forwardOnly struct {
-	newest map[ulid.ULID]status
-	back   []string
-}
-
-// watch begins to ask an app; the function it returns ends that.
-func (f *forwardOnly) watch(s *store, ids []ulid.ULID) (end func()) {
-	quit, ended := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(ended)
-		tick := time.NewTicker(time.Millisecond)
-		defer tick.Stop()
-		for {
-			for _, id := range ids {
-				st, err := s.status(id)
-				if err != nil {
-					continue // the store is closed
-				}
-				if st < f.newest[id] {
-					f.back = append(f.back, fmt.Sprintf("%s went from %s to %s", id, f.newest[id], st))
-				}
-				f.newest[id] = st
-			}
-			select {
-			case <-quit:
-				return
-			case <-tick.C:
-			}
-		}
-	}()
-	return func() { close(quit); <-ended }
-}
-
-func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	seen := forwardOnly{newest: map[ulid.ULID]status{}}
-	var failing atomic.Pointer[ulid.ULID]
-	a, stop := openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places, c.store.cache, c.drain = 2, 4, 3, 0
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			if failing.CompareAndSwap(nil, &id) {
-				return errors.New("no")
-			}
-			return hold(nil)(ctx, id, 1)
-		}
-	}, nil)
-
-	ids := commitTogether(t, a.store, sampleOrders(12))
-	end := seen.watch(a.store, ids)
-	awaitRest(t, a, 3, 0)
-	checkInvariants(t, a)
-	stop()
-	end()
-
-	a, stop = openIdle(t, dir, nil, nil)
-	for i, id := range ids {
-		o, err := a.store.get(id)
-		require.NoError(t, err)
-		require.Equal(t, i < 3, o.status == processing, "order %d is %s", i, o.status)
-	}
-	checkInvariants(t, a)
-	stop()
-
-	var worked diary
-	var steps stepDiary
-	release := make(chan struct{})
-	a, stop = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places, c.store.cache = 1, 4, 3
-		work := hold(release)
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return work(ctx, id, 1)
-		}
-	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
-
-	require.Equal(t, int64(12), unfinished(a))
-	end = seen.watch(a.store, ids)
-	until(t, func() bool { return len(worked.read()) == 1 }, "the first is in work")
-	close(release)
-	awaitRest(t, a, 0, 12)
-	checkInvariants(t, a)
-	end()
-	require.Equal(t, ids, worked.read())
-	for i, id := range ids {
-		require.Equal(t, i < 3, steps.read()[id][0].from == processing, "order %d", i)
-	}
-	stop()
-	require.Empty(t, seen.back)
-	require.Empty(t, logged(t, dir, "a step did not find its order"))
-}
-
-func TestDrain(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name  string
-		drain time.Duration
-		delay time.Duration
-		lasts bool // the work does not end by itself
-		want  status
-	}{
-		{name: "waits for running work", drain: time.Minute, want: completed},
-		{name: "ends running work at the deadline", drain: 20 * time.Millisecond, lasts: true, want: processing},
-		{name: "ends running work at once without a drain time", drain: 0, lasts: true, want: processing},
-		{name: "ends the simulated delay at the deadline", drain: 20 * time.Millisecond, delay: 24 * time.Hour, lasts: true, want: processing},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			release := make(chan struct{})
-			a, stop := openTestApp(t, dir, func(c *config) {
-				c.pool.workers, c.drain, c.pool.work = 1, tc.drain, simulate(tc.delay)
-				if tc.delay == 0 {
-					c.pool.work = hold(release)
-				}
-			}, nil)
-
-			id := commitTogether(t, a.store, sampleOrders(2))[0]
-			awaitRest(t, a, 1, 0)
-			checkInvariants(t, a)
-			if !tc.lasts {
-				stopping := a.pool.stopping.Done() // the variable a is soon another app
-				go func() {
-					<-stopping
-					time.AfterFunc(100*time.Millisecond, func() { close(release) }) // long enough for a drain that does not wait to show
-				}()
-			}
-			stop()
-
-			a, stop = openIdle(t, dir, nil, nil)
-			o, err := a.store.get(id)
-			require.NoError(t, err)
-			require.Equal(t, tc.want, o.status)
-			checkInvariants(t, a)
-			stop()
-			a, _ = openTestApp(t, dir, nil, nil)
-			awaitRest(t, a, 0, 2)
-			checkInvariants(t, a)
-		})
-	}
-}
-
 // noteFirstAttempts lets a diary have the orders in the sequence in which an
 // app starts on them.
 func noteFirstAttempts(a *app, d *diary) {
@@ -4739,29 +4409,6 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 	}
 }
 
-// TestOneOrderAtATimeUntilTheEndpointAnswers has an endpoint refuse all orders,
-// then take them without an answer, which is not the end of its trouble.
-func TestOneOrderAtATimeUntilTheEndpointAnswers(t *testing.T) {
-	t.Parallel()
-	e := newUserEndpoint(t, withStatus(503))
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.endpoint.timeout = time.Second
-	})
-	commitTogether(t, a.store, sampleOrders(100))
-	until(t, func() bool { return inTrouble(a) && a.pool.active.Load() == 0 }, "the last of the attempts at once has ended")
-	e.answers(withoutAnswer)
-	failed := a.pool.failed.Load()
-	until(t, func() bool { return a.pool.failed.Load() >= failed+2 }, "two orders get no answer")
-	require.Equal(t, 1, e.mostAtOnce())
-	require.True(t, inTrouble(a))
-	e.answers(withStatus(500))
-	until(t, func() bool { return !inTrouble(a) }, "any answer is one")
-	e.answers(withStatus(200))
-	awaitRest(t, a, 0, 100)
-	checkInvariants(t, a)
-}
-
 func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 	t.Parallel()
 	since := time.Now()
@@ -4785,23 +4432,6 @@ func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 		got := retryAfter(tc.header)
 		require.True(t, tc.least <= got && got <= tc.most, "%q is %s", tc.header, got)
 	}
-}
-
-func TestThePoolPausesAsLongAsTheEndpointAsks(t *testing.T) {
-	t.Parallel()
-	var first sync.Once
-	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
-		first.Do(func() { withStatus(503, "Retry-After", "2")(w, r) })
-	})
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.workers = 1
-	})
-	commitTogether(t, a.store, sampleOrders(10))
-	awaitRest(t, a, 0, 10)
-	seen := e.seen()
-	require.GreaterOrEqual(t, seen[1].at.Sub(seen[0].at), 2*time.Second-100*time.Millisecond) // it saw the first before it answered
-	checkInvariants(t, a)
 }
 
 func TestTheTroubleOfOneOrderStopsNoOther(t *testing.T) {
@@ -4901,6 +4531,537 @@ func TestTheEndpointByTLS(t *testing.T) {
 	require.Equal(t, []string{"HTTP/2.0 /a?b=c Bearer s3cret"}, seen)
 }
 
+// ---- what is only time passing ----
+
+// timed runs a test of a whole app, without sockets, in a bubble: there time
+// passes only while everything waits, so that an hour takes no longer than what
+// happens in it (see testing/synctest). stop ends the app and returns its log.
+func timed(t *testing.T, change func(*config), before func(*app), test func(t *testing.T, a *app, stop func() string)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		lines := &transcript{}
+		a := lookedAt(t, dir, func(c *config) {
+			c.log.file, c.drain = logToStderr, 0
+			if change != nil {
+				change(c)
+			}
+		}, before, lines)
+		require.NoError(t, a.start())
+		require.NoError(t, a.listener.Close())
+		stop := sync.OnceValue(func() string {
+			assert.NoError(t, a.close())
+			return lines.String()
+		})
+		defer func() {
+			stop()
+			time.Sleep(time.Minute) // in which what was not waited for ends too
+		}()
+		test(t, a, stop)
+	})
+}
+
+// asked is what a handler answers without a connection.
+func asked(a *app, method, path string, header http.Header, body string) *httptest.ResponseRecorder {
+	request := httptest.NewRequest(method, "http://localhost"+path, strings.NewReader(body))
+	if header != nil {
+		request.Header = header
+	}
+	recorder := httptest.NewRecorder()
+	a.server.http.Handler.ServeHTTP(recorder, request)
+	return recorder
+}
+
+// pipes is a listener whose connections are in memory.
+type pipes struct {
+	accept chan net.Conn
+	close  func()
+}
+
+func newPipes() *pipes {
+	p := &pipes{accept: make(chan net.Conn)}
+	p.close = sync.OnceFunc(func() { close(p.accept) })
+	return p
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	if conn, ok := <-p.accept; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p *pipes) Close() error   { p.close(); return nil }
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+// TestTimesOfAConnection sends requests in parts, each after a pause, and sees
+// when the answer comes and when the connection ends.
+func TestTimesOfAConnection(t *testing.T) {
+	t.Parallel()
+	const minute = time.Minute
+	type part struct {
+		after time.Duration
+		text  string
+	}
+	begun := "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+	for _, test := range []struct {
+		name     string
+		parts    []part
+		status   int           // of the last answer; 0 for none
+		answered time.Duration // after the first part
+		ended    time.Duration // the connection
+	}{
+		{"nothing is sent", nil, 0, 0, 10 * time.Second},
+		{"a header that comes slowly", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\nX: y"}}, 0, 0, 10 * time.Second},
+		{"a header that comes just in time", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\n\r\n"}}, 200, 9 * time.Second, 2*minute + 9*time.Second},
+		{"a body that comes slowly", []part{{0, begun}, {29 * time.Second, " "}}, 408, 30 * time.Second, 30 * time.Second},
+		{"a body that comes just in time", []part{{0, string(postRequest(exampleOrder))[:150]}, {29 * time.Second, string(postRequest(exampleOrder))[150:]}}, 201, 29 * time.Second, 2*minute + 29*time.Second},
+		{"an idle connection that is used again", []part{{0, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}, {2*minute - time.Second, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}}, 200, 2*minute - time.Second, 4*minute - time.Second},
+		{"the longest wait", []part{{0, "GET /orders/ID HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, minute, 3 * minute},
+		{"a wait that ends with its order", []part{{0, "GET /orders/SOON HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, 50 * time.Second, 2*minute + 50*time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			timed(t, nil, func(a *app) {
+				a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
+					took := time.Hour
+					if o.itemIDs == "soon" {
+						took = 50 * time.Second
+					}
+					return simulate(took)(ctx, o.id, 1)
+				})
+			}, func(t *testing.T, a *app, _ func() string) {
+				listener := newPipes()
+				served := make(chan error, 1)
+				go func() { served <- a.server.serve(listener) }()
+				ids := commitTogether(t, a.store, []*create{{order: order{userID: "u", itemIDs: "long"}}, {order: order{userID: "u", itemIDs: "soon"}}})
+				until(t, func() bool { return a.store.totals().processing == 2 })
+				client, server := net.Pipe()
+				listener.accept <- server
+				began := time.Now()
+				go func() {
+					for _, p := range test.parts {
+						time.Sleep(p.after)
+						client.Write([]byte(strings.NewReplacer("ID", ids[0].String(), "SOON", ids[1].String()).Replace(p.text)))
+					}
+				}()
+				status, answered := 0, time.Duration(0)
+				for r := bufio.NewReader(client); ; {
+					response, err := http.ReadResponse(r, nil)
+					if err != nil {
+						break
+					}
+					io.Copy(io.Discard, response.Body)
+					status, answered = response.StatusCode, time.Since(began)
+				}
+				require.Equal(t, test.status, status)
+				require.InDelta(t, test.answered.Seconds(), answered.Seconds(), 0.1)
+				require.InDelta(t, test.ended.Seconds(), time.Since(began).Seconds(), 0.6, "SetReadDeadline's rest at the end takes half a second")
+				client.Close()
+				a.server.shutdown(time.Now())
+				require.ErrorIs(t, <-served, http.ErrServerClosed)
+			})
+		})
+	}
+}
+
+// TestPausesBetweenAttempts has orders fail in every way, beside others that do
+// not: these are not held up, and those are tried again after pauses that
+// double up to a minute.
+func TestPausesBetweenAttempts(t *testing.T) {
+	t.Parallel()
+	worst := 3
+	failures := map[string]func() error{
+		"panic: boom": func() error { panic("boom") },
+		"panic: runtime error: index out of range [3] with length 0": func() error { return []error{}[worst] },
+		"no stock": func() error { return errors.New("no stock") },
+	}
+	for text, fail := range failures {
+		t.Run(text, func(t *testing.T) {
+			t.Parallel()
+			const failing, attempts = 3, 14
+			var first ulid.ULID
+			var at [attempts + 1]time.Time // of its attempts
+			timed(t, func(c *config) { c.pool.workers, c.pool.places = 1, 1 }, func(a *app) {
+				a.pool.work = func(_ context.Context, id ulid.ULID, attempt int) error {
+					if first.IsZero() {
+						first = id
+					}
+					switch {
+					case id == first:
+						at[attempt-1] = time.Now()
+						if attempt <= attempts {
+							return fail()
+						}
+					case a.store.totals().accepted <= failing || attempt > 1 && attempt < 9:
+						return fail()
+					}
+					return nil
+				}
+			}, func(t *testing.T, a *app, stop func() string) {
+				ids := commitTogether(t, a.store, sampleOrders(failing))
+				until(t, func() bool { return a.store.totals().processing == failing }, "more than worker and queue have places for")
+				for n := range int64(20) {
+					require.NoError(t, a.store.create(sampleOrder(1, "")))
+					until(t, func() bool { return a.store.totals().completed >= n+1 }, "another order is not held up")
+				}
+				time.Sleep(10 * time.Minute)
+				awaitRest(t, a, 0, 20+failing)
+				for i := range attempts {
+					want := min(firstRetry<<i, time.Minute)
+					require.WithinRange(t, at[i+1], at[i].Add(want), at[i].Add(want+2*tickLength), "attempt %d", i+2)
+				}
+				require.Equal(t, ids[0], first)
+				o, err := a.store.get(first)
+				require.NoError(t, err)
+				require.InDelta(t, at[attempts].Sub(at[0]).Seconds(), float64(o.took)/1e6, 0.01, "the pauses count as processing")
+				checkInvariants(t, a)
+				told := linesOf(t, stop(), attemptFailed)
+				require.Equal(t, "WARN", told[0]["level"])
+				require.Equal(t, first.String(), told[0]["order_id"])
+				require.Equal(t, text, told[0]["error"])
+				require.Equal(t, "100ms", told[0]["retry_in"])
+			})
+		})
+	}
+}
+
+// TestTheEndpointsTroublePausesThePool has 100 orders and all workers meet with
+// trouble: one order at a time is tried, after pauses that double up to five
+// seconds or are as long as the endpoint asks, and a time-out is no answer.
+func TestTheEndpointsTroublePausesThePool(t *testing.T) {
+	t.Parallel()
+	const workers, trials = 4, 20
+	var mu sync.Mutex
+	var at []time.Time
+	timed(t, func(c *config) { c.pool.workers = workers }, func(a *app) {
+		a.pool.work = func(context.Context, ulid.ULID, int) error {
+			mu.Lock()
+			defer mu.Unlock()
+			at = append(at, time.Now())
+			switch n := len(at); {
+			case n <= workers+trials:
+				return &trouble{error: errors.New("down"), since: time.Now()}
+			case n == workers+trials+1:
+				return &trouble{error: errors.New("asks"), since: time.Now(), retryAfter: 40 * time.Second}
+			case n == workers+trials+2:
+				return errors.New("no answer within 30s")
+			case n == workers+trials+3:
+				return errAnswered
+			}
+			return nil
+		}
+	}, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(100))
+		until(t, func() bool { return inTrouble(a) })
+		require.LessOrEqual(t, a.store.totals().processing, int64(workers))
+		time.Sleep(150 * time.Second)
+		awaitRest(t, a, 0, 100)
+		pause := firstRetry
+		for i, began := range at[workers : workers+trials] {
+			require.WithinRange(t, began, at[workers+i-1].Add(pause), at[workers+i-1].Add(pause+2*tickLength), "trial %d", i)
+			pause = min(2*pause, longestPause)
+		}
+		last := at[workers+trials-1:]
+		require.Equal(t, []time.Duration{longestPause, 40 * time.Second, longestPause}, []time.Duration{
+			last[1].Sub(last[0]).Truncate(time.Second), last[2].Sub(last[1]).Truncate(time.Second), last[3].Sub(last[2]).Truncate(time.Second)})
+		require.Less(t, at[len(at)-1].Sub(last[3]), 6*time.Second, "any answer ends it, and all that met with it go on")
+		checkInvariants(t, a)
+		log := stop()
+		require.Len(t, linesOf(t, log, troubleBegins), 1)
+		require.Len(t, linesOf(t, log, troubleEnds), 1)
+		require.InDelta(t, 2, len(linesOf(t, log, "the endpoint is still in trouble")), 1, "one a minute")
+	})
+}
+
+// TestFailuresFillNoLog has a thousand orders fail at once.
+func TestFailuresFillNoLog(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, func(a *app) {
+		a.pool.work = func(_ context.Context, _ ulid.ULID, attempt int) error {
+			if attempt <= 5 {
+				return errors.New("no stock")
+			}
+			return nil
+		}
+	}, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(1000))
+		awaitRest(t, a, 0, 1000)
+		failed := a.pool.failed.Load()
+		lines := linesOf(t, stop(), attemptFailed)
+		require.LessOrEqual(t, len(lines), 3*linesASecond)
+		require.Greater(t, len(lines), linesASecond)
+		told := 0.0
+		for _, line := range lines {
+			told += 1 + line["left_out"].(float64)
+		}
+		require.Greater(t, told, 1000.0, "a line tells how many were left out")
+		require.LessOrEqual(t, told, float64(failed))
+	})
+}
+
+// countingEngine counts what is asked of it, when, and fails as told.
+type countingEngine struct {
+	engine
+	fail      func(*batch) error // before the commit; or nil
+	failReads int                // of the backlog, that are left
+	hold      chan struct{}      // what tidy waits for, or nil
+	commits   []time.Time
+	reads     []time.Time
+}
+
+func (e *countingEngine) commit(b *batch) error {
+	e.commits = append(e.commits, time.Now())
+	if e.fail != nil {
+		if err := e.fail(b); err != nil {
+			return err
+		}
+	}
+	return e.engine.commit(b)
+}
+
+func (e *countingEngine) tidy() (totals, error) {
+	if e.hold != nil {
+		<-e.hold
+	}
+	return e.engine.tidy()
+}
+
+func (e *countingEngine) backlog(after int64, limit int) ([]queued, error) {
+	e.reads = append(e.reads, time.Now())
+	if e.failReads--; e.failReads >= 0 {
+		return nil, errors.New("input/output error")
+	}
+	return e.engine.backlog(after, limit)
+}
+
+// counted puts a countingEngine into an app.
+func counted(e *countingEngine) func(*app) {
+	return func(a *app) {
+		e.engine = a.store.engine
+		a.store.engine, a.store.writer.engine = e, e
+	}
+}
+
+// TestAFailedWriteIsTriedAgainOnceASecond and until then orders are refused at
+// once, those in the batch and those behind it, with a reason. Steps are kept.
+func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
+	t.Parallel()
+	e, failing, before := &countingEngine{}, false, totals{}
+	e.fail = func(b *batch) error {
+		if failing {
+			b.totals = before
+			return fmt.Errorf("%w: no space left on device", errNotWritten)
+		}
+		return nil
+	}
+	var gate chan struct{}
+	timed(t, func(c *config) {
+		gate = make(chan struct{}) // in the bubble
+		c.pool.work = hold(gate)
+	}, counted(e), func(t *testing.T, a *app, stop func() string) {
+		first := sampleOrder(1, "key")
+		require.NoError(t, a.store.create(first))
+		until(t, func() bool { return a.store.totals().processing == 1 })
+		failing, before = true, a.store.totals()
+		began := time.Now()
+		for range 3 { // in the batch that fails, and behind it
+			again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
+			require.NoError(t, a.store.create(again), "a key that has created is answered")
+			require.True(t, again.replayed)
+			require.Equal(t, first.id, again.id)
+			require.ErrorIs(t, a.store.create(other), errKeyReused)
+			require.ErrorIs(t, a.store.create(fresh), errUnwritable)
+		}
+		require.Less(t, time.Since(began), 10*time.Millisecond, "nobody waits for the next attempt")
+		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodGet, "/readyz", nil, "").Code)
+		close(gate) // work goes on, and its step waits
+		e.commits = nil
+		time.Sleep(10*time.Second + 10*time.Millisecond)
+		require.Len(t, e.commits, 10)
+		for i := range e.commits[1:] {
+			require.Equal(t, retryPause, e.commits[i+1].Sub(e.commits[i]))
+		}
+		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodPost, "/orders", asJSON, exampleOrder).Code)
+		failing = false
+		time.Sleep(retryPause)
+		require.NoError(t, a.store.create(sampleOrder(3, "new")), "the refused key is free")
+		awaitRest(t, a, 0, 2)
+		checkInvariants(t, a)
+		log := stop()
+		require.Len(t, linesOf(t, log, "orders are refused until the store can be written"), 1)
+		require.Len(t, linesOf(t, log, "orders are accepted again"), 1)
+	})
+}
+
+// TestABacklogThatCannotBeReadIsTriedAgain once a second.
+func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	e := &countingEngine{failReads: 3}
+	timed(t, nil, counted(e), func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(5))
+		awaitRest(t, a, 0, 5)
+		for i := range 3 {
+			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
+		}
+		require.Len(t, linesOf(t, stop(), "the backlog cannot be read"), 3)
+	})
+}
+
+// TestMetricsThatCannotBeWrittenAreTriedAgain once a second; orders go on.
+func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, nil, func(t *testing.T, a *app, stop func() string) {
+		execOn(t, a.metrics.file.path, "CREATE TRIGGER held BEFORE UPDATE ON totals BEGIN SELECT RAISE(ABORT, 'held'); END")
+		var at []time.Time
+		a.metrics.beforeProject = func() { at = append(at, time.Now()) }
+		commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(5*retryPause + retryPause/2)
+		require.EqualValues(t, 5, a.store.totals().completed)
+		require.Zero(t, a.metrics.counted.Load().completed)
+		require.InDelta(t, 6, len(at), 1)
+		for i := range at[1:] {
+			require.Equal(t, retryPause, at[i+1].Sub(at[i]))
+		}
+		execOn(t, a.metrics.file.path, "DROP TRIGGER held")
+		awaitRest(t, a, 0, 5)
+		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(at)-1)
+	})
+}
+
+// TestReadyTellsOfADiskThatHangs in a commit, or in a checkpoint between two.
+func TestReadyTellsOfADiskThatHangs(t *testing.T) {
+	t.Parallel()
+	for _, inCommit := range []bool{true, false} {
+		t.Run(fmt.Sprintf("in a commit %v", inCommit), func(t *testing.T) {
+			t.Parallel()
+			e := &countingEngine{}
+			timed(t, nil, counted(e), func(t *testing.T, a *app, _ func() string) {
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				require.NoError(t, a.store.ready(), "a look at an idle engine ends")
+				gate := make(chan struct{})
+				if inCommit {
+					e.fail = func(*batch) error { <-gate; return nil }
+				} else {
+					e.hold = gate
+				}
+				done := make(chan error, 1)
+				go func() { done <- a.store.create(sampleOrder(1, "")) }()
+				synctest.Wait()
+				time.Sleep(stalledAfter)
+				require.NoError(t, a.store.ready())
+				require.Equal(t, http.StatusOK, asked(a, http.MethodGet, "/readyz", nil, "").Code)
+				time.Sleep(1)
+				require.ErrorIs(t, a.store.ready(), errStalled)
+				got := asked(a, http.MethodGet, "/readyz", nil, "")
+				require.Equal(t, http.StatusServiceUnavailable, got.Code)
+				require.Contains(t, got.Body.String(), "the disk has not taken a write for more than 2s")
+				require.Equal(t, http.StatusOK, asked(a, http.MethodGet, "/orders", nil, "").Code, "asking goes on")
+				close(gate)
+				require.NoError(t, <-done)
+				awaitRest(t, a, 0, 1)
+				require.NoError(t, a.store.ready())
+			})
+		})
+	}
+}
+
+// TestDrain has work that ends in time, and work that does not: then it is cut
+// off at the deadline, and made again after the next start.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name        string
+		drain, work time.Duration
+		took        time.Duration // the stop
+		want        status
+	}{
+		{"waits for running work", time.Minute, 40 * time.Second, 40 * time.Second, completed},
+		{"ends running work at the deadline", 20 * time.Second, 24 * time.Hour, 20 * time.Second, processing},
+		{"ends running work at once without a drain time", 0, 24 * time.Hour, 0, processing},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := ""
+			timed(t, func(c *config) { c.pool.workers, c.drain, c.pool.work = 1, test.drain, simulate(test.work) }, nil, func(t *testing.T, a *app, stop func() string) {
+				dir = filepath.Dir(a.cfg.data)
+				ids := commitTogether(t, a.store, sampleOrders(2))
+				synctest.Wait()
+				time.Sleep(time.Second)
+				began := time.Now()
+				stop()
+				synctest.Wait()
+				took := test.took
+				if test.want == completed {
+					took -= time.Second
+				}
+				require.InDelta(t, took.Seconds(), time.Since(began).Seconds(), 0.1)
+				require.ErrorIs(t, a.pool.working.Err(), context.Canceled)
+				require.Zero(t, a.pool.active.Load(), "no work goes on")
+				b, stopAgain := openIdle(t, dir, func(c *config) { c.log.file = logToStderr }, nil)
+				o, err := b.store.get(ids[0])
+				require.NoError(t, err)
+				require.Equal(t, test.want, o.status)
+				o, err = b.store.get(ids[1])
+				require.NoError(t, err)
+				require.Equal(t, pending, o.status)
+				checkInvariants(t, b)
+				stopAgain()
+			})
+			a, _ := openTestApp(t, dir, nil, nil)
+			awaitRest(t, a, 0, 2)
+			checkInvariants(t, a)
+		})
+	}
+}
+
+// TestParkedOrdersAreBounded has every place for a pause taken: the feeder waits.
+func TestParkedOrdersAreBounded(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, func(a *app) {
+		for range maxParked {
+			a.pool.parked.park(job{}, time.Now().Add(time.Hour))
+		}
+	}, func(t *testing.T, a *app, _ func() string) {
+		ids := commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(time.Minute)
+		require.Zero(t, len(a.pool.channel))
+		require.EqualValues(t, 5, a.store.totals().pending())
+		a.pool.parked.mu.Lock()
+		a.pool.parked.jobs = jobHeap{}
+		a.pool.parked.mu.Unlock()
+		awaitRest(t, a, 0, int64(len(ids)))
+		checkInvariants(t, a)
+	})
+}
+
+// TestOrdersAreKeptAsLongAsTold for an hour: no shorter, and hardly longer.
+func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
+	t.Parallel()
+	var ahead atomic.Int64 // of the clock
+	timed(t, func(c *config) {
+		c.store.keep = time.Hour
+		c.store.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	}, nil, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(3*expiryRows))
+		awaitRest(t, a, 0, 3*expiryRows)
+		time.Sleep(time.Hour - time.Second)
+		require.Zero(t, a.store.totals().removed)
+		time.Sleep(passPause + 2*time.Second)
+		require.EqualValues(t, 3*expiryRows, a.store.totals().removed)
+		commitTogether(t, a.store, sampleOrders(5))
+		awaitRest(t, a, 0, 3*expiryRows+5)
+		ahead.Store(int64(25 * time.Hour))
+		time.Sleep(10 * time.Minute)
+		require.EqualValues(t, 3*expiryRows, a.store.totals().removed, "the clock's jump is not believed")
+		ahead.Store(int64(2 * time.Hour))
+		time.Sleep(10 * time.Minute)
+		require.EqualValues(t, 3*expiryRows+5, a.store.totals().removed)
+		require.Len(t, linesOf(t, stop(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"), 1)
+	})
+}
+
 func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	t.Parallel()
 	p := newParking()
@@ -4931,63 +5092,7 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	}
 }
 
-func TestFailuresFillNoLog(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, func(c *config) {
-		c.pool.work = func(context.Context, ulid.ULID, int) error { return errors.New("no stock") }
-	}, nil)
-	began := time.Now()
-	for range 10 {
-		commitTogether(t, a.store, sampleOrders(100))
-	}
-	until(t, func() bool { return a.pool.failed.Load() > 4000 }) // the fifth attempts, 1.5 s after the first
-	stop()
-	lines := logged(t, dir, attemptFailed)
-	require.LessOrEqual(t, len(lines), linesASecond*(2+int(time.Since(began).Seconds())))
-	told := 0.0
-	for _, line := range lines {
-		told += 1 + line["left_out"].(float64)
-	}
-	require.Greater(t, told, 100.0)
-	require.LessOrEqual(t, told, float64(a.pool.failed.Load()))
-}
-
 // ---- metrics.go ----
-
-func TestCountsAgreeOnceIdle(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, func(c *config) { c.store.cache = 50 }, nil)
-	var wg sync.WaitGroup
-	var failures atomic.Int64
-	for w := range 8 {
-		wg.Go(func() {
-			for i := range 40 {
-				if a.store.create(sampleOrder(i, strings.Repeat(fmt.Sprint("key", w), i%2))) != nil && i%2 == 0 {
-					failures.Add(1)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	require.Zero(t, failures.Load())
-	const stored = 8*20 + 8 // of those with a key, one for each writer
-	awaitRest(t, a, 0, stored)
-	require.Equal(t, int64(stored), a.store.totals().accepted)
-	var observed uint64
-	for i := range a.pool.took.counts {
-		observed += a.pool.took.counts[i]
-	}
-	require.Equal(t, uint64(stored), observed)
-	require.Equal(t, 50, a.store.cache.len())
-	checkInvariants(t, a)
-	before := a.metrics.summary(a.store.totals())
-	stop()
-	a, _ = openTestApp(t, dir, nil, nil)
-	require.Equal(t, before, a.metrics.summary(a.store.totals()))
-	checkInvariants(t, a)
-}
 
 func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	t.Parallel()
@@ -6993,6 +7098,9 @@ func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
 func TestWALIndexCannotGrow(t *testing.T) {
 	t.Parallel()
 	for _, killed := range []bool{false, true} {
+		if killed && !*long {
+			continue
+		}
 		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
 			t.Parallel()
 			dir, wal := walDir(t)
@@ -7381,7 +7489,7 @@ func TestReaderUnderLoad(t *testing.T) {
 		stop()
 		return float64(j.count(accepted)-before) / d.Seconds()
 	}
-	free := rate(time.Second)
+	free := rate(300 * time.Millisecond)
 	count, end := holdSnapshot(t, filepath.Join(dir, "data", "orders.db"))
 	held := count()
 	watched := rate(*readerHold)
@@ -7409,7 +7517,7 @@ func TestListsDoNotHoldTheWAL(t *testing.T) {
 	var quit atomic.Bool
 	var readers sync.WaitGroup
 	t.Cleanup(func() { quit.Store(true) })
-	for range 3 {
+	for range 2 {
 		readers.Go(func() {
 			for !quit.Load() {
 				_, err := a.store.list(filter{before: math.MaxInt64, limit: maxPage})
@@ -7418,7 +7526,7 @@ func TestListsDoNotHoldTheWAL(t *testing.T) {
 		})
 	}
 	longest := int64(0)
-	for written := 0; written < 4*walKept; written += 64 * maxItemIDs {
+	for written := 0; written < 5*walKept/2; written += 64 * maxItemIDs {
 		commitTogether(t, a.store, largest(64))
 		longest = max(longest, walBytes(a))
 	}
@@ -7468,100 +7576,6 @@ func TestReaderHoldsTheWAL(t *testing.T) {
 }
 
 // ---- faults: the work, overload ----
-
-func TestWorkThatPanics(t *testing.T) {
-	t.Parallel()
-	var broken atomic.Bool
-	broken.Store(true)
-	var mu sync.Mutex
-	var attempts []time.Time
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
-		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
-			if o.userID != "bad" || !broken.Load() {
-				return nil
-			}
-			mu.Lock()
-			attempts = append(attempts, time.Now())
-			mu.Unlock()
-			panic("this order again")
-		})
-	})
-	tried := func() int {
-		mu.Lock()
-		defer mu.Unlock()
-		return len(attempts)
-	}
-	bad := &create{order: order{userID: "bad", itemIDs: "x"}}
-	require.NoError(t, a.store.create(bad))
-	until(t, func() bool { return tried() > 0 })
-	for n := int64(1); n <= 20; n++ {
-		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		until(t, func() bool { return a.store.totals().completed == n })
-	}
-	until(t, func() bool { return tried() >= 4 })
-	o, err := a.store.get(bad.id)
-	require.NoError(t, err)
-	require.Equal(t, processing, o.status)
-	broken.Store(false)
-	until(t, func() bool { return a.store.totals().completed == 21 })
-	for i := range attempts[1:] {
-		require.GreaterOrEqual(t, attempts[i+1].Sub(attempts[i]), firstRetry<<i)
-	}
-}
-
-func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
-	t.Parallel()
-	const orders = 100
-	release := make(chan struct{})
-	var mu sync.Mutex
-	var worked []ulid.ULID
-	a := newTestApp(t, func(cfg *config) {
-		cfg.pool.workers, cfg.pool.places = 1, 1
-		cfg.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-			<-release
-			mu.Lock()
-			defer mu.Unlock()
-			worked = append(worked, id)
-			return nil
-		}
-	})
-	var ids []ulid.ULID
-	for range orders {
-		n := &create{order: order{userID: "u", itemIDs: "x"}}
-		require.NoError(t, a.store.create(n))
-		ids = append(ids, n.id)
-	}
-	close(release)
-	until(t, func() bool { return a.store.totals().completed == orders })
-	require.Equal(t, ids, worked) // first in, first out
-}
-
-// TestOneFailingOrderStopsNoOther has every place for a pause taken, and the
-// worker with an order that never succeeds.
-func TestOneFailingOrderStopsNoOther(t *testing.T) {
-	t.Parallel()
-	var broken atomic.Bool
-	broken.Store(true)
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
-		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
-			if o.userID == "never" && broken.Load() {
-				return errors.New("the work fails")
-			}
-			return nil
-		})
-	})
-	const failing = 5 // far more than workers and queue have places
-	for range failing {
-		require.NoError(t, a.store.create(&create{order: order{userID: "never", itemIDs: "x"}}))
-	}
-	until(t, func() bool { return a.store.totals().processing == failing })
-	for n := int64(1); n <= 20; n++ {
-		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		until(t, func() bool { return a.store.totals().completed == n })
-	}
-	broken.Store(false)
-	until(t, func() bool { return a.store.totals().completed == 20+failing })
-}
 
 func TestOverload(t *testing.T) {
 	t.Parallel()
@@ -8427,13 +8441,10 @@ func TestAbuse(t *testing.T) {
 	drained(t, base(a))
 }
 
-// TestCrowd leaves 2,000 connections idle, sends 250 headers and 250 bodies a
-// byte a second, and is an honest client beside them.
+// TestCrowd leaves 2,000 connections idle, sends 250 headers and with -long 250
+// bodies a byte a second, and is an honest client beside them.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
-	if testing.Short() {
-		t.Skip("takes thirty seconds")
-	}
 	p := startProcess(t, t.TempDir(), nil, "-delay", "1ms")
 	j := newJournal("crowd", time.Millisecond)
 	honest := func(while func() bool) (took []time.Duration) {
@@ -8445,6 +8456,7 @@ func TestCrowd(t *testing.T) {
 			took = append(took, time.Since(began))
 			require.NoError(t, err)
 			require.NotEqual(t, unknown, o)
+			time.Sleep(2 * time.Millisecond)
 		}
 		slices.Sort(took)
 		return took
@@ -8459,18 +8471,18 @@ func TestCrowd(t *testing.T) {
 		require.NoError(t, err)
 		return conn
 	}
-	for range 2000 {
+	for range many(2000) {
 		_, err := bufio.NewReader(dial("GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")).ReadByte()
 		require.NoError(t, err)
 	}
-	const slow = 500
+	slow := many(500)
 	var left atomic.Int64
-	left.Store(slow)
+	left.Store(int64(slow))
 	var mu sync.Mutex
 	var headers, bodies []time.Duration
 	for i := range slow {
 		text, cut := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", &headers
-		if i%2 == 1 {
+		if i%2 == 1 && *long {
 			text, cut = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", &bodies
 		}
 		conn, began, ended := dial(text), time.Now(), make(chan struct{})
@@ -9500,15 +9512,15 @@ func requireExact(tb testing.TB, c *cluster) {
 
 // onPostgreSQL are the tests that hold for both engines.
 var onPostgreSQL = strings.Join([]string{
-	"EndToEnd", "CreateAccepts", "CreateRefusesFields", "CreateRefusesBodies", "IdempotencyKey", "IdempotencyKeyOutlivesARestart", "GetOrder", "Wait",
+	"EndToEnd", "OrdersAgainstAModel", "CreateAccepts", "CreateRefusesFields", "CreateRefusesBodies", "IdempotencyKey", "GetOrder", "Wait",
 	"AnswersWhileItWaitsForRunningWork", "PreferHeader", "ListOrders", "ListPages", "ListPagesEndAfterSoManyBytes", "MetricsJSON", "MetricsNegotiation", "MetricsText",
 	"Routes", "Host", "Token", "PagesOfOtherSites", "OneResourceUnderEveryName", "ClientInTheRequestLog", "RequestLog",
-	"StepsAreTakenOnlyFromTheStatusOfTheRow", "ReopeningForgetsNothing",
-	"BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound", "OneWorkerTakesOrdersFirstInFirstOut",
-	"BacklogFoundAtStartIsTakenInOrder", "APanicCostsOneAttempt", "ParkedOrdersAreBounded", "Drain",
+	"StepsAreTakenOnlyFromTheStatusOfTheRow",
+	"BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound",
+
 	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
-	"CountsAgreeOnceIdle", "MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
-	"WorkThatPanics", "BacklogAfterTheLoadHasEnded", "OneFailingOrderStopsNoOther", "AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
+	"MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
+	"AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
 	"AClockThatWasAheadIsTold", "ListsPushNoStatusOut", "CompletedOrdersAreRemoved", "AJumpOfTheClockRemovesNothing", "Waiters", "RandomIDs",
 }, "|")
 
