@@ -1745,14 +1745,15 @@ func TestCreateAccepts(t *testing.T) {
 	}
 }
 
-// refusals reads the fields of a 422.
-func refusals(t *testing.T, body string) (fields []string) {
+// details reads what a 422 says, by field.
+func details(t *testing.T, body string) map[string][]string {
 	t.Helper()
+	found := map[string][]string{}
 	for _, e := range decoded[struct{ Errors []fieldError }](t, body).Errors {
 		require.NotEmpty(t, e.Detail)
-		fields = append(fields, e.Field)
+		found[e.Field] = append(found[e.Field], e.Detail)
 	}
-	return fields
+	return found
 }
 
 func TestCreateRefusesFields(t *testing.T) {
@@ -1783,28 +1784,42 @@ func TestCreateRefusesFields(t *testing.T) {
 				values[field.name] = value
 				got := post(t, a, orderBody(values["user_id"], values["item_ids"], values["total_amount"]))
 				require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
-				require.Subset(t, []string{field.name}, refusals(t, got.body))
+				require.Contains(t, details(t, got.body), field.name)
+				require.Len(t, details(t, got.body), 1)
 			})
 		}
 	}
+	const unknown, twice, missing = "is not a field of an order: the fields are user_id, item_ids and total_amount", "is given more than once", "is missing"
+	many := strings.Repeat("i,", 1200)
 	for _, test := range []struct {
 		name, body string
-		fields     []string
+		says       map[string][]string
 	}{
-		{name: "no field at all", body: `{}`, fields: []string{"user_id", "item_ids", "total_amount"}},
-		{name: "one field missing", body: `{"user_id": "u", "total_amount": 1}`, fields: []string{"item_ids"}},
-		{name: "a field of another name", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "note": "x"}`, fields: []string{"note"}},
-		{name: "a field of no name", body: `{"": 1, "user_id": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{""}},
-		{name: "a name in another letter case", body: `{"User_ID": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{"User_ID", "user_id"}},
-		{name: "a field given twice", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "total_amount": 1}`, fields: []string{"total_amount"}},
-		{name: "a field given twice, once escaped", body: `{"user_id": "u", "user\u005fid": "v", "item_ids": "i", "total_amount": 1}`, fields: []string{"user_id"}},
-		{name: "everything wrong at once", body: `{"user_id": 1, "item_ids": "i", "item_ids": "j", "x": {"total_amount": 1}}`,
-			fields: []string{"user_id", "item_ids", "x", "total_amount"}},
+		{"no field at all", `{}`, map[string][]string{"user_id": {missing}, "item_ids": {missing}, "total_amount": {missing}}},
+		{"one field missing", `{"user_id": "u", "total_amount": 1}`, map[string][]string{"item_ids": {missing}}},
+		{"a field of another name", `{"user_id": "u", "item_ids": "i", "total_amount": 1, "note": "x"}`, map[string][]string{"note": {unknown}}},
+		{"a field of no name", `{"": 1, "user_id": "u", "item_ids": "i", "total_amount": 1}`, map[string][]string{"": {unknown}}},
+		{"a name in another letter case", `{"User_ID": "u", "item_ids": "i", "total_amount": 1}`, map[string][]string{"User_ID": {unknown}, "user_id": {missing}}},
+		{"a field given twice", `{"user_id": "u", "item_ids": "i", "total_amount": 1, "total_amount": 1}`, map[string][]string{"total_amount": {twice}}},
+		{"a field given twice, once escaped", `{"user_id": "u", "user\u005fid": "v", "item_ids": "i", "total_amount": 1}`, map[string][]string{"user_id": {twice}}},
+		{"everything wrong at once", `{"user_id": 1, "item_ids": "i", "item_ids": "j", "x": {"total_amount": 1}}`,
+			map[string][]string{"user_id": {"must be a string, not a number"}, "item_ids": {twice}, "x": {unknown}, "total_amount": {missing}}},
+		{"other types", orderBody(`null`, `true`, `["1"]`), map[string][]string{"user_id": {"must be a string, not null"},
+			"item_ids": {"must be a string, not a boolean"}, "total_amount": {"must be a number, not an array"}}},
+		{"bounds", orderBody(`"  `+strings.Repeat("u", 129)+` "`, `"`+many+strings.Repeat("i", 20_000)+`"`, "10000000000000"), map[string][]string{
+			"user_id":      {"must be 1 to 128 bytes without the spaces around it, not 129"},
+			"item_ids":     {"must be at most 16384 bytes, not 22400", "must be at most 1000 items, not 1201"},
+			"total_amount": {"must be at most 9999999999999.99"}}},
+		{"what is in them", orderBody(`"ab\n\ud800"`, `"a,b, ,c"`, "-0.001"), map[string][]string{
+			"user_id":      {"must be Unicode text, but has an escape for half of a surrogate pair", "must not contain control characters, but has one at byte 2"},
+			"item_ids":     {"must be items separated by commas, but item 3 is empty"},
+			"total_amount": {"must be 0 or more"}}},
+		{"decimals", orderBody(`"u"`, `"i"`, "0.001"), map[string][]string{"total_amount": {"must have at most two decimals"}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := post(t, a, test.body)
 			require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
-			require.ElementsMatch(t, test.fields, refusals(t, got.body))
+			require.Equal(t, test.says, details(t, got.body))
 		})
 	}
 	require.Zero(t, a.store.totals().accepted)
@@ -1920,7 +1935,7 @@ func TestIdempotencyKey(t *testing.T) {
 			got := create(t, keyed(test.name), test.body)
 			require.Equal(t, http.StatusUnprocessableEntity, got.status)
 			require.Empty(t, got.header.Get("Location"))
-			require.Empty(t, refusals(t, got.body))
+			require.Empty(t, details(t, got.body))
 			requireReplay(t, first, create(t, keyed(test.name), order))
 		})
 	}
@@ -2728,8 +2743,8 @@ func TestMetricsText(t *testing.T) {
 		"orderd_attempts_failed_total":       float64(a.pool.failed.Load()),
 		"orderd_orders_parked":               1,
 		"orderd_cache_entries":               4,
-		"orderd_cache_hits_total":            2,
-		"orderd_cache_misses_total":          3, // waiting asks twice
+		"orderd_cache_hits_total":            4, // waiting asks twice
+		"orderd_cache_misses_total":          1,
 		"orderd_create_seconds_count":        12,
 		"orderd_read_seconds_count":          3,
 		"orderd_log_lines_dropped_total":     7,
@@ -2746,7 +2761,7 @@ func TestMetricsText(t *testing.T) {
 	require.Less(t, found["orderd_oldest_pending_seconds"], 60.0)
 	require.Greater(t, found["orderd_processing_seconds_sum"], 0.0)
 	require.Less(t, found["orderd_processing_seconds_sum"], 60.0)
-	require.GreaterOrEqual(t, found["orderd_commit_operations_sum"], 11.0+6+4)
+	require.GreaterOrEqual(t, found["orderd_commit_operations_sum"], 11.0+6)
 	require.Positive(t, found["orderd_commit_seconds_sum"])
 	if a.sqlite != nil {
 		info, err := os.Stat(a.sqlite.file.path + "-wal")
@@ -3285,7 +3300,7 @@ func TestRequestLog(t *testing.T) {
 	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"},
 		"X-Forwarded-For": {"203.0.113.9"}, "X-Real-Ip": {"203.0.113.9"}, "Forwarded": {"for=203.0.113.9"}}
 	type request struct{ method, path string }
-	want := map[string]map[string]any{}
+	want, sizes := map[string]map[string]any{}, map[string]float64{}
 	for _, test := range []struct {
 		name   string
 		header http.Header
@@ -3307,6 +3322,7 @@ func TestRequestLog(t *testing.T) {
 			require.Equal(t, test.status, got.status)
 			id := got.header.Get("X-Request-Id")
 			require.NotContains(t, want, id)
+			sizes[id] = float64(len(got.body))
 			want[id] = map[string]any{"method": test.method, "path": test.path, "status": float64(test.status)}
 			if test.status == http.StatusInternalServerError {
 				require.JSONEq(t, `{"type": "about:blank", "title": "Internal Server Error", "status": 500,
@@ -3330,6 +3346,7 @@ func TestRequestLog(t *testing.T) {
 		case entry["msg"] == "request":
 			require.NotContains(t, logged, id, "one line a request")
 			require.GreaterOrEqual(t, entry["us"], 0.0)
+			require.Equal(t, sizes[id], entry["bytes"])
 			require.Regexp(t, `^127\.0\.0\.1:\d+$`, entry["client"], "the connection's address, whatever the headers say")
 			logged[id] = map[string]any{"method": entry["method"], "path": entry["path"], "status": entry["status"]}
 		default:
@@ -3396,23 +3413,14 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 
 func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
+	var held heldOnce
+	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
 	s := a.store
 	ids := commitTogether(t, s, sampleOrders(3))
-	armed.Store(true)
+	reached := held.arm()
 	s.step(step{id: ids[2], from: pending, to: processing, started: 1000})
-	<-held // that step's batch is with the writer; what follows shares the next one
+	<-reached // that step's batch is with the writer; what follows shares the next one
 
 	s.step(step{id: ids[0], from: pending, to: processing, started: 2000})
 	s.step(step{id: ids[1], from: pending, to: processing, started: 3000})
@@ -3423,7 +3431,7 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	s.intake.mu.Lock()
 	next := s.intake.open
 	s.intake.mu.Unlock()
-	let()
+	held.release()
 	<-next.done
 	require.Equal(t, []step{
 		{id: ids[0], from: pending, to: completed, started: 2000, took: 99},
@@ -3436,23 +3444,16 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 
 func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
+	var held heldOnce
 	a, _ := openIdle(t, t.TempDir(), func(c *config) {
-		c.store.now = func() time.Time {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-			return time.Now()
-		}
+		c.store.now = func() time.Time { held.hold(); return time.Now() }
 	}, nil)
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
-	armed.Store(true)
+	t.Cleanup(held.release)
+	before := commitTogether(t, a.store, sampleOrders(1))[0]
+	reached := held.arm()
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
-	<-held
+	<-reached
 	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
 	require.NoError(t, err)
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
@@ -3462,7 +3463,8 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 		return len(a.store.intake.open.creates) == 1
 	}, "the second create waits for the next batch")
 
-	let()
+	a.store.step(step{id: before, from: pending, to: completed, started: 1, took: 1})
+	held.release()
 	for i, answer := range answers {
 		select {
 		case err := <-answer:
@@ -3474,7 +3476,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
-	require.Equal(t, int64(1), a.store.totals().accepted)
+	require.Equal(t, []int64{2, 1}, []int64{a.store.totals().accepted, a.store.totals().completed}, "the step was kept")
 	checkInvariants(t, a)
 }
 
@@ -4278,7 +4280,7 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 					tc.first(w, r)
 				}
 			})
-			before := a.store.totals().completed
+			before, began := a.store.totals().completed, time.Now()
 			id := commitTogether(t, a.store, sampleOrders(1))[0].String()
 			awaitRest(t, a, 0, before+1)
 			attempts := []string{id + " 1"}
@@ -4296,14 +4298,22 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 			}
 			require.Equal(t, attempts, seen)
 			require.EqualValues(t, failed, metric(t, base(a), "orderd_attempts_failed_total"))
+			require.Less(t, time.Since(began), 20*time.Second, "a body is not waited for")
 			until(t, func() bool { return !inTrouble(a) })
 		})
 	}
 	checkInvariants(t, a)
 	stop()
-	require.Len(t, logged(t, dir, troubleBegins), begins)
-	require.Len(t, logged(t, dir, troubleEnds), begins)
-	require.Len(t, logged(t, dir, attemptFailed), failed-begins)
+	told := func(f *fewLines, messages ...string) (n int) { // or left out
+		for _, message := range messages {
+			for _, line := range logged(t, dir, message) {
+				n += 1 + int(line["left_out"].(float64))
+			}
+		}
+		return n + f.leftOut
+	}
+	require.Equal(t, 2*begins, told(a.pool.troubles, troubleBegins, troubleEnds))
+	require.Equal(t, failed-begins, told(a.pool.failures, attemptFailed))
 }
 
 // TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
@@ -4630,7 +4640,7 @@ func TestTimesOfAConnection(t *testing.T) {
 					}
 					return simulate(took)(ctx, o.id, 1)
 				})
-			}, func(t *testing.T, a *app, _ func() string) {
+			}, func(t *testing.T, a *app, stop func() string) {
 				listener := newPipes()
 				served := make(chan error, 1)
 				go func() { served <- a.server.serve(listener) }()
@@ -4660,6 +4670,11 @@ func TestTimesOfAConnection(t *testing.T) {
 				client.Close()
 				a.server.shutdown(time.Now())
 				require.ErrorIs(t, <-served, http.ErrServerClosed)
+				if test.name == "the longest wait" {
+					line := linesOf(t, stop(), "request")[0]
+					require.InDelta(t, 60e6, line["us"], 1e4, "microseconds")
+					require.Equal(t, began.Format(time.RFC3339Nano), line["time"])
+				}
 			})
 		})
 	}
@@ -4765,7 +4780,8 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 		last := at[workers+trials-1:]
 		require.Equal(t, []time.Duration{longestPause, 40 * time.Second, longestPause}, []time.Duration{
 			last[1].Sub(last[0]).Truncate(time.Second), last[2].Sub(last[1]).Truncate(time.Second), last[3].Sub(last[2]).Truncate(time.Second)})
-		require.Less(t, at[len(at)-1].Sub(last[3]), 6*time.Second, "any answer ends it, and all that met with it go on")
+		require.Less(t, at[workers+trials+3].Sub(last[3]), time.Second, "any answer ends it")
+		require.Less(t, at[len(at)-1].Sub(last[3]), 6*time.Second, "and all that met with it go on")
 		checkInvariants(t, a)
 		log := stop()
 		require.Len(t, linesOf(t, log, troubleBegins), 1)
@@ -4864,6 +4880,8 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		require.NoError(t, a.store.create(first))
 		until(t, func() bool { return a.store.totals().processing == 1 })
 		failing, before = true, a.store.totals()
+		close(gate) // the work ends, and its step is in the batch that fails
+		time.Sleep(retryPause / 2)
 		began := time.Now()
 		for range 3 { // in the batch that fails, and behind it
 			again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
@@ -4875,7 +4893,6 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		}
 		require.Less(t, time.Since(began), 10*time.Millisecond, "nobody waits for the next attempt")
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodGet, "/readyz", nil, "").Code)
-		close(gate) // work goes on, and its step waits
 		e.commits = nil
 		time.Sleep(10*time.Second + 10*time.Millisecond)
 		require.Len(t, e.commits, 10)
@@ -4904,6 +4921,9 @@ func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
 		for i := range 3 {
 			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
 		}
+		seq := a.store.totals().seq
+		time.Sleep(time.Hour)
+		require.Equal(t, seq, a.store.totals().seq, "an idle service writes nothing")
 		require.Len(t, linesOf(t, stop(), "the backlog cannot be read"), 3)
 	})
 }
@@ -5041,16 +5061,19 @@ func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
 	t.Parallel()
 	var ahead atomic.Int64 // of the clock
 	timed(t, func(c *config) {
-		c.store.keep = time.Hour
+		c.store.keep, c.pool.workers, c.pool.work = time.Hour, 1000, simulate(30*time.Minute)
 		c.store.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
 	}, nil, func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(3*expiryRows))
+		time.Sleep(30*time.Minute + time.Second)
 		awaitRest(t, a, 0, 3*expiryRows)
-		time.Sleep(time.Hour - time.Second)
-		require.Zero(t, a.store.totals().removed)
+		time.Sleep(time.Hour - time.Minute)
+		require.Zero(t, a.store.totals().removed, "the time counts from the completion")
+		time.Sleep(time.Minute)
 		time.Sleep(passPause + 2*time.Second)
 		require.EqualValues(t, 3*expiryRows, a.store.totals().removed)
 		commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(30*time.Minute + time.Second)
 		awaitRest(t, a, 0, 3*expiryRows+5)
 		ahead.Store(int64(25 * time.Hour))
 		time.Sleep(10 * time.Minute)
@@ -5096,25 +5119,16 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 
 func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.metrics.beforeProject = func() {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
+	var held heldOnce
+	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) { a.metrics.beforeProject = held.hold })
+	t.Cleanup(held.release)
 	ids := commitTogether(t, a.store, sampleOrders(5))
 	moveTo(t, a.store, ids[0], completed, 100)
 	checkInvariants(t, a)
-	armed.Store(true)
+	reached := held.arm()
 	moveTo(t, a.store, ids[1], completed, 200)
 	moveTo(t, a.store, ids[2], processing, 0)
-	<-held // orders.db has it, metrics.db does not: what a crash would leave now
+	<-reached // orders.db has it, metrics.db does not: what a crash would leave now
 	crashed := t.TempDir()
 	require.NoError(t, os.Mkdir(filepath.Join(crashed, "data"), 0o700))
 	for _, name := range []string{"orders.db", "metrics.db"} {
@@ -5129,7 +5143,7 @@ func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 		checkInvariants(t, b)
 		stop()
 	}
-	let()
+	held.release()
 	checkInvariants(t, a)
 }
 
@@ -5312,6 +5326,38 @@ func TestLogRotation(t *testing.T) {
 	}
 }
 
+// TestOldLogsAreRemoved after so many days, or never.
+func TestOldLogsAreRemoved(t *testing.T) {
+	t.Parallel()
+	for _, days := range []int{3, 0} {
+		o := testLogOptions(t)
+		o.days, o.backups = days, 10
+		require.NoError(t, os.MkdirAll(filepath.Dir(o.file), 0o700))
+		at := func(age int) string {
+			return filepath.Join(filepath.Dir(o.file), time.Now().UTC().Add(-time.Duration(age)*24*time.Hour).Format("orderd-2006-01-02T15-04-05.000.log.gz"))
+		}
+		for _, age := range []int{2, 4} {
+			require.NoError(t, os.WriteFile(at(age), nil, 0o600))
+		}
+		kept, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*.gz"))
+		require.NoError(t, err)
+		l, err := openLog(o, io.Discard)
+		require.NoError(t, err)
+		for range 2 { // a file's end is when the old ones are looked at
+			l.Info(strings.Repeat("x", 500_000))
+			nudge(l.wake)
+			until(t, l.flushed)
+		}
+		l.Info(strings.Repeat("x", 300_000))
+		require.NoError(t, l.close())
+		if days > 0 {
+			until(t, func() bool { return !exists(kept[0]) }, "the older one is removed")
+		}
+		require.Equal(t, days == 0, exists(kept[0]))
+		require.FileExists(t, kept[1])
+	}
+}
+
 // TestLogFileMoved moves the file away in every way, each time in the middle of
 // a write. The write after that must follow the name.
 func TestLogFileMoved(t *testing.T) {
@@ -5338,7 +5384,7 @@ func TestLogFileMoved(t *testing.T) {
 		},
 	}
 	write()
-	for i := range 900 {
+	for i := range many(900) {
 		moved := make(chan error)
 		go func() {
 			for range i % 20 { // another moment each time
@@ -6635,6 +6681,26 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	}
 }
 
+// TestAFirstStartSyncsItsDirectories, so that the names of the files are on disk
+// before anything is answered.
+func TestAFirstStartSyncsItsDirectories(t *testing.T) {
+	t.Parallel()
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	require.NoError(t, err)
+	log, deep := filepath.Join(dir, "strace"), filepath.Join(dir, "a", "b")
+	p := startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync,rename,renameat,renameat2"), dir, nil, "-data", deep)
+	p.kill()
+	before, _, listened := strings.Cut(bytesOf(t, log), "listen(")
+	require.True(t, listened)
+	_, afterRename, renamed := strings.Cut(before, `orders.db.new", `)
+	require.True(t, renamed)
+	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`>`, afterRename, "the new name")
+	for _, made := range []string{filepath.Dir(deep), dir} {
+		require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(made)+`>`, before)
+	}
+	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`/orders.db.new>`, before)
+}
+
 // TestAnsweredAfterFsync reads in a trace of the process that every 201 is
 // written after an fsync of the WAL, which follows the request.
 func TestAnsweredAfterFsync(t *testing.T) {
@@ -7496,6 +7562,67 @@ func TestReaderUnderLoad(t *testing.T) {
 	j.stopAndCheck(t, p)
 }
 
+// TestReadsDoNotWaitForWrites holds the writer in COMMIT, and asks for everything.
+func TestReadsDoNotWaitForWrites(t *testing.T) {
+	t.Parallel()
+	var held heldOnce
+	a, _ := openTestApp(t, t.TempDir(), func(c *config) { c.store.cache = 1 }, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
+	onDisk, cached := place(t, a, "u", "i"), place(t, a, "u", "i")
+	awaitRest(t, a, 0, 2)
+	until(t, func() bool { return statusOf(t, a, cached) == "Completed" })
+	reached := held.arm()
+	writing := make(chan answer, 1)
+	go func() {
+		writing <- send(context.Background(), a.listener.Addr().String(), http.MethodPost, "/orders", asJSON, exampleOrder)
+	}()
+	<-reached
+	for _, path := range []string{"/orders/" + cached, "/orders/" + onDisk, "/orders/" + onDisk + "?view=full", "/orders", "/orders?status=Pending",
+		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez", "/readyz"} {
+		require.Equal(t, http.StatusOK, get(t, a, path).status, path)
+	}
+	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").status)
+	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/orders/"+onDisk, prefer("wait=60"), "").status)
+	require.Empty(t, writing, "all the while the order is not answered")
+	held.release()
+	require.Equal(t, http.StatusCreated, (<-writing).status)
+}
+
+// heldOnce is a place at which a goroutine is held, once it is armed.
+type heldOnce struct {
+	mu            sync.Mutex // guards the rest
+	reached, left chan struct{}
+}
+
+// arm holds who comes next to hold, which closes reached.
+func (h *heldOnce) arm() (reached <-chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.reached, h.left = make(chan struct{}), make(chan struct{})
+	return h.reached
+}
+
+func (h *heldOnce) hold() {
+	h.mu.Lock()
+	reached, left := h.reached, h.left
+	h.reached = nil
+	h.mu.Unlock()
+	if reached != nil {
+		close(reached)
+		<-left
+	}
+}
+
+// release lets go, at the end of the test too.
+func (h *heldOnce) release() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.left != nil {
+		close(h.left)
+		h.left = nil
+	}
+}
+
 // TestListsDoNotHoldTheWAL has some list under way at every moment.
 func TestListsDoNotHoldTheWAL(t *testing.T) {
 	t.Parallel()
@@ -7538,6 +7665,40 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	until(t, func() bool { return walBytes(a) == 0 }, "the WAL is given back though nothing is written")
 }
 
+// TestACheckpointWaitsForAReaderOnlyAMoment, and for the same reader only once.
+func TestACheckpointWaitsForAReaderOnlyAMoment(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), nil, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	e := onSQLite(t, a)
+	_, err := e.start()
+	require.NoError(t, err)
+	_, end := holdSnapshot(t, e.file.path)
+	for walBytes(a) < checkpointPages*4096 {
+		b := newBatch(nil)
+		b.creates = largest(512)
+		a.store.writer.number(b.creates)
+		require.NoError(t, e.commit(b))
+	}
+	quickest := [2]time.Duration{time.Hour, time.Hour} // of a try with a new reader, and with the same: other programs take time too
+	for range 5 {
+		for i := range quickest {
+			e.wal.retryAt, e.wal.moved = time.Now(), e.wal.moved-int64(1-i)
+			began := time.Now()
+			require.NoError(t, e.wal.run())
+			quickest[i] = min(quickest[i], time.Since(began))
+			require.NotZero(t, e.wal.retryAt, "it is tried again")
+		}
+	}
+	require.GreaterOrEqual(t, quickest[0], readerPause)
+	require.Less(t, quickest[0], busyTimeout/2)
+	require.Less(t, quickest[1], readerPause)
+	var timeout int64
+	require.NoError(t, e.file.QueryRow("PRAGMA busy_timeout").Scan(&timeout))
+	require.Equal(t, busyTimeout.Milliseconds(), timeout)
+	end()
+}
+
 func TestReaderHoldsTheWAL(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
@@ -7565,18 +7726,10 @@ func TestReaderHoldsTheWAL(t *testing.T) {
 
 func TestOverload(t *testing.T) {
 	t.Parallel()
-	holding, release := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			once.Do(func() {
-				close(holding)
-				<-release
-			})
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
+	var held heldOnce
+	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
+	reached := held.arm()
 	base := base(a)
 	var wg sync.WaitGroup
 	var failed atomic.Int64
@@ -7588,7 +7741,7 @@ func TestOverload(t *testing.T) {
 		})
 	}
 	place()
-	<-holding
+	<-reached
 	for range maxCreates {
 		place()
 	}
@@ -7607,12 +7760,29 @@ func TestOverload(t *testing.T) {
 	require.NoError(t, err)
 	response.Body.Close()
 	require.Equal(t, http.StatusOK, response.StatusCode)
-	let()
+	held.release()
 	wg.Wait()
 	require.Zero(t, failed.Load())
 	j.place(t, base, 1)
 	require.EqualValues(t, maxCreates+2, drained(t, base).TotalOrdersProcessed)
 	require.Empty(t, j.violations)
+}
+
+// TestTheOpenBatchIsBounded in creates, in their bytes and in steps.
+func TestTheOpenBatchIsBounded(t *testing.T) {
+	t.Parallel()
+	in := newIntake()
+	for range maxCreateBytes / maxItemIDs {
+		_, err := in.add(largest(1)[0])
+		require.NoError(t, err)
+	}
+	_, err := in.add(sampleOrder(1, ""))
+	require.ErrorIs(t, err, errBusy)
+	require.ErrorIs(t, in.ready(), errBusy)
+	for i := range maxSteps {
+		require.Nil(t, in.addStep(step{id: numbered(i), to: processing}))
+	}
+	require.Equal(t, in.open, in.addStep(step{id: numbered(maxSteps), to: processing}))
 }
 
 // TestAMillionPending starts on a backlog far longer than the channel.
@@ -7725,7 +7895,7 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	for client := range 8 {
 		clients.Go(func() {
 			user := fmt.Sprintf("user%d", client)
-			for range many(500) {
+			for range many(300) {
 				c := &create{order: order{userID: user, itemIDs: "item"}}
 				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
 					wrong.Store(new("an order was refused"))
@@ -7742,8 +7912,11 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 			}
 		})
 		clients.Go(func() { // and the other way round
-			for range many(500) {
+			for range many(300) {
 				p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
+				if err == nil && len(p.orders) > 0 && p.orders[0].status < completed { // a whole order is not behind, either
+					p.orders[0], err = a.store.get(p.orders[0].id)
+				}
 				for _, o := range p.orders {
 					if st, statusErr := a.store.status(o.id); err != nil || statusErr != nil || st < o.status {
 						wrong.Store(new(fmt.Sprintf("%s is %s in a list, then %s by its ID: %v, %v", o.id, o.status, st, err, statusErr)))
@@ -7935,12 +8108,17 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	}
 	awaitRest(t, a, 0, 3)
 	stop()
-	tamper(t, a, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
+	const newest = " WHERE id_high = (SELECT max(id_high) FROM orders)"
+	tamper(t, a, "UPDATE orders SET status = 1, took = NULL"+newest)
+	a, stop = openIdle(t, dir, nil, nil)
+	require.Equal(t, []int64{1, 2}, []int64{counts(a).processing, counts(a).completed})
+	stop()
+	tamper(t, a, "UPDATE orders SET status = 0, started = NULL"+newest)
 	a, stop = openIdle(t, dir, nil, nil)
 	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
 		a.metrics.summary(a.store.totals()))
 	stop()
-	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 1)
+	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 2)
 	a, _ = openTestApp(t, dir, nil, nil)
 	awaitRest(t, a, 0, 3)
 	checkInvariants(t, a)
@@ -8027,7 +8205,7 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 // TestReadsAtTheEndLeaveNoWAL lists while the service closes its files.
 func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 	t.Parallel()
-	for range many(50) {
+	for range many(30) {
 		a, stop := openIdle(t, t.TempDir(), nil, nil)
 		commitTogether(t, a.store, sampleOrders(200))
 		var readers sync.WaitGroup
@@ -8215,7 +8393,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, first.status, first.body)
 	batches, size := runOrders/maxCreates+1, maxCreates // more than one run of the index
-	if raced() {
+	if raced() || !*long {
 		batches, size = 1, 2*expiryRows
 	}
 	var cached []ulid.ULID
@@ -8244,7 +8422,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	}
 	require.Equal(t, 1, stored("orders"), "the one at work")
 	if a.sqlite != nil {
-		require.True(t, stored("orders_by_user") == 1 || raced(), "its part of the index, which so few orders do not fill")
+		require.True(t, stored("orders_by_user") == 1 || batches == 1, "its part of the index, which so few orders do not fill")
 		require.LessOrEqual(t, stored("user_runs"), 2, "its run, and the newest")
 	}
 
@@ -8401,6 +8579,7 @@ func TestAbuse(t *testing.T) {
 		within        time.Duration
 		statuses      []int
 	}{
+		{"a header of nearly 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader-100) + "\r\n\r\n", 5 * time.Second, []int{200}},
 		{"a header over 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader) + "\r\n\r\n", 5 * time.Second, []int{431}},
 		{"many headers", "GET /livez HTTP/1.1\r\nHost: localhost\r\n" + strings.Repeat("X: y\r\n", 20_000) + "\r\n", 5 * time.Second, []int{431}},
 		{"a body of 1 GB announced", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n", 5 * time.Second, []int{413}},
