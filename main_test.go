@@ -71,6 +71,7 @@ var (
 	killRounds  = flag.Int("kill-rounds", 3, "how often TestKillNine kills the service")
 	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
 	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
+	patience    = flag.Duration("patience", 90*time.Second, "how long to wait for what must happen; more than the longest pause of a failing order")
 	readerHold  = flag.Duration("reader-holds", 300*time.Millisecond, "how long TestReaderUnderLoad holds its transaction")
 )
 
@@ -144,15 +145,11 @@ func testConfig(dir string) config {
 	return cfg
 }
 
-// longest is the time to wait for something that must happen; more than the
-// longest pause of a failing order.
-const longest = 90 * time.Second
-
 func until(tb testing.TB, condition func() bool, because ...any) {
 	tb.Helper()
 	pause := time.Millisecond
 	for began := time.Now(); !condition(); time.Sleep(pause) {
-		if time.Since(began) > longest {
+		if time.Since(began) > *patience {
 			require.Fail(tb, "it does not come about", because...)
 		}
 		pause = min(pause*3/2, 10*time.Millisecond) // looks cost time that what is waited for may need
@@ -850,7 +847,7 @@ func (p *process) stop(tb testing.TB) {
 		p.kill()
 		return
 	}
-	require.Equal(tb, 0, p.terminate(tb, time.Minute), p.stderr.String())
+	require.Equal(tb, 0, p.terminate(tb, *patience), p.stderr.String())
 }
 
 // residentMB is the memory that the process occupies.
@@ -915,7 +912,7 @@ func (c *transcript) read() (text string, more <-chan struct{}) {
 // waitFor returns the first whole line with that prefix.
 func (c *transcript) waitFor(tb testing.TB, prefix string, exited <-chan struct{}) string {
 	tb.Helper()
-	limit := time.After(time.Minute)
+	limit := time.After(*patience)
 	for {
 		text, more := c.read()
 		for line := range strings.Lines(text) {
@@ -1539,7 +1536,7 @@ func (r running) stop(t *testing.T) {
 	select {
 	case err := <-r.ended:
 		require.NoError(t, err)
-	case <-time.After(longest):
+	case <-time.After(*patience):
 		require.Fail(t, "run does not return")
 	}
 }
@@ -1570,7 +1567,7 @@ func TestSignals(t *testing.T) {
 		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
 		p.cmd.Process.Signal(syscall.SIGHUP) // fails where it has ended
 		p.cmd.Process.Signal(syscall.SIGHUP)
-		require.Zero(t, p.wait(t, time.Minute))
+		require.Zero(t, p.wait(t, *patience))
 		require.NoFileExists(t, filepath.Join(p.dir, "data", "orders.db-wal"))
 	})
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
@@ -1579,7 +1576,7 @@ func TestSignals(t *testing.T) {
 			require.NoError(t, p.cmd.Process.Signal(signal))
 			p.stderr.waitFor(t, "stopping: waiting up to 24h0m0s for orders at work (1)", p.exited)
 			require.NoError(t, p.cmd.Process.Signal(signal))
-			require.Equal(t, -1, p.wait(t, time.Minute), "it ended by the signal")
+			require.Equal(t, -1, p.wait(t, *patience), "it ended by the signal")
 		})
 	}
 	t.Run("requests are waited for too", func(t *testing.T) {
@@ -1588,7 +1585,7 @@ func TestSignals(t *testing.T) {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(t, err)
 		t.Cleanup(func() { conn.Close() })
-		require.NoError(t, conn.SetDeadline(time.Now().Add(longest)))
+		require.NoError(t, conn.SetDeadline(time.Now().Add(*patience)))
 		fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(exampleOrder))
 		answers := bufio.NewReader(conn)
 		line, err := answers.ReadString('\n')
@@ -1601,13 +1598,13 @@ func TestSignals(t *testing.T) {
 		line, err = answers.ReadString('\n')
 		require.NoError(t, err)
 		require.Contains(t, line, "201 Created")
-		require.Zero(t, p.wait(t, time.Minute))
+		require.Zero(t, p.wait(t, *patience))
 	})
 	t.Run("nohup goes on to work", func(t *testing.T) {
 		needs(t, "nohup")
 		p := working(t, []string{"nohup"}, "0s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
-		require.Zero(t, p.terminate(t, time.Minute), "SIGTERM is the first that counts")
+		require.Zero(t, p.terminate(t, *patience), "SIGTERM is the first that counts")
 	})
 }
 
@@ -1790,7 +1787,7 @@ func TestCreateRefusesFields(t *testing.T) {
 		}
 	}
 	const unknown, twice, missing = "is not a field of an order: the fields are user_id, item_ids and total_amount", "is given more than once", "is missing"
-	many := strings.Repeat("i,", 1200)
+	lots := strings.Repeat("i,", 1200)
 	for _, test := range []struct {
 		name, body string
 		says       map[string][]string
@@ -1806,7 +1803,7 @@ func TestCreateRefusesFields(t *testing.T) {
 			map[string][]string{"user_id": {"must be a string, not a number"}, "item_ids": {twice}, "x": {unknown}, "total_amount": {missing}}},
 		{"other types", orderBody(`null`, `true`, `["1"]`), map[string][]string{"user_id": {"must be a string, not null"},
 			"item_ids": {"must be a string, not a boolean"}, "total_amount": {"must be a number, not an array"}}},
-		{"bounds", orderBody(`"  `+strings.Repeat("u", 129)+` "`, `"`+many+strings.Repeat("i", 20_000)+`"`, "10000000000000"), map[string][]string{
+		{"bounds", orderBody(`"  `+strings.Repeat("u", 129)+` "`, `"`+lots+strings.Repeat("i", 20_000)+`"`, "10000000000000"), map[string][]string{
 			"user_id":      {"must be 1 to 128 bytes without the spaces around it, not 129"},
 			"item_ids":     {"must be at most 16384 bytes, not 22400", "must be at most 1000 items, not 1201"},
 			"total_amount": {"must be at most 9999999999999.99"}}},
@@ -2118,7 +2115,7 @@ func arrived(t *testing.T, answers <-chan answer) answer {
 	case got := <-answers:
 		requireGood(t, http.MethodGet, "/orders/x", got)
 		return got
-	case <-time.After(longest):
+	case <-time.After(*patience):
 		require.Fail(t, "no answer")
 		return answer{}
 	}
@@ -6347,7 +6344,7 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 		case <-opened(p):
 			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
 			stop := j.load(base, 4, 100_000)
-			p.wait(t, time.Minute)
+			p.wait(t, *patience)
 			stop()
 		}
 		require.Equal(t, exitedBetweenCommits, p.code, p.stderr.String())
@@ -6388,7 +6385,7 @@ func TestSigtermUnderLoad(t *testing.T) {
 		before := j.count(accepted)
 		until(t, func() bool { return j.count(accepted) > before+100 })
 		began := time.Now()
-		require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+		require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 		require.Less(t, time.Since(began), 6*time.Second)
 		stopLoad()
 		stopObservers()
@@ -6419,7 +6416,7 @@ func TestSigtermAnswersWhatIsInFlight(t *testing.T) {
 	}
 	p.stderr.waitFor(t, "all creates are in flight", p.exited)
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 4*time.Second) // -drain and a second
 	for range heldCreates {
 		require.Equal(t, accepted, <-outcomes)
@@ -6461,7 +6458,7 @@ func TestSigtermReleasesWhoWaits(t *testing.T) {
 	case <-time.After(300 * time.Millisecond):
 	}
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 2*time.Second)
 	require.Equal(t, "200 OK", <-answered)
 }
@@ -6609,7 +6606,7 @@ func TestDiskFaults(t *testing.T) {
 			stopObservers := j.observe(p.url())
 			if test.ends && !test.alone {
 				stopLoad := j.load(p.url(), 8, math.MaxInt)
-				p.wait(t, longest)
+				p.wait(t, *patience)
 				stopLoad()
 			} else {
 				client, failed := newClient(), 0
@@ -6627,7 +6624,7 @@ func TestDiskFaults(t *testing.T) {
 				}
 			}
 			if test.ends {
-				require.Equal(t, 1, p.wait(t, longest), p.stderr.String())
+				require.Equal(t, 1, p.wait(t, *patience), p.stderr.String())
 				stopObservers()
 				said := regexp.MustCompile(`(?m)^orderd: .*\n`).FindAllString(p.stderr.String(), -1)
 				require.Len(t, said, 1, p.stderr.String())
@@ -6830,7 +6827,7 @@ func TestFileSizeLimit(t *testing.T) {
 	j := newJournal("ulimit", time.Millisecond)
 	p := startWrapped(t, []string{"sh", "-c", `ulimit -f 2000; exec "$0" "$@"`}, dir, nil, "-delay", "1ms", "-log-level", "warn")
 	j.fullDisk(t, p)
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	j.recover(t, dir)
 }
 
@@ -7081,7 +7078,7 @@ func TestStartIsRefused(t *testing.T) {
 				test.args[i] = filepath.Join(dir, test.args[i])
 			}
 			p := launch(t, unprivileged(), dir, nil, test.args...)
-			require.Equal(t, 1, p.wait(t, longest))
+			require.Equal(t, 1, p.wait(t, *patience))
 			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
 			require.Equal(t, before, contents(t, dir))
 		})
@@ -8093,7 +8090,7 @@ func TestPermanentErrorsEndTheService(t *testing.T) {
 			case err := <-ended:
 				require.ErrorIs(t, err, errBroken)
 				require.ErrorContains(t, err, test.says)
-			case <-time.After(longest):
+			case <-time.After(*patience):
 				t.Fatal("it went on")
 			}
 		})
@@ -8755,7 +8752,7 @@ func TestWaiters(t *testing.T) {
 	full := p.residentMB(t)
 	require.Zero(t, answers.Load())
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 10*time.Second)
 	all.Wait()
 	for _, status := range answered {
@@ -10371,7 +10368,7 @@ func TestLostCommitsAreNoticed(t *testing.T) {
 	c.stop(t, syscall.SIGKILL)
 	s.promote(t)
 	for i, p := range r.all {
-		require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
+		require.Equal(t, 1, p.wait(t, *patience), p.stderr.String())
 		require.Contains(t, p.stderr.String(), "has lost commits that it had confirmed")
 		again := launch(t, nil, r.dirs[i], nil, "-orders", both, "-advertise", r.url(i))
 		require.Equal(t, 1, again.wait(t, time.Minute), again.stderr.String())
@@ -10443,7 +10440,7 @@ func TestAStandbyPassesOn(t *testing.T) {
 	r.leaderAmong(t, standby) // the one that stood still
 	for i, p := range r.all {
 		if i != standby {
-			require.Equal(t, 0, p.terminate(t, time.Minute))
+			require.Equal(t, 0, p.terminate(t, *patience))
 		}
 	}
 	text, err := os.ReadFile(filepath.Join(r.dirs[leader], "logs", "orderd.log"))
@@ -10468,7 +10465,7 @@ func TestReplicasWaitForTheDatabase(t *testing.T) {
 	until(t, func() bool {
 		return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated
 	}, "it goes on by itself")
-	require.Equal(t, 0, p.terminate(t, time.Minute))
+	require.Equal(t, 0, p.terminate(t, *patience))
 }
 
 // serveTransactions is what replicas are measured against: the same service in
