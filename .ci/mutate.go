@@ -325,7 +325,7 @@ func (m mutation) try(dir string) string {
 	}
 	check(os.WriteFile(path, []byte(strings.Replace(string(text), m.old, m.new, 1)), 0o644))
 	defer func() { check(os.WriteFile(path, text, 0o644)) }()
-	test := exec.Command("go", "test", "-vet=off", "-failfast", "-timeout", "100s", "-run", m.tests, ".", "-patience", "10s")
+	test := exec.Command("go", "test", "-vet=off", "-ldflags=-s", "-gcflags=-l", "-failfast", "-timeout", "100s", "-run", m.tests, ".", "-patience", "10s")
 	test.Dir = dir
 	out, err := test.CombinedOutput()
 	switch {
