@@ -50,6 +50,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -67,10 +68,11 @@ import (
 
 var (
 	long        = flag.Bool("long", false, "take the crowds and backlogs in full")
-	killRounds  = flag.Int("kill-rounds", 5, "how often TestKillNine kills the service")
+	killRounds  = flag.Int("kill-rounds", 3, "how often TestKillNine kills the service")
 	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
 	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
-	readerHold  = flag.Duration("reader-holds", time.Second, "how long TestReaderUnderLoad holds its transaction")
+	patience    = flag.Duration("patience", 90*time.Second, "how long to wait for what must happen; more than the longest pause of a failing order")
+	readerHold  = flag.Duration("reader-holds", 300*time.Millisecond, "how long TestReaderUnderLoad holds its transaction")
 )
 
 // newTestApp opens the whole service on real files and a free port, serves it,
@@ -91,13 +93,13 @@ func openTestApp(tb testing.TB, dir string, change func(*config), before func(*a
 }
 
 // lookedAt is an app that has been opened and not started.
-func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app)) *app {
+func lookedAt(tb testing.TB, dir string, change func(*config), before func(*app), stderr ...io.Writer) *app {
 	tb.Helper()
 	cfg := testConfig(dir)
 	if change != nil {
 		change(&cfg)
 	}
-	a, err := openApp(cfg, io.Discard)
+	a, err := openApp(cfg, io.MultiWriter(stderr...))
 	require.NoError(tb, err)
 	if a.replica != nil {
 		require.NoError(tb, a.awaitLead(tb.Context(), func(string, string) {}))
@@ -143,21 +145,14 @@ func testConfig(dir string) config {
 	return cfg
 }
 
-// longest is the time to wait for something that must happen; more than the
-// longest pause of a failing order.
-const longest = 90 * time.Second
-
 func until(tb testing.TB, condition func() bool, because ...any) {
 	tb.Helper()
-	require.Eventually(tb, condition, longest, 2*time.Millisecond, because...)
-}
-
-// persist tries until it succeeds. Unlike until it stays on the test's own
-// goroutine, so an attempt may require.
-func persist(tb testing.TB, attempt func() bool, because string) {
-	tb.Helper()
-	for began := time.Now(); !attempt(); runtime.Gosched() {
-		require.Less(tb, time.Since(began), time.Minute, because)
+	pause := time.Millisecond
+	for began := time.Now(); !condition(); time.Sleep(pause) {
+		if time.Since(began) > *patience {
+			require.Fail(tb, "it does not come about", because...)
+		}
+		pause = min(pause*3/2, 10*time.Millisecond) // looks cost time that what is waited for may need
 	}
 }
 
@@ -232,6 +227,9 @@ func callAt(t *testing.T, addr, method, path string, header http.Header, body st
 	requireGood(t, method, path, got)
 	return got
 }
+
+// base is the URL that an app answers at.
+func base(a *app) string { return "http://" + a.listener.Addr().String() }
 
 func call(t *testing.T, a *app, method, path string, header http.Header, body string) answer {
 	t.Helper()
@@ -309,6 +307,15 @@ func sampleOrders(n int) []*create {
 	creates := make([]*create, n)
 	for i := range creates {
 		creates[i] = sampleOrder(i, "")
+	}
+	return creates
+}
+
+// largest are orders with as much text as the API takes.
+func largest(n int) []*create {
+	creates := sampleOrders(n)
+	for _, c := range creates {
+		c.itemIDs = strings.Repeat("x", maxItemIDs)
 	}
 	return creates
 }
@@ -416,13 +423,16 @@ func onSQLite(tb testing.TB, a *app) *sqliteEngine {
 }
 
 // logged are the lines with this message in the log of an app that has ended.
-func logged(tb testing.TB, dir, message string) (lines []map[string]any) {
+func logged(tb testing.TB, dir, message string) []map[string]any {
 	tb.Helper()
-	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
-	require.NoError(tb, err)
-	for line := range bytes.Lines(text) {
+	return linesOf(tb, bytesOf(tb, filepath.Join(dir, "logs", "orderd.log")), message)
+}
+
+func linesOf(tb testing.TB, log, message string) (lines []map[string]any) {
+	tb.Helper()
+	for line := range strings.Lines(log) {
 		var fields map[string]any
-		require.NoError(tb, json.Unmarshal(line, &fields))
+		require.NoError(tb, json.Unmarshal([]byte(line), &fields))
 		if fields["msg"] == message {
 			lines = append(lines, fields)
 		}
@@ -460,13 +470,20 @@ func hold(release <-chan struct{}) work {
 	}
 }
 
+// countedAll reports whether metrics.db has counted all. Beats of a leader only
+// count seq up.
+func countedAll(a *app) bool {
+	counted, held := *a.metrics.counted.Load(), a.store.totals()
+	return counted.seq == held.seq || a.replica != nil && counted.accepted == held.accepted && counted.completed == held.completed
+}
+
 // awaitRest waits until so many orders are Processing and Completed, and until
 // metrics.db has counted them.
 func awaitRest(tb testing.TB, a *app, inWork, done int64) {
 	tb.Helper()
 	until(tb, func() bool {
 		t := a.store.totals()
-		return t.processing == inWork && t.completed == done && a.metrics.counted.Load().seq == t.seq
+		return t.processing == inWork && t.completed == done && countedAll(a)
 	}, fmt.Sprintf("%d Processing and %d Completed, in both databases", inWork, done))
 }
 
@@ -488,10 +505,7 @@ func walBytes(a *app) int64 { return int64(a.sqlite.gauges()[0].value) }
 // app must be at rest: nothing moves while it looks.
 func checkInvariants(tb testing.TB, a *app) {
 	tb.Helper()
-	until(tb, func() bool { // beats of a leader only count seq up
-		counted, held := *a.metrics.counted.Load(), a.store.totals()
-		return counted.seq == held.seq || a.replica != nil && counted.accepted == held.accepted && counted.completed == held.completed
-	}, "metrics.db has counted all")
+	until(tb, func() bool { return countedAll(a) }, "metrics.db has counted all")
 	db := openOrders(tb, a)
 	defer db.Close()
 	found := totals{identity: a.store.totals().identity, seq: a.store.totals().seq}
@@ -772,7 +786,7 @@ func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...s
 	tb.Helper()
 	self, err := os.Executable()
 	require.NoError(tb, err)
-	command := append(slices.Clone(wrapper), self,
+	command := append(slices.Clone(wrapper), self, "-cache", "10000", // the usual million would cost 16 MB to clear
 		"-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
 	if url := ordersURL(dir); url != "" {
 		command = append(command, "-orders", url, "-advertise", "http://127.0.0.1:1")
@@ -837,7 +851,7 @@ func (p *process) stop(tb testing.TB) {
 		p.kill()
 		return
 	}
-	require.Equal(tb, 0, p.terminate(tb, time.Minute), p.stderr.String())
+	require.Equal(tb, 0, p.terminate(tb, *patience), p.stderr.String())
 }
 
 // residentMB is the memory that the process occupies.
@@ -902,7 +916,7 @@ func (c *transcript) read() (text string, more <-chan struct{}) {
 // waitFor returns the first whole line with that prefix.
 func (c *transcript) waitFor(tb testing.TB, prefix string, exited <-chan struct{}) string {
 	tb.Helper()
-	limit := time.After(time.Minute)
+	limit := time.After(*patience)
 	for {
 		text, more := c.read()
 		for line := range strings.Lines(text) {
@@ -1499,49 +1513,6 @@ func TestTokenSource(t *testing.T) {
 	}
 }
 
-func TestStartRefused(t *testing.T) {
-	t.Parallel()
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	t.Cleanup(func() { taken.Close() })
-	running := newTestApp(t, nil)
-	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
-	require.NoError(t, os.MkdirAll(deep, 0o700))
-	link := filepath.Join(t.TempDir(), "link")
-	require.NoError(t, os.Symlink(deep, link))
-	file := filepath.Join(t.TempDir(), "file")
-	require.NoError(t, os.WriteFile(file, nil, 0o600))
-	for _, test := range []struct {
-		name  string
-		args  []string
-		named []string
-	}{
-		{name: "a port that is taken", args: []string{"-addr", taken.Addr().String()}, named: []string{taken.Addr().String(), "-addr"}},
-		{name: "an address that is not ours", args: []string{"-addr", "192.0.2.1:0"}, named: []string{"192.0.2.1:0", "-addr"}},
-		{name: "a data directory in use", args: []string{"-data", running.cfg.data}, named: []string{running.cfg.data, "-data"}},
-		{name: "a data directory that is a file", args: []string{"-data", file + "/data"}, named: []string{file, "-data"}},
-		{name: "a data directory too deep for SQLite", args: []string{"-data", deep}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
-		{name: "a link to such a one", args: []string{"-data", link}, named: []string{"bytes and SQLite takes at most 500; choose another with -data"}},
-		{name: "a log too deep for SQLite", args: []string{"-log", deep + "/orderd.log"}, named: []string{"bytes and SQLite takes at most 500; choose another with -log"}},
-		{name: "a certificate that is none", args: []string{"-tls-cert", file, "-tls-key", file}, named: []string{"HTTPS", "-tls-cert", "-tls-key"}},
-		{name: "a key as the log", args: []string{"-tls-cert", "c", "-tls-key", file, "-log", file}, named: []string{file, "orderd's own", "-log"}},
-		{name: "a log directory that is a file", args: []string{"-log", file + "/orderd.log"}, named: []string{file, "-log"}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			var stdout, stderr transcript
-			args := append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/orderd.log"}, test.args...)
-			code, sentence := exited(t, run(t.Context(), args, nil, &stdout, &stderr))
-			require.Equal(t, 1, code)
-			for _, part := range test.named {
-				require.Contains(t, sentence, part)
-			}
-			require.Empty(t, stdout.String()+stderr.String())
-		})
-	}
-}
-
 // running is a run in the background.
 type running struct {
 	addr   string
@@ -1569,7 +1540,7 @@ func (r running) stop(t *testing.T) {
 	select {
 	case err := <-r.ended:
 		require.NoError(t, err)
-	case <-time.After(longest):
+	case <-time.After(*patience):
 		require.Fail(t, "run does not return")
 	}
 }
@@ -1583,24 +1554,24 @@ func TestExitWhereNobodyReadsStderr(t *testing.T) {
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
+	heard := make(chan os.Signal, 1) // or the process would ignore them as the test does in the background or under nohup
+	signal.Notify(heard, syscall.SIGHUP, syscall.SIGINT)
+	t.Cleanup(func() { signal.Stop(heard) })
 	// working starts a process that works on an order for as long as it is let.
 	working := func(t *testing.T, wrapper []string, drain string) *process {
 		t.Parallel()
 		p := startWrapped(t, wrapper, t.TempDir(), nil, "-delay", "24h", "-drain", drain)
 		newJournal("signal", 0).place(t, p.url(), 1)
-		persist(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
+		until(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 }, "the order is worked on")
 		return p
 	}
 	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
-		hangups := make(chan os.Signal, 1) // or the process would ignore them as the test does under nohup
-		signal.Notify(hangups, syscall.SIGHUP)
-		t.Cleanup(func() { signal.Stop(hangups) })
 		p := working(t, nil, "1s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
 		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
 		p.cmd.Process.Signal(syscall.SIGHUP) // fails where it has ended
 		p.cmd.Process.Signal(syscall.SIGHUP)
-		require.Zero(t, p.wait(t, time.Minute))
+		require.Zero(t, p.wait(t, *patience))
 		require.NoFileExists(t, filepath.Join(p.dir, "data", "orders.db-wal"))
 	})
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
@@ -1609,7 +1580,7 @@ func TestSignals(t *testing.T) {
 			require.NoError(t, p.cmd.Process.Signal(signal))
 			p.stderr.waitFor(t, "stopping: waiting up to 24h0m0s for orders at work (1)", p.exited)
 			require.NoError(t, p.cmd.Process.Signal(signal))
-			require.Equal(t, -1, p.wait(t, time.Minute), "it ended by the signal")
+			require.Equal(t, -1, p.wait(t, *patience), "it ended by the signal")
 		})
 	}
 	t.Run("requests are waited for too", func(t *testing.T) {
@@ -1618,7 +1589,7 @@ func TestSignals(t *testing.T) {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(t, err)
 		t.Cleanup(func() { conn.Close() })
-		require.NoError(t, conn.SetDeadline(time.Now().Add(longest)))
+		require.NoError(t, conn.SetDeadline(time.Now().Add(*patience)))
 		fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(exampleOrder))
 		answers := bufio.NewReader(conn)
 		line, err := answers.ReadString('\n')
@@ -1631,13 +1602,13 @@ func TestSignals(t *testing.T) {
 		line, err = answers.ReadString('\n')
 		require.NoError(t, err)
 		require.Contains(t, line, "201 Created")
-		require.Zero(t, p.wait(t, time.Minute))
+		require.Zero(t, p.wait(t, *patience))
 	})
 	t.Run("nohup goes on to work", func(t *testing.T) {
 		needs(t, "nohup")
 		p := working(t, []string{"nohup"}, "0s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
-		require.Zero(t, p.terminate(t, time.Minute), "SIGTERM is the first that counts")
+		require.Zero(t, p.terminate(t, *patience), "SIGTERM is the first that counts")
 	})
 }
 
@@ -1775,14 +1746,15 @@ func TestCreateAccepts(t *testing.T) {
 	}
 }
 
-// refusals reads the fields of a 422.
-func refusals(t *testing.T, body string) (fields []string) {
+// details reads what a 422 says, by field.
+func details(t *testing.T, body string) map[string][]string {
 	t.Helper()
+	found := map[string][]string{}
 	for _, e := range decoded[struct{ Errors []fieldError }](t, body).Errors {
 		require.NotEmpty(t, e.Detail)
-		fields = append(fields, e.Field)
+		found[e.Field] = append(found[e.Field], e.Detail)
 	}
-	return fields
+	return found
 }
 
 func TestCreateRefusesFields(t *testing.T) {
@@ -1813,28 +1785,42 @@ func TestCreateRefusesFields(t *testing.T) {
 				values[field.name] = value
 				got := post(t, a, orderBody(values["user_id"], values["item_ids"], values["total_amount"]))
 				require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
-				require.Subset(t, []string{field.name}, refusals(t, got.body))
+				require.Contains(t, details(t, got.body), field.name)
+				require.Len(t, details(t, got.body), 1)
 			})
 		}
 	}
+	const unknown, twice, missing = "is not a field of an order: the fields are user_id, item_ids and total_amount", "is given more than once", "is missing"
+	lots := strings.Repeat("i,", 1200)
 	for _, test := range []struct {
 		name, body string
-		fields     []string
+		says       map[string][]string
 	}{
-		{name: "no field at all", body: `{}`, fields: []string{"user_id", "item_ids", "total_amount"}},
-		{name: "one field missing", body: `{"user_id": "u", "total_amount": 1}`, fields: []string{"item_ids"}},
-		{name: "a field of another name", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "note": "x"}`, fields: []string{"note"}},
-		{name: "a field of no name", body: `{"": 1, "user_id": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{""}},
-		{name: "a name in another letter case", body: `{"User_ID": "u", "item_ids": "i", "total_amount": 1}`, fields: []string{"User_ID", "user_id"}},
-		{name: "a field given twice", body: `{"user_id": "u", "item_ids": "i", "total_amount": 1, "total_amount": 1}`, fields: []string{"total_amount"}},
-		{name: "a field given twice, once escaped", body: `{"user_id": "u", "user\u005fid": "v", "item_ids": "i", "total_amount": 1}`, fields: []string{"user_id"}},
-		{name: "everything wrong at once", body: `{"user_id": 1, "item_ids": "i", "item_ids": "j", "x": {"total_amount": 1}}`,
-			fields: []string{"user_id", "item_ids", "x", "total_amount"}},
+		{"no field at all", `{}`, map[string][]string{"user_id": {missing}, "item_ids": {missing}, "total_amount": {missing}}},
+		{"one field missing", `{"user_id": "u", "total_amount": 1}`, map[string][]string{"item_ids": {missing}}},
+		{"a field of another name", `{"user_id": "u", "item_ids": "i", "total_amount": 1, "note": "x"}`, map[string][]string{"note": {unknown}}},
+		{"a field of no name", `{"": 1, "user_id": "u", "item_ids": "i", "total_amount": 1}`, map[string][]string{"": {unknown}}},
+		{"a name in another letter case", `{"User_ID": "u", "item_ids": "i", "total_amount": 1}`, map[string][]string{"User_ID": {unknown}, "user_id": {missing}}},
+		{"a field given twice", `{"user_id": "u", "item_ids": "i", "total_amount": 1, "total_amount": 1}`, map[string][]string{"total_amount": {twice}}},
+		{"a field given twice, once escaped", `{"user_id": "u", "user\u005fid": "v", "item_ids": "i", "total_amount": 1}`, map[string][]string{"user_id": {twice}}},
+		{"everything wrong at once", `{"user_id": 1, "item_ids": "i", "item_ids": "j", "x": {"total_amount": 1}}`,
+			map[string][]string{"user_id": {"must be a string, not a number"}, "item_ids": {twice}, "x": {unknown}, "total_amount": {missing}}},
+		{"other types", orderBody(`null`, `true`, `["1"]`), map[string][]string{"user_id": {"must be a string, not null"},
+			"item_ids": {"must be a string, not a boolean"}, "total_amount": {"must be a number, not an array"}}},
+		{"bounds", orderBody(`"  `+strings.Repeat("u", 129)+` "`, `"`+lots+strings.Repeat("i", 20_000)+`"`, "10000000000000"), map[string][]string{
+			"user_id":      {"must be 1 to 128 bytes without the spaces around it, not 129"},
+			"item_ids":     {"must be at most 16384 bytes, not 22400", "must be at most 1000 items, not 1201"},
+			"total_amount": {"must be at most 9999999999999.99"}}},
+		{"what is in them", orderBody(`"ab\n\ud800"`, `"a,b, ,c"`, "-0.001"), map[string][]string{
+			"user_id":      {"must be Unicode text, but has an escape for half of a surrogate pair", "must not contain control characters, but has one at byte 2"},
+			"item_ids":     {"must be items separated by commas, but item 3 is empty"},
+			"total_amount": {"must be 0 or more"}}},
+		{"decimals", orderBody(`"u"`, `"i"`, "0.001"), map[string][]string{"total_amount": {"must have at most two decimals"}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := post(t, a, test.body)
 			require.Equal(t, http.StatusUnprocessableEntity, got.status, got.body)
-			require.ElementsMatch(t, test.fields, refusals(t, got.body))
+			require.Equal(t, test.says, details(t, got.body))
 		})
 	}
 	require.Zero(t, a.store.totals().accepted)
@@ -1950,7 +1936,7 @@ func TestIdempotencyKey(t *testing.T) {
 			got := create(t, keyed(test.name), test.body)
 			require.Equal(t, http.StatusUnprocessableEntity, got.status)
 			require.Empty(t, got.header.Get("Location"))
-			require.Empty(t, refusals(t, got.body))
+			require.Empty(t, details(t, got.body))
 			requireReplay(t, first, create(t, keyed(test.name), order))
 		})
 	}
@@ -2012,20 +1998,6 @@ func TestIdempotencyKey(t *testing.T) {
 		require.Equal(t, orders, keys)
 		require.Equal(t, orders, a.store.totals().accepted)
 	})
-}
-
-func TestIdempotencyKeyOutlivesARestart(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, nil, nil)
-	first := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
-	stop()
-	a, _ = openTestApp(t, dir, nil, nil)
-	second := call(t, a, http.MethodPost, "/orders", keyed("k"), exampleOrder)
-	require.Equal(t, http.StatusCreated, second.status)
-	require.Equal(t, first.body, second.body)
-	require.Equal(t, "true", second.header.Get("Idempotent-Replayed"))
-	require.EqualValues(t, 1, a.store.totals().accepted)
 }
 
 func TestGetOrder(t *testing.T) {
@@ -2147,7 +2119,7 @@ func arrived(t *testing.T, answers <-chan answer) answer {
 	case got := <-answers:
 		requireGood(t, http.MethodGet, "/orders/x", got)
 		return got
-	case <-time.After(longest):
+	case <-time.After(*patience):
 		require.Fail(t, "no answer")
 		return answer{}
 	}
@@ -2223,11 +2195,11 @@ func TestWait(t *testing.T) {
 		require.ErrorIs(t, (<-answers).err, context.Canceled)
 		until(t, func() bool { return watchers(a) == 0 })
 	})
-	t.Run("is shared by a thousand clients", func(t *testing.T) {
+	t.Run("is shared by many clients", func(t *testing.T) {
 		t.Parallel()
 		a, release, _ := heldApp(t, nil, nil)
 		id := place(t, a, "u", "held")
-		answers := make([]<-chan answer, 1000)
+		answers := make([]<-chan answer, 50)
 		for i := range answers {
 			answers[i] = later(t.Context(), a, id, "60")
 		}
@@ -2250,7 +2222,7 @@ func TestAnswersWhileItWaitsForRunningWork(t *testing.T) {
 	go stop()
 	until(t, func() bool { return get(t, a, "/readyz").status == http.StatusServiceUnavailable }, "readyz says no")
 	require.Contains(t, get(t, a, "/readyz").body, "The server is stopping")
-	require.Zero(t, metric(t, "http://"+a.listener.Addr().String(), "orderd_ready"))
+	require.Zero(t, metric(t, base(a), "orderd_ready"))
 	require.Equal(t, "Processing", statusOf(t, a, id))
 	late := place(t, a, "u", "x")
 	got := arrived(t, later(t.Context(), a, id, "60"))
@@ -2673,45 +2645,73 @@ func TestMetricsNegotiation(t *testing.T) {
 	}
 }
 
+// TestMetricsText has every figure differ from 0, and from others.
 func TestMetricsText(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
-	for range 3 {
-		place(t, a, "u", "i")
+	gate := make(chan struct{})
+	t.Cleanup(func() { close(gate) })
+	var back atomic.Int64 // that the clock goes
+	a, _ := openTestApp(t, t.TempDir(), func(c *config) {
+		c.pool.workers, c.pool.places, c.store.cache, c.drain = 1, 2, 4, 0
+		c.store.now = func() time.Time { return time.Now().Add(time.Duration(-back.Load())) }
+	}, func(a *app) {
+		a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
+			switch o.itemIDs {
+			case "fails":
+				return errors.New("no stock")
+			case "held":
+				return hold(gate)(ctx, o.id, 1)
+			}
+			return nil
+		})
+	})
+	oldest := place(t, a, "u", "c")
+	place(t, a, "u", "c")
+	place(t, a, "u", "c")
+	awaitRest(t, a, 0, 3)
+	place(t, a, "u", "held")
+	awaitRest(t, a, 1, 3)
+	gate <- struct{}{} // work on it took a while
+	awaitRest(t, a, 0, 4)
+	place(t, a, "u", "fails")
+	until(t, func() bool { return a.pool.parked.len() == 1 })
+	place(t, a, "u", "held") // so that no worker tries the other again
+	until(t, func() bool {
+		return a.store.totals().processing == 2 && a.pool.active.Load() == 1 && a.pool.parked.len() == 1
+	})
+	var newest string
+	for range 5 {
+		newest = place(t, a, "u", "c")
 	}
+	until(t, func() bool { return len(a.pool.channel) == 2 })
 	post(t, a, `{}`)
-	until(t, func() bool { return a.metrics.counted.Load().completed == 3 })
 	get(t, a, "/nowhere")
-	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
-	require.True(t, strings.HasSuffix(text, "\n"))
+	for _, id := range []string{newest, newest, oldest} {
+		statusOf(t, a, id)
+	}
+	call(t, a, http.MethodGet, "/orders/"+oldest, prefer("wait=0"), "")
+	a.log.dropped.Add(7)
+	back.Store(int64(time.Hour))
 
-	kinds, samples := map[string]string{}, map[string]float64{}
-	helped, family := "", ""
-	comment := regexp.MustCompile(`^# (HELP|TYPE) ((?:orderd|process|go)_[a-z_]+) (.+)$`)
-	sample := regexp.MustCompile(`^((?:orderd|process|go)_[a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+)$`)
-	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
-		if m := comment.FindStringSubmatch(line); m != nil && m[1] == "HELP" {
-			helped = m[2]
-			continue
-		} else if m != nil {
-			require.Equal(t, helped, m[2], "HELP comes before TYPE")
-			require.NotContains(t, kinds, m[2], "a metric is described once")
-			family = m[2]
+	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
+	kinds, family := map[string]string{}, ""
+	line := regexp.MustCompile(`^(?:# HELP (\S+) \S.*|# TYPE (\S+) (counter|gauge|histogram)|([a-z_]+)(\{(?:[a-z]+="[^"\\]*",?)+\})? (\S+))$`)
+	for shown := range strings.Lines(text) {
+		m := line.FindStringSubmatch(strings.TrimSuffix(shown, "\n"))
+		switch {
+		case m == nil:
+			require.Fail(t, "this is no line of the format", shown)
+		case m[1] != "":
+			require.NotContains(t, kinds, m[1], "a metric is described once")
+			family = m[1]
+		case m[2] != "":
+			require.Equal(t, family, m[2], "HELP comes before TYPE")
 			kinds[family] = m[3]
-			continue
+		case kinds[family] == "histogram":
+			require.Contains(t, []string{family + "_bucket", family + "_sum", family + "_count"}, m[4])
+		default:
+			require.Equal(t, family, m[4], "a sample follows its TYPE")
 		}
-		m := sample.FindStringSubmatch(line)
-		require.NotNil(t, m, line)
-		name := m[1]
-		if kinds[family] == "histogram" {
-			name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
-		}
-		require.Equal(t, family, name, "a sample follows its TYPE")
-		value, err := strconv.ParseFloat(m[3], 64)
-		require.NoError(t, err, line)
-		require.NotContains(t, samples, m[1]+m[2], "a sample is given once")
-		samples[m[1]+m[2]] = value
 	}
 	maps.DeleteFunc(kinds, func(name, _ string) bool { return !strings.HasPrefix(name, "orderd_") }) // see TestProcessFigures
 	if a.replica != nil {
@@ -2730,38 +2730,44 @@ func TestMetricsText(t *testing.T) {
 		"orderd_commit_operations": "histogram", "orderd_commit_seconds": "histogram", "orderd_wal_bytes": "gauge",
 		"orderd_clock_behind_seconds": "gauge", "orderd_log_lines_dropped_total": "counter", "orderd_build_info": "gauge",
 	}, kinds)
-	requireSamples(t, samples, map[string]float64{
-		"orderd_orders_processed_total":                                          3,
-		"orderd_orders_accepted_total":                                           3,
-		`orderd_orders{status="Pending"}`:                                        0,
-		`orderd_orders{status="Completed"}`:                                      3,
-		"orderd_processing_seconds_count":                                        3,
-		"orderd_create_seconds_count":                                            4,
-		"orderd_queue_capacity":                                                  1024,
-		"orderd_cache_entries":                                                   3,
-		`orderd_http_requests_total{method="POST",route="/orders",status="201"}`: 3,
+	found := samples(t, base(a))
+	for name, want := range map[string]float64{
+		"orderd_ready":                       1,
+		"orderd_orders_processed_total":      4,
+		"orderd_orders_accepted_total":       11,
+		`orderd_orders{status="Pending"}`:    5,
+		`orderd_orders{status="Processing"}`: 2,
+		`orderd_orders{status="Completed"}`:  4,
+		"orderd_processing_seconds_count":    4,
+		"orderd_queue_length":                2,
+		"orderd_queue_capacity":              2,
+		"orderd_attempts_failed_total":       float64(a.pool.failed.Load()),
+		"orderd_orders_parked":               1,
+		"orderd_cache_entries":               4,
+		"orderd_cache_hits_total":            4, // waiting asks twice
+		"orderd_cache_misses_total":          1,
+		"orderd_create_seconds_count":        12,
+		"orderd_read_seconds_count":          3,
+		"orderd_log_lines_dropped_total":     7,
+		`orderd_http_requests_total{method="POST",route="/orders",status="201"}`: 11,
 		`orderd_http_requests_total{method="POST",route="/orders",status="422"}`: 1,
 		`orderd_http_requests_total{method="other",route="other",status="404"}`:  1,
-	})
-	bucket := regexp.MustCompile(`(?m)^(orderd_[a-z_]+)_bucket\{le="([^"]+)"\} (\d+)$`)
-	var name string
-	var bound, count float64
-	for _, m := range append(bucket.FindAllStringSubmatch(text, -1), []string{"", "", "", ""}) {
-		if m[1] != name {
-			require.True(t, name == "" || math.IsInf(bound, 1), "%s ends with +Inf", name)
-			require.Equal(t, samples[name+"_count"], count, name)
-			name, bound, count = m[1], math.Inf(-1), 0
-			if name == "" {
-				break
-			}
-		}
-		le, err := strconv.ParseFloat(m[2], 64)
+	} {
+		require.Contains(t, found, name)
+		require.Equal(t, want, found[name], name)
+	}
+	require.Positive(t, found["orderd_attempts_failed_total"])
+	require.InDelta(t, 3600, found["orderd_clock_behind_seconds"], 60)
+	require.Greater(t, found["orderd_oldest_pending_seconds"], 0.0)
+	require.Less(t, found["orderd_oldest_pending_seconds"], 60.0)
+	require.Greater(t, found["orderd_processing_seconds_sum"], 0.0)
+	require.Less(t, found["orderd_processing_seconds_sum"], 60.0)
+	require.GreaterOrEqual(t, found["orderd_commit_operations_sum"], 11.0+6)
+	require.Positive(t, found["orderd_commit_seconds_sum"])
+	if a.sqlite != nil {
+		info, err := os.Stat(a.sqlite.file.path + "-wal")
 		require.NoError(t, err)
-		n, err := strconv.ParseFloat(m[3], 64)
-		require.NoError(t, err)
-		require.Greater(t, le, bound, name)
-		require.GreaterOrEqual(t, n, count, "%s is cumulative", name)
-		bound, count = le, n
+		require.Equal(t, float64(info.Size()), found["orderd_wal_bytes"])
 	}
 }
 
@@ -2944,10 +2950,7 @@ func TestBehindNginx(t *testing.T) {
 	release := sync.OnceFunc(func() { close(gate) })
 	t.Cleanup(release)
 	certFile, keyFile, _ := makeCertificate(t, files)
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	addr := free.Addr().String()
-	free.Close()
+	addr := fmt.Sprint("127.0.0.1:", freePort(t))
 
 	readme, err := os.ReadFile("README.md")
 	require.NoError(t, err)
@@ -3229,7 +3232,13 @@ func TestClientInTheRequestLog(t *testing.T) {
 	t.Parallel()
 	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	peer := regexp.MustCompile(`^127\.0\.0\.1:\d+$`)
-	for _, test := range []struct {
+	type asked struct {
+		a     *app
+		lines func() []map[string]any
+		tests []int
+	}
+	apps := map[string]*asked{} // by what they are told
+	tests := []struct {
 		name      string
 		names     []string // from -host
 		addr      string
@@ -3252,26 +3261,36 @@ func TestClientInTheRequestLog(t *testing.T) {
 		{name: "a trace that is none", header: http.Header{"Traceparent": {trace + " " + trace}}, traceless: true},
 		{name: "an old trace", header: http.Header{"Traceparent": {"00-0AF7651916CD43DD8448EB211C80319C-B7AD6B7169203331-01"}}, traceless: true},
 		{name: "two traces", header: http.Header{"Traceparent": {trace, trace}}, traceless: true},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
+	}
+	for i, test := range tests {
+		at := cmp.Or(test.addr, "127.0.0.1:0") + strings.Join(test.names, "")
+		if apps[at] == nil {
 			dir := t.TempDir()
 			a, stop := openTestApp(t, dir, func(c *config) { c.server.names, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
-			call(t, a, http.MethodGet, "/livez", test.header, "")
-			stop()
-			lines := logged(t, dir, "request")
-			require.Len(t, lines, 1)
+			apps[at] = &asked{a: a, lines: func() []map[string]any {
+				stop()
+				return logged(t, dir, "request")
+			}}
+		}
+		call(t, apps[at].a, http.MethodGet, "/livez", test.header, "")
+		apps[at].tests = append(apps[at].tests, i)
+	}
+	for _, one := range apps {
+		lines := one.lines()
+		require.Len(t, lines, len(one.tests))
+		for n, i := range one.tests {
+			test := tests[i]
 			if test.client == "" {
-				require.Regexp(t, peer, lines[0]["client"])
+				require.Regexp(t, peer, lines[n]["client"], test.name)
 			} else {
-				require.Equal(t, test.client, lines[0]["client"])
+				require.Equal(t, test.client, lines[n]["client"], test.name)
 			}
 			if test.header["Traceparent"] == nil || test.traceless {
-				require.NotContains(t, lines[0], "traceparent")
+				require.NotContains(t, lines[n], "traceparent", test.name)
 			} else {
-				require.Equal(t, trace, lines[0]["traceparent"])
+				require.Equal(t, trace, lines[n]["traceparent"], test.name)
 			}
-		})
+		}
 	}
 }
 
@@ -3282,7 +3301,7 @@ func TestRequestLog(t *testing.T) {
 	header := http.Header{"Content-Type": {"application/json"}, "Authorization": {"Bearer s3cret"}, "Idempotency-Key": {"my-k3y"},
 		"X-Forwarded-For": {"203.0.113.9"}, "X-Real-Ip": {"203.0.113.9"}, "Forwarded": {"for=203.0.113.9"}}
 	type request struct{ method, path string }
-	want := map[string]map[string]any{}
+	want, sizes := map[string]map[string]any{}, map[string]float64{}
 	for _, test := range []struct {
 		name   string
 		header http.Header
@@ -3304,6 +3323,7 @@ func TestRequestLog(t *testing.T) {
 			require.Equal(t, test.status, got.status)
 			id := got.header.Get("X-Request-Id")
 			require.NotContains(t, want, id)
+			sizes[id] = float64(len(got.body))
 			want[id] = map[string]any{"method": test.method, "path": test.path, "status": float64(test.status)}
 			if test.status == http.StatusInternalServerError {
 				require.JSONEq(t, `{"type": "about:blank", "title": "Internal Server Error", "status": 500,
@@ -3327,6 +3347,9 @@ func TestRequestLog(t *testing.T) {
 		case entry["msg"] == "request":
 			require.NotContains(t, logged, id, "one line a request")
 			require.GreaterOrEqual(t, entry["us"], 0.0)
+			if entry["method"] != "HEAD" { // whose body is counted and not sent
+				require.Equal(t, sizes[id], entry["bytes"])
+			}
 			require.Regexp(t, `^127\.0\.0\.1:\d+$`, entry["client"], "the connection's address, whatever the headers say")
 			logged[id] = map[string]any{"method": entry["method"], "path": entry["path"], "status": entry["status"]}
 		default:
@@ -3393,23 +3416,14 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 
 func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
+	var held heldOnce
+	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
 	s := a.store
 	ids := commitTogether(t, s, sampleOrders(3))
-	armed.Store(true)
+	reached := held.arm()
 	s.step(step{id: ids[2], from: pending, to: processing, started: 1000})
-	<-held // that step's batch is with the writer; what follows shares the next one
+	<-reached // that step's batch is with the writer; what follows shares the next one
 
 	s.step(step{id: ids[0], from: pending, to: processing, started: 2000})
 	s.step(step{id: ids[1], from: pending, to: processing, started: 3000})
@@ -3420,7 +3434,7 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	s.intake.mu.Lock()
 	next := s.intake.open
 	s.intake.mu.Unlock()
-	let()
+	held.release()
 	<-next.done
 	require.Equal(t, []step{
 		{id: ids[0], from: pending, to: completed, started: 2000, took: 99},
@@ -3433,23 +3447,16 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 
 func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
+	var held heldOnce
 	a, _ := openIdle(t, t.TempDir(), func(c *config) {
-		c.store.now = func() time.Time {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-			return time.Now()
-		}
+		c.store.now = func() time.Time { held.hold(); return time.Now() }
 	}, nil)
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
-	armed.Store(true)
+	t.Cleanup(held.release)
+	before := commitTogether(t, a.store, sampleOrders(1))[0]
+	reached := held.arm()
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
-	<-held
+	<-reached
 	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
 	require.NoError(t, err)
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
@@ -3459,7 +3466,8 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 		return len(a.store.intake.open.creates) == 1
 	}, "the second create waits for the next batch")
 
-	let()
+	a.store.step(step{id: before, from: pending, to: completed, started: 1, took: 1})
+	held.release()
 	for i, answer := range answers {
 		select {
 		case err := <-answer:
@@ -3471,56 +3479,8 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
 	require.NoError(t, err)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
-	require.Equal(t, int64(1), a.store.totals().accepted)
+	require.Equal(t, []int64{2, 1}, []int64{a.store.totals().accepted, a.store.totals().completed}, "the step was kept")
 	checkInvariants(t, a)
-}
-
-func TestAKeyThatHasCreatedIsAnsweredWhileCreatesAreRefused(t *testing.T) {
-	t.Parallel()
-	a, _ := openIdle(t, t.TempDir(), nil, nil)
-	first := sampleOrder(1, "key")
-	require.NoError(t, a.store.create(first))
-	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection
-	require.NoError(t, err)
-	for range 2 { // in the batch that fails, and behind it
-		again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
-		require.NoError(t, a.store.create(again))
-		require.True(t, again.replayed)
-		require.Equal(t, first.id, again.id)
-		require.ErrorIs(t, a.store.create(other), errKeyReused)
-		require.ErrorIs(t, a.store.create(fresh), errUnwritable)
-	}
-	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
-	require.NoError(t, err)
-	until(t, func() bool { return a.store.create(sampleOrder(3, "new")) == nil }, "the refused key is free")
-	checkInvariants(t, a)
-}
-
-// TestReadyTellsOfACheckpointThatHangs has an fsync of orders.db take longer
-// than a disk should.
-func TestReadyTellsOfACheckpointThatHangs(t *testing.T) {
-	t.Parallel()
-	dir, wal := walDir(t)
-	p := startWrapped(t, straced(t, filepath.Join(dir, "strace"), strings.TrimSuffix(wal, "-wal"),
-		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_enter=6000000:when=1"), dir, nil, "-delay", "1ms")
-	j := newJournal("hang", time.Millisecond)
-	j.large = true
-	stopLoad := j.load(p.url(), 16, math.MaxInt)
-	ready := func(want int) func() bool {
-		return func() bool {
-			response, err := http.Get(p.url() + "/readyz")
-			if !assert.NoError(t, err) {
-				return true
-			}
-			response.Body.Close()
-			return response.StatusCode == want
-		}
-	}
-	require.Eventually(t, ready(http.StatusServiceUnavailable), time.Minute, 10*time.Millisecond)
-	require.Eventually(t, ready(http.StatusOK), time.Minute, 10*time.Millisecond)
-	stopLoad()
-	j.check(t, p.url())
-	j.stopAndCheck(t, p)
 }
 
 // TestRetryOfNothingIsAWrite: after creates alone were refused, only a commit
@@ -3538,129 +3498,111 @@ func TestRetryOfNothingIsAWrite(t *testing.T) {
 	}
 }
 
-func TestReadyTellsOfACommitThatHangs(t *testing.T) {
+// TestOrdersAgainstAModel places, works, asks and restarts at random. One worker
+// takes orders first in, first out, and the test lets it complete so many: so of
+// all orders the first done are Completed, the next is Processing, the rest Pending.
+func TestOrdersAgainstAModel(t *testing.T) {
 	t.Parallel()
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			held <- struct{}{}
-			<-release
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
-	require.NoError(t, a.store.ready())
-	done := make(chan error)
-	go func() { done <- a.store.create(sampleOrder(1, "")) }()
-	<-held
-	until(t, func() bool { return errors.Is(a.store.ready(), errStalled) }, "the store is not ready")
-	let()
-	require.NoError(t, <-done)
-	until(t, func() bool { return a.store.ready() == nil }, "the store is ready again")
-}
-
-func TestReopeningForgetsNothing(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	creates := sampleOrders(9)
-	creates[3].key, creates[8].key = "third", "eighth"
-	ids := commitTogether(t, a.store, creates)
-	for i, to := range []status{completed, processing, completed, pending, processing} {
-		moveTo(t, a.store, ids[i], to, int64(i))
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			t.Parallel()
+			r, dir := rand.New(rand.NewPCG(seed, 0)), t.TempDir()
+			var placed []*create
+			done, resumed := 0, 0 // orders; resumed at the last start
+			var a *app
+			var stop func()
+			var worked diary
+			permits := make(chan struct{}, 10_000)
+			start := func() {
+				resumed, worked.ids = done, nil
+				a, stop = openTestApp(t, dir, func(c *config) {
+					c.drain, c.pool.workers, c.pool.places, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
+					c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
+						worked.note(id)
+						select {
+						case <-permits:
+							return nil
+						case <-ctx.Done():
+							return ctx.Err()
+						}
+					}
+				}, nil)
+			}
+			compare := func() {
+				awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
+				until(t, func() bool { return len(worked.read()) == min(done+1, len(placed))-resumed }, "the next is in work")
+				wantStatus := func(i int) status { return []status{completed, processing, pending}[min(2, max(0, i-done+1))] }
+				found := allOrders(t, a.store)
+				require.Len(t, found, len(placed))
+				slices.Reverse(found)
+				for i, c := range placed {
+					o := found[i]
+					require.Equal(t, wantStatus(i), o.status, "order %d of %d", i, done)
+					o.status, o.started, o.took = pending, 0, 0
+					require.Equal(t, c.order, o)
+					if got := worked.read(); i >= resumed && i-resumed < len(got) {
+						require.Equal(t, c.id, got[i-resumed], "first in, first out")
+					}
+				}
+				for range 10 {
+					i := r.IntN(len(placed))
+					st, err := a.store.status(placed[i].id)
+					require.NoError(t, err)
+					require.Equal(t, wantStatus(i), st)
+				}
+				checkInvariants(t, a)
+			}
+			place := func(n int) {
+				creates := make([]*create, n)
+				for i := range creates {
+					key := ""
+					if r.IntN(3) == 0 {
+						key = fmt.Sprint("key", len(placed)+i)
+					}
+					creates[i] = sampleOrder(len(placed)+i, key)
+				}
+				commitTogether(t, a.store, creates)
+				placed = append(placed, creates...)
+			}
+			start()
+			place(2*feedRows + 3) // more than the feeder reads at a time, and than the channel holds
+			for range 12 {
+				switch what := r.IntN(5); what {
+				case 0:
+					place(1 + r.IntN(60))
+				case 1, 2:
+					n := min(1+r.IntN(300), len(placed)-done)
+					for range n {
+						permits <- struct{}{}
+					}
+					done += n
+				case 3:
+					i := r.IntN(len(placed))
+					if key := placed[i].key; key != "" {
+						again := sampleOrder(i, key)
+						require.NoError(t, a.store.create(again))
+						require.True(t, again.replayed)
+						require.Equal(t, placed[i].id, again.id)
+						require.ErrorIs(t, a.store.create(sampleOrder(i+1, key)), errKeyReused)
+					}
+				case 4:
+					awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
+					before := a.metrics.summary(a.store.totals())
+					stop()
+					start()
+					require.Equal(t, before.TotalOrdersProcessed, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
+					require.Equal(t, before.AverageProcessingTime, a.metrics.summary(a.store.totals()).AverageProcessingTime)
+				}
+				compare()
+			}
+			for ; done < len(placed); done++ {
+				permits <- struct{}{}
+			}
+			compare()
+			stop()
+			require.Empty(t, logged(t, dir, "a step did not find its order"))
+		})
 	}
-	before, totalsBefore := allOrders(t, a.store), counts(a)
-	require.Len(t, before, 9)
-	checkInvariants(t, a)
-	stop()
-
-	for range 2 {
-		a, stop = openIdle(t, dir, nil, nil)
-		require.Equal(t, before, allOrders(t, a.store))
-		require.Equal(t, totalsBefore, counts(a))
-		require.Equal(t, int64(7), unfinished(a))
-		again := sampleOrder(3, "third")
-		require.NoError(t, a.store.create(again))
-		require.True(t, again.replayed)
-		require.Equal(t, ids[3], again.id)
-		require.ErrorIs(t, a.store.create(sampleOrder(4, "eighth")), errKeyReused)
-		require.Equal(t, totalsBefore, counts(a), "a replay and a refusal are no new orders")
-		checkInvariants(t, a)
-		stop()
-	}
-}
-
-func TestRecoveryResumesEachOrderWhereItWas(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	ids := commitTogether(t, a.store, sampleOrders(7))
-	was := []status{completed, pending, processing, completed, processing, pending, pending}
-	for i, to := range was {
-		moveTo(t, a.store, ids[i], to, 5)
-	}
-	checkInvariants(t, a)
-	stop()
-
-	var worked diary
-	var steps stepDiary
-	release := make(chan struct{})
-	work := hold(release)
-	a, _ = openTestApp(t, dir, func(c *config) {
-		c.pool.workers = 1
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return work(ctx, id, 1)
-		}
-	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
-
-	require.Equal(t, int64(5), unfinished(a))
-	awaitRest(t, a, 3, 2) // the first Pending order has joined those that were Processing
-	for _, i := range []int{2, 4} {
-		st, err := a.store.status(ids[i])
-		require.NoError(t, err)
-		require.Equal(t, processing, st, "before it was resumed")
-	}
-	checkInvariants(t, a)
-	close(release)
-	awaitRest(t, a, 0, 7)
-	require.Equal(t, []ulid.ULID{ids[1], ids[2], ids[4], ids[5], ids[6]}, worked.read())
-	taken := steps.read()
-	for i, st := range was {
-		switch st {
-		case pending:
-			require.Equal(t, pending, taken[ids[i]][0].from)
-		case processing:
-			require.Len(t, taken[ids[i]], 1)
-			require.Equal(t, []status{processing, completed}, []status{taken[ids[i]][0].from, taken[ids[i]][0].to})
-		case completed:
-			require.Empty(t, taken[ids[i]])
-		}
-	}
-	checkInvariants(t, a)
-}
-
-// stepDiary notes the steps of every batch, as a beforeCommit hook.
-type stepDiary struct {
-	mu    sync.Mutex
-	steps map[ulid.ULID][]step
-}
-
-func (d *stepDiary) note(b *batch) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.steps == nil {
-		d.steps = map[ulid.ULID][]step{}
-	}
-	for _, st := range b.steps {
-		d.steps[st.id] = append(d.steps[st.id], st)
-	}
-}
-
-func (d *stepDiary) read() map[ulid.ULID][]step {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return maps.Clone(d.steps)
 }
 
 func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
@@ -3841,7 +3783,7 @@ func TestListsOfAUser(t *testing.T) {
 						}
 					}
 					found, n := walk(t, a.store, filter{userID: user, status: st, limit: limit})
-					require.Equal(t, want, found)
+					require.True(t, slices.Equal(want, found)) // require.Equal would take seconds
 					require.Equal(t, max(1, (len(want)+limit-1)/limit), n)
 				})
 			}
@@ -4134,276 +4076,6 @@ func TestCacheWatch(t *testing.T) {
 
 // ---- worker.go ----
 
-func TestOneWorkerTakesOrdersFirstInFirstOut(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name           string
-		queue, batches int
-		size           int
-	}{
-		{"in one batch", 1024, 1, 60},
-		{"in many batches", 1024, 30, 2},
-		{"a backlog of ten times the channel", 16, 1, 160},
-		{"a backlog longer than the feeder reads at a time", 16, 1, feedRows + 40},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			var worked diary
-			release := make(chan struct{})
-			a := newTestApp(t, func(c *config) {
-				c.pool.workers, c.pool.places = 1, tc.queue
-				work := hold(release)
-				c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-					worked.note(id)
-					return work(ctx, id, 1)
-				}
-			})
-			var ids []ulid.ULID
-			for range tc.batches {
-				ids = append(ids, commitTogether(t, a.store, sampleOrders(tc.size))...)
-			}
-			awaitRest(t, a, 1, 0)
-			until(t, func() bool { return len(a.pool.channel) == min(tc.queue, len(ids)-1) }, "the channel is as full as it gets")
-			require.Equal(t, tc.queue, cap(a.pool.channel))
-			require.Equal(t, ids[:1], worked.read())
-			checkInvariants(t, a)
-			close(release)
-			awaitRest(t, a, 0, int64(len(ids)))
-			require.Equal(t, ids, worked.read())
-			checkInvariants(t, a)
-		})
-	}
-}
-
-func TestBacklogFoundAtStartIsTakenInOrder(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openIdle(t, dir, nil, nil)
-	ids := commitTogether(t, a.store, sampleOrders(2*feedRows+3))
-	stop()
-	var worked diary
-	a, _ = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places = 1, 16
-		c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return nil
-		}
-	}, nil)
-
-	more := commitTogether(t, a.store, sampleOrders(40))
-	awaitRest(t, a, 0, int64(len(ids)+len(more)))
-	require.Equal(t, append(ids, more...), worked.read())
-	checkInvariants(t, a)
-}
-
-func TestAPanicCostsOneAttempt(t *testing.T) {
-	t.Parallel()
-	worst := 3
-	for _, tc := range []struct {
-		name string
-		fail func() error
-		text string
-	}{
-		{"a panic", func() error { panic("boom") }, "panic: boom"},
-		{"a runtime error", func() error { return []error{}[worst] }, "panic: runtime error: index out of range [3] with length 0"},
-		{"an error", func() error { return errors.New("no stock") }, "no stock"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			var worked diary
-			queued := make(chan struct{})
-			a, stop := openTestApp(t, dir, func(c *config) {
-				c.pool.workers = 1
-				c.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-					worked.note(id)
-					if len(worked.read()) == 1 {
-						<-queued
-						return tc.fail()
-					}
-					return nil
-				}
-			}, nil)
-
-			ids := commitTogether(t, a.store, sampleOrders(3))
-			until(t, func() bool { return len(a.pool.channel) == 2 }, "the others wait for the one worker")
-			close(queued)
-			awaitRest(t, a, 0, 3)
-			require.Equal(t, append(ids, ids[0]), worked.read(), "the others go first, then it is tried again")
-			o, err := a.store.get(ids[0])
-			require.NoError(t, err)
-			require.GreaterOrEqual(t, o.took, firstRetry.Microseconds(), "the pause counts as processing")
-			checkInvariants(t, a)
-			stop()
-			lines := logged(t, dir, "an attempt at an order failed")
-			require.Len(t, lines, 1)
-			require.Equal(t, "WARN", lines[0]["level"])
-			require.Equal(t, ids[0].String(), lines[0]["order_id"])
-			require.Equal(t, tc.text, lines[0]["error"])
-		})
-	}
-}
-
-// TestParkedOrdersAreBounded has every place for a pause taken: the feeder waits.
-func TestParkedOrdersAreBounded(t *testing.T) {
-	t.Parallel()
-	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		for range maxParked {
-			a.pool.parked.park(job{}, time.Now().Add(time.Hour))
-		}
-	})
-	ids := commitTogether(t, a.store, sampleOrders(5))
-	require.Never(t, func() bool { return len(a.pool.channel) > 0 || a.store.totals().pending() < 5 }, 2*firstRetry, firstRetry/10)
-	a.pool.parked.mu.Lock()
-	a.pool.parked.jobs = jobHeap{}
-	a.pool.parked.mu.Unlock()
-	awaitRest(t, a, 0, int64(len(ids)))
-	checkInvariants(t, a)
-}
-
-// forwardOnly asks for the statuses of orders over and over.
-type forwardOnly struct {
-	newest map[ulid.ULID]status
-	back   []string
-}
-
-// watch begins to ask an app; the function it returns ends that.
-func (f *forwardOnly) watch(s *store, ids []ulid.ULID) (end func()) {
-	quit, ended := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(ended)
-		tick := time.NewTicker(time.Millisecond)
-		defer tick.Stop()
-		for {
-			for _, id := range ids {
-				st, err := s.status(id)
-				if err != nil {
-					continue // the store is closed
-				}
-				if st < f.newest[id] {
-					f.back = append(f.back, fmt.Sprintf("%s went from %s to %s", id, f.newest[id], st))
-				}
-				f.newest[id] = st
-			}
-			select {
-			case <-quit:
-				return
-			case <-tick.C:
-			}
-		}
-	}()
-	return func() { close(quit); <-ended }
-}
-
-func TestStopLeavesOrdersInTheTableAndTheNextStartResumesThem(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	seen := forwardOnly{newest: map[ulid.ULID]status{}}
-	var failing atomic.Pointer[ulid.ULID]
-	a, stop := openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places, c.store.cache, c.drain = 2, 4, 3, 0
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			if failing.CompareAndSwap(nil, &id) {
-				return errors.New("no")
-			}
-			return hold(nil)(ctx, id, 1)
-		}
-	}, nil)
-
-	ids := commitTogether(t, a.store, sampleOrders(12))
-	end := seen.watch(a.store, ids)
-	awaitRest(t, a, 3, 0)
-	checkInvariants(t, a)
-	stop()
-	end()
-
-	a, stop = openIdle(t, dir, nil, nil)
-	for i, id := range ids {
-		o, err := a.store.get(id)
-		require.NoError(t, err)
-		require.Equal(t, i < 3, o.status == processing, "order %d is %s", i, o.status)
-	}
-	checkInvariants(t, a)
-	stop()
-
-	var worked diary
-	var steps stepDiary
-	release := make(chan struct{})
-	a, stop = openTestApp(t, dir, func(c *config) {
-		c.pool.workers, c.pool.places, c.store.cache = 1, 4, 3
-		work := hold(release)
-		c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
-			worked.note(id)
-			return work(ctx, id, 1)
-		}
-	}, func(a *app) { onSQLite(t, a).beforeCommit = steps.note })
-
-	require.Equal(t, int64(12), unfinished(a))
-	end = seen.watch(a.store, ids)
-	until(t, func() bool { return len(worked.read()) == 1 }, "the first is in work")
-	close(release)
-	awaitRest(t, a, 0, 12)
-	checkInvariants(t, a)
-	end()
-	require.Equal(t, ids, worked.read())
-	for i, id := range ids {
-		require.Equal(t, i < 3, steps.read()[id][0].from == processing, "order %d", i)
-	}
-	stop()
-	require.Empty(t, seen.back)
-	require.Empty(t, logged(t, dir, "a step did not find its order"))
-}
-
-func TestDrain(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name  string
-		drain time.Duration
-		delay time.Duration
-		lasts bool // the work does not end by itself
-		want  status
-	}{
-		{name: "waits for running work", drain: time.Minute, want: completed},
-		{name: "ends running work at the deadline", drain: 20 * time.Millisecond, lasts: true, want: processing},
-		{name: "ends running work at once without a drain time", drain: 0, lasts: true, want: processing},
-		{name: "ends the simulated delay at the deadline", drain: 20 * time.Millisecond, delay: 24 * time.Hour, lasts: true, want: processing},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			release := make(chan struct{})
-			a, stop := openTestApp(t, dir, func(c *config) {
-				c.pool.workers, c.drain, c.pool.work = 1, tc.drain, simulate(tc.delay)
-				if tc.delay == 0 {
-					c.pool.work = hold(release)
-				}
-			}, nil)
-
-			id := commitTogether(t, a.store, sampleOrders(2))[0]
-			awaitRest(t, a, 1, 0)
-			checkInvariants(t, a)
-			if !tc.lasts {
-				stopping := a.pool.stopping.Done() // the variable a is soon another app
-				go func() {
-					<-stopping
-					time.AfterFunc(100*time.Millisecond, func() { close(release) }) // long enough for a drain that does not wait to show
-				}()
-			}
-			stop()
-
-			a, stop = openIdle(t, dir, nil, nil)
-			o, err := a.store.get(id)
-			require.NoError(t, err)
-			require.Equal(t, tc.want, o.status)
-			checkInvariants(t, a)
-			stop()
-			a, _ = openTestApp(t, dir, nil, nil)
-			awaitRest(t, a, 0, 2)
-			checkInvariants(t, a)
-		})
-	}
-}
-
 // noteFirstAttempts lets a diary have the orders in the sequence in which an
 // app starts on them.
 func noteFirstAttempts(a *app, d *diary) {
@@ -4525,15 +4197,6 @@ func inTrouble(a *app) bool {
 	return shut
 }
 
-// sample is the value of one sample in the text of GET /metrics, or "".
-func sample(t *testing.T, a *app, name string) string {
-	t.Helper()
-	text := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body
-	_, rest, _ := strings.Cut(text, "\n"+name+" ")
-	value, _, _ := strings.Cut(rest, "\n")
-	return value
-}
-
 // The messages about an endpoint.
 const (
 	troubleBegins = "the endpoint is in trouble: orders wait until it answers"
@@ -4562,13 +4225,15 @@ func TestTheEndpointGetsTheOrderExactly(t *testing.T) {
 	require.Equal(t, "1", got.number)
 	require.Equal(t, "application/json", got.header.Get("Content-Type"))
 	require.Equal(t, "Bearer s3cret", got.header.Get("Authorization"))
-	require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
-	require.Empty(t, sample(t, newTestApp(t, nil), "orderd_endpoint_down"), "there is no endpoint")
+	require.Zero(t, metric(t, base(a), "orderd_endpoint_down"))
 	checkInvariants(t, a)
 }
 
 func TestAnswersOfTheEndpoint(t *testing.T) {
 	t.Parallel()
+	dir, failed, begins := t.TempDir(), 0, 0
+	e := newUserEndpoint(t, nil)
+	a, stop := openTestApp(t, dir, e.works, nil)
 	withBody := func(code int, rest http.HandlerFunc) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(code)
@@ -4613,37 +4278,45 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 		}, trouble: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+			e.answers(func(w http.ResponseWriter, r *http.Request) {
 				if r.Header.Get("Orderd-Attempt") == "1" && r.URL.Path == "/work" {
 					tc.first(w, r)
 				}
 			})
-			a, stop := openTestApp(t, dir, e.works, nil)
+			before, began := a.store.totals().completed, time.Now()
 			id := commitTogether(t, a.store, sampleOrders(1))[0].String()
-			awaitRest(t, a, 0, 1)
-			attempts, failed, begins := []string{id + " 1"}, 0, 0
+			awaitRest(t, a, 0, before+1)
+			attempts := []string{id + " 1"}
 			if !tc.done {
-				attempts, failed = append(attempts, id+" 2"), 1
+				attempts, failed = append(attempts, id+" 2"), failed+1
 			}
 			if tc.trouble {
-				begins = 1
+				begins++
 			}
 			var seen []string
 			for _, got := range e.seen() {
-				seen = append(seen, got.id+" "+got.number)
+				if got.id == id {
+					seen = append(seen, got.id+" "+got.number)
+				}
 			}
 			require.Equal(t, attempts, seen)
-			require.Equal(t, strconv.Itoa(failed), sample(t, a, "orderd_attempts_failed_total"))
+			require.EqualValues(t, failed, metric(t, base(a), "orderd_attempts_failed_total"))
+			require.Less(t, time.Since(began), 20*time.Second, "a body is not waited for")
 			until(t, func() bool { return !inTrouble(a) })
-			checkInvariants(t, a)
-			stop()
-			require.Len(t, logged(t, dir, troubleBegins), begins)
-			require.Len(t, logged(t, dir, troubleEnds), begins)
-			require.Len(t, logged(t, dir, attemptFailed), failed-begins)
 		})
 	}
+	checkInvariants(t, a)
+	stop()
+	told := func(f *limitedLog, messages ...string) (n int) { // or left out
+		for _, message := range messages {
+			for _, line := range logged(t, dir, message) {
+				n += 1 + int(line["left_out"].(float64))
+			}
+		}
+		return n + f.leftOut
+	}
+	require.Equal(t, 2*begins, told(a.pool.troubles, troubleBegins, troubleEnds))
+	require.Equal(t, failed-begins, told(a.pool.failures, attemptFailed))
 }
 
 // TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
@@ -4728,7 +4401,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			e.goAway()
 			ids = append(ids, commitTogether(t, a.store, sampleOrders(feedRows))...)
 			until(t, func() bool { return a.pool.failed.Load() >= int64(workers)+5 }, "the endpoint is tried again and again")
-			require.Equal(t, "1", sample(t, a, "orderd_endpoint_down"))
+			require.Equal(t, 1.0, metric(t, base(a), "orderd_endpoint_down"))
 			require.LessOrEqual(t, a.store.totals().processing, int64(workers)+5, "only what was tried is Processing")
 			require.LessOrEqual(t, a.pool.parked.len(), workers+5)
 			require.LessOrEqual(t, a.pool.active.Load(), int64(1))
@@ -4736,7 +4409,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			ids = append(ids, ulid.MustParse(place(t, a, "u", "i")))
 			e.comeBack(t)
 			awaitRest(t, a, 0, int64(len(ids)))
-			require.Equal(t, "0", sample(t, a, "orderd_endpoint_down"))
+			require.Zero(t, metric(t, base(a), "orderd_endpoint_down"))
 			if workers == 1 {
 				require.Equal(t, ids, worked.read(), "first in, first out, while it was away too")
 			}
@@ -4747,29 +4420,6 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			require.Empty(t, logged(t, dir, attemptFailed))
 		})
 	}
-}
-
-// TestOneOrderAtATimeUntilTheEndpointAnswers has an endpoint refuse all orders,
-// then take them without an answer, which is not the end of its trouble.
-func TestOneOrderAtATimeUntilTheEndpointAnswers(t *testing.T) {
-	t.Parallel()
-	e := newUserEndpoint(t, withStatus(503))
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.endpoint.timeout = time.Second
-	})
-	commitTogether(t, a.store, sampleOrders(100))
-	until(t, func() bool { return inTrouble(a) && a.pool.active.Load() == 0 }, "the last of the attempts at once has ended")
-	e.answers(withoutAnswer)
-	failed := a.pool.failed.Load()
-	until(t, func() bool { return a.pool.failed.Load() >= failed+2 }, "two orders get no answer")
-	require.Equal(t, 1, e.mostAtOnce())
-	require.True(t, inTrouble(a))
-	e.answers(withStatus(500))
-	until(t, func() bool { return !inTrouble(a) }, "any answer is one")
-	e.answers(withStatus(200))
-	awaitRest(t, a, 0, 100)
-	checkInvariants(t, a)
 }
 
 func TestPausesOfTheEndpointsTrouble(t *testing.T) {
@@ -4795,23 +4445,6 @@ func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 		got := retryAfter(tc.header)
 		require.True(t, tc.least <= got && got <= tc.most, "%q is %s", tc.header, got)
 	}
-}
-
-func TestThePoolPausesAsLongAsTheEndpointAsks(t *testing.T) {
-	t.Parallel()
-	var first sync.Once
-	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
-		first.Do(func() { withStatus(503, "Retry-After", "2")(w, r) })
-	})
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.workers = 1
-	})
-	commitTogether(t, a.store, sampleOrders(10))
-	awaitRest(t, a, 0, 10)
-	seen := e.seen()
-	require.GreaterOrEqual(t, seen[1].at.Sub(seen[0].at), 2*time.Second-100*time.Millisecond) // it saw the first before it answered
-	checkInvariants(t, a)
 }
 
 func TestTheTroubleOfOneOrderStopsNoOther(t *testing.T) {
@@ -4911,6 +4544,550 @@ func TestTheEndpointByTLS(t *testing.T) {
 	require.Equal(t, []string{"HTTP/2.0 /a?b=c Bearer s3cret"}, seen)
 }
 
+// ---- what is only time passing ----
+
+// timed runs a test of a whole app, without sockets, in a bubble: there time
+// passes only while everything waits, so that an hour takes no longer than what
+// happens in it (see testing/synctest). stop ends the app and returns its log.
+func timed(t *testing.T, change func(*config), before func(*app), test func(t *testing.T, a *app, stop func() string)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		lines := &transcript{}
+		a := lookedAt(t, dir, func(c *config) {
+			c.log.file, c.drain = logToStderr, 0
+			if change != nil {
+				change(c)
+			}
+		}, before, lines)
+		require.NoError(t, a.start())
+		require.NoError(t, a.listener.Close())
+		stop := sync.OnceValue(func() string {
+			assert.NoError(t, a.close())
+			return lines.String()
+		})
+		defer func() {
+			stop()
+			time.Sleep(time.Minute) // in which what was not waited for ends too
+		}()
+		test(t, a, stop)
+	})
+}
+
+// asked is what a handler answers without a connection.
+func asked(a *app, method, path string, header http.Header, body string) *httptest.ResponseRecorder {
+	request := httptest.NewRequest(method, "http://localhost"+path, strings.NewReader(body))
+	if header != nil {
+		request.Header = header
+	}
+	recorder := httptest.NewRecorder()
+	a.server.http.Handler.ServeHTTP(recorder, request)
+	return recorder
+}
+
+// pipes is a listener whose connections are in memory.
+type pipes struct {
+	accept chan net.Conn
+	close  func()
+}
+
+func newPipes() *pipes {
+	p := &pipes{accept: make(chan net.Conn)}
+	p.close = sync.OnceFunc(func() { close(p.accept) })
+	return p
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	if conn, ok := <-p.accept; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (p *pipes) Close() error   { p.close(); return nil }
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+// TestTimesOfAConnection sends requests in parts, each after a pause, and sees
+// when the answer comes and when the connection ends.
+func TestTimesOfAConnection(t *testing.T) {
+	t.Parallel()
+	const minute = time.Minute
+	type part struct {
+		after time.Duration
+		text  string
+	}
+	begun := "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+	for _, test := range []struct {
+		name     string
+		parts    []part
+		status   int           // of the last answer; 0 for none
+		answered time.Duration // after the first part
+		ended    time.Duration // the connection
+	}{
+		{"nothing is sent", nil, 0, 0, 10 * time.Second},
+		{"a header that comes slowly", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\nX: y"}}, 0, 0, 10 * time.Second},
+		{"a header that comes just in time", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\n\r\n"}}, 200, 9 * time.Second, 2*minute + 9*time.Second},
+		{"a body that comes slowly", []part{{0, begun}, {29 * time.Second, " "}}, 408, 30 * time.Second, 30 * time.Second},
+		{"a body that comes just in time", []part{{0, string(postRequest(exampleOrder))[:150]}, {29 * time.Second, string(postRequest(exampleOrder))[150:]}}, 201, 29 * time.Second, 2*minute + 29*time.Second},
+		{"an idle connection that is used again", []part{{0, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}, {2*minute - time.Second, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}}, 200, 2*minute - time.Second, 4*minute - time.Second},
+		{"the longest wait", []part{{0, "GET /orders/ID HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, minute, 3 * minute},
+		{"a wait that ends with its order", []part{{0, "GET /orders/SOON HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, 50 * time.Second, 2*minute + 50*time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			timed(t, nil, func(a *app) {
+				a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
+					took := time.Hour
+					if o.itemIDs == "soon" {
+						took = 50 * time.Second
+					}
+					return simulate(took)(ctx, o.id, 1)
+				})
+			}, func(t *testing.T, a *app, stop func() string) {
+				listener := newPipes()
+				served := make(chan error, 1)
+				go func() { served <- a.server.serve(listener) }()
+				ids := commitTogether(t, a.store, []*create{{order: order{userID: "u", itemIDs: "long"}}, {order: order{userID: "u", itemIDs: "soon"}}})
+				until(t, func() bool { return a.store.totals().processing == 2 })
+				client, server := net.Pipe()
+				listener.accept <- server
+				began := time.Now()
+				go func() {
+					for _, p := range test.parts {
+						time.Sleep(p.after)
+						client.Write([]byte(strings.NewReplacer("ID", ids[0].String(), "SOON", ids[1].String()).Replace(p.text)))
+					}
+				}()
+				status, answered := 0, time.Duration(0)
+				for r := bufio.NewReader(client); ; {
+					response, err := http.ReadResponse(r, nil)
+					if err != nil {
+						break
+					}
+					io.Copy(io.Discard, response.Body)
+					status, answered = response.StatusCode, time.Since(began)
+				}
+				require.Equal(t, test.status, status)
+				require.InDelta(t, test.answered.Seconds(), answered.Seconds(), 0.1)
+				require.InDelta(t, test.ended.Seconds(), time.Since(began).Seconds(), 0.6, "SetReadDeadline's rest at the end takes half a second")
+				client.Close()
+				a.server.shutdown(time.Now())
+				require.ErrorIs(t, <-served, http.ErrServerClosed)
+				if test.name == "the longest wait" {
+					line := linesOf(t, stop(), "request")[0]
+					require.InDelta(t, 60e6, line["us"], 1e4, "microseconds")
+					require.Equal(t, began.Format(time.RFC3339Nano), line["time"])
+				}
+			})
+		})
+	}
+}
+
+// TestPausesBetweenAttempts has orders fail in every way, beside others that do
+// not: these are not held up, and those are tried again after pauses that
+// double up to a minute.
+func TestPausesBetweenAttempts(t *testing.T) {
+	t.Parallel()
+	worst := 3
+	failures := map[string]func() error{
+		"panic: boom": func() error { panic("boom") },
+		"panic: runtime error: index out of range [3] with length 0": func() error { return []error{}[worst] },
+		"no stock": func() error { return errors.New("no stock") },
+	}
+	for text, fail := range failures {
+		t.Run(text, func(t *testing.T) {
+			t.Parallel()
+			const failing, attempts = 3, 14
+			var first ulid.ULID
+			var at [attempts + 1]time.Time // of its attempts
+			timed(t, func(c *config) { c.pool.workers, c.pool.places = 1, 1 }, func(a *app) {
+				a.pool.work = func(_ context.Context, id ulid.ULID, attempt int) error {
+					if first.IsZero() {
+						first = id
+					}
+					switch {
+					case id == first:
+						at[attempt-1] = time.Now()
+						if attempt <= attempts {
+							return fail()
+						}
+					case a.store.totals().accepted <= failing || attempt > 1 && attempt < 9:
+						return fail()
+					}
+					return nil
+				}
+			}, func(t *testing.T, a *app, stop func() string) {
+				ids := commitTogether(t, a.store, sampleOrders(failing))
+				until(t, func() bool { return a.store.totals().processing == failing }, "more than worker and queue have places for")
+				for n := range int64(20) {
+					require.NoError(t, a.store.create(sampleOrder(1, "")))
+					until(t, func() bool { return a.store.totals().completed >= n+1 }, "another order is not held up")
+				}
+				time.Sleep(10 * time.Minute)
+				awaitRest(t, a, 0, 20+failing)
+				for i := range attempts {
+					want := min(firstRetry<<i, time.Minute)
+					require.WithinRange(t, at[i+1], at[i].Add(want), at[i].Add(want+2*tickLength), "attempt %d", i+2)
+				}
+				require.Equal(t, ids[0], first)
+				o, err := a.store.get(first)
+				require.NoError(t, err)
+				require.InDelta(t, at[attempts].Sub(at[0]).Seconds(), float64(o.took)/1e6, 0.01, "the pauses count as processing")
+				checkInvariants(t, a)
+				told := linesOf(t, stop(), attemptFailed)
+				require.Equal(t, "WARN", told[0]["level"])
+				require.Equal(t, first.String(), told[0]["order_id"])
+				require.Equal(t, text, told[0]["error"])
+				require.Equal(t, "100ms", told[0]["retry_in"])
+			})
+		})
+	}
+}
+
+// TestTheEndpointsTroublePausesThePool has 100 orders and all workers meet with
+// trouble: one order at a time is tried, after pauses that double up to five
+// seconds or are as long as the endpoint asks, and a time-out is no answer.
+func TestTheEndpointsTroublePausesThePool(t *testing.T) {
+	t.Parallel()
+	const workers, trials = 4, 20
+	var mu sync.Mutex
+	var at []time.Time
+	timed(t, func(c *config) { c.pool.workers = workers }, func(a *app) {
+		a.pool.work = func(context.Context, ulid.ULID, int) error {
+			mu.Lock()
+			defer mu.Unlock()
+			at = append(at, time.Now())
+			switch n := len(at); {
+			case n <= workers+trials:
+				return &trouble{error: errors.New("down"), since: time.Now()}
+			case n == workers+trials+1:
+				return &trouble{error: errors.New("asks"), since: time.Now(), retryAfter: 40 * time.Second}
+			case n == workers+trials+2:
+				return errors.New("no answer within 30s")
+			case n == workers+trials+3:
+				return errAnswered
+			}
+			return nil
+		}
+	}, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(100))
+		until(t, func() bool { return inTrouble(a) })
+		require.LessOrEqual(t, a.store.totals().processing, int64(workers))
+		time.Sleep(150 * time.Second)
+		awaitRest(t, a, 0, 100)
+		pause := firstRetry
+		for i, began := range at[workers : workers+trials] {
+			require.WithinRange(t, began, at[workers+i-1].Add(pause), at[workers+i-1].Add(pause+2*tickLength), "trial %d", i)
+			pause = min(2*pause, longestPause)
+		}
+		last := at[workers+trials-1:]
+		require.Equal(t, []time.Duration{longestPause, 40 * time.Second, longestPause}, []time.Duration{
+			last[1].Sub(last[0]).Truncate(time.Second), last[2].Sub(last[1]).Truncate(time.Second), last[3].Sub(last[2]).Truncate(time.Second)})
+		require.Less(t, at[workers+trials+3].Sub(last[3]), time.Second, "any answer ends it")
+		require.Less(t, at[len(at)-1].Sub(last[3]), 6*time.Second, "and all that met with it go on")
+		checkInvariants(t, a)
+		log := stop()
+		require.Len(t, linesOf(t, log, troubleBegins), 1)
+		require.Len(t, linesOf(t, log, troubleEnds), 1)
+		require.InDelta(t, 2, len(linesOf(t, log, "the endpoint is still in trouble")), 1, "one a minute")
+	})
+}
+
+// TestFailuresFillNoLog has a thousand orders fail at once.
+func TestFailuresFillNoLog(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, func(a *app) {
+		a.pool.work = func(_ context.Context, _ ulid.ULID, attempt int) error {
+			if attempt <= 5 {
+				return errors.New("no stock")
+			}
+			return nil
+		}
+	}, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(1000))
+		awaitRest(t, a, 0, 1000)
+		failed := a.pool.failed.Load()
+		lines := linesOf(t, stop(), attemptFailed)
+		require.LessOrEqual(t, len(lines), 3*linesASecond)
+		require.Greater(t, len(lines), linesASecond)
+		told := 0.0
+		for _, line := range lines {
+			told += 1 + line["left_out"].(float64)
+		}
+		require.Greater(t, told, 1000.0, "a line tells how many were left out")
+		require.LessOrEqual(t, told, float64(failed))
+	})
+}
+
+// countingEngine counts what is asked of it, when, and fails as told.
+type countingEngine struct {
+	engine
+	fail      func(*batch) error // before the commit; or nil
+	failReads int                // of the backlog, that are left
+	hold      chan struct{}      // what tidy waits for, or nil
+	commits   []time.Time
+	reads     []time.Time
+}
+
+func (e *countingEngine) commit(b *batch) error {
+	e.commits = append(e.commits, time.Now())
+	if e.fail != nil {
+		if err := e.fail(b); err != nil {
+			return err
+		}
+	}
+	return e.engine.commit(b)
+}
+
+func (e *countingEngine) tidy() (totals, error) {
+	if e.hold != nil {
+		<-e.hold
+	}
+	return e.engine.tidy()
+}
+
+func (e *countingEngine) backlog(after int64, limit int) ([]queued, error) {
+	e.reads = append(e.reads, time.Now())
+	if e.failReads--; e.failReads >= 0 {
+		return nil, errors.New("input/output error")
+	}
+	return e.engine.backlog(after, limit)
+}
+
+// counted puts a countingEngine into an app.
+func counted(e *countingEngine) func(*app) {
+	return func(a *app) {
+		e.engine = a.store.engine
+		a.store.engine, a.store.writer.engine = e, e
+	}
+}
+
+// TestAFailedWriteIsTriedAgainOnceASecond and until then orders are refused at
+// once, those in the batch and those behind it, with a reason. Steps are kept.
+func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
+	t.Parallel()
+	e, failing, before := &countingEngine{}, false, totals{}
+	e.fail = func(b *batch) error {
+		if failing {
+			b.totals = before
+			return fmt.Errorf("%w: no space left on device", errNotWritten)
+		}
+		return nil
+	}
+	var gate chan struct{}
+	timed(t, func(c *config) {
+		gate = make(chan struct{}) // in the bubble
+		c.pool.work = hold(gate)
+	}, counted(e), func(t *testing.T, a *app, stop func() string) {
+		first := sampleOrder(1, "key")
+		require.NoError(t, a.store.create(first))
+		until(t, func() bool { return a.store.totals().processing == 1 })
+		failing, before = true, a.store.totals()
+		close(gate) // the work ends, and its step is in the batch that fails
+		time.Sleep(retryPause / 2)
+		began := time.Now()
+		for range 3 { // in the batch that fails, and behind it
+			again, other, fresh := sampleOrder(1, "key"), sampleOrder(2, "key"), sampleOrder(3, "new")
+			require.NoError(t, a.store.create(again), "a key that has created is answered")
+			require.True(t, again.replayed)
+			require.Equal(t, first.id, again.id)
+			require.ErrorIs(t, a.store.create(other), errKeyReused)
+			require.ErrorIs(t, a.store.create(fresh), errUnwritable)
+		}
+		require.Less(t, time.Since(began), 10*time.Millisecond, "nobody waits for the next attempt")
+		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodGet, "/readyz", nil, "").Code)
+		e.commits = nil
+		time.Sleep(10*time.Second + 10*time.Millisecond)
+		require.Len(t, e.commits, 10)
+		for i := range e.commits[1:] {
+			require.Equal(t, retryPause, e.commits[i+1].Sub(e.commits[i]))
+		}
+		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodPost, "/orders", asJSON, exampleOrder).Code)
+		failing = false
+		time.Sleep(retryPause)
+		require.NoError(t, a.store.create(sampleOrder(3, "new")), "the refused key is free")
+		awaitRest(t, a, 0, 2)
+		checkInvariants(t, a)
+		log := stop()
+		require.Len(t, linesOf(t, log, "orders are refused until the store can be written"), 1)
+		require.Len(t, linesOf(t, log, "orders are accepted again"), 1)
+	})
+}
+
+// TestABacklogThatCannotBeReadIsTriedAgain once a second.
+func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	e := &countingEngine{failReads: 3}
+	timed(t, nil, counted(e), func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(5))
+		awaitRest(t, a, 0, 5)
+		for i := range 3 {
+			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
+		}
+		seq := a.store.totals().seq
+		time.Sleep(time.Hour)
+		require.Equal(t, seq, a.store.totals().seq, "an idle service writes nothing")
+		require.Len(t, linesOf(t, stop(), "the backlog cannot be read"), 3)
+	})
+}
+
+// TestMetricsThatCannotBeWrittenAreTriedAgain once a second; orders go on.
+func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, nil, func(t *testing.T, a *app, stop func() string) {
+		execOn(t, a.metrics.file.path, "CREATE TRIGGER held BEFORE UPDATE ON totals BEGIN SELECT RAISE(ABORT, 'held'); END")
+		var at []time.Time
+		a.metrics.beforeProject = func() { at = append(at, time.Now()) }
+		commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(5*retryPause + retryPause/2)
+		require.EqualValues(t, 5, a.store.totals().completed)
+		require.Zero(t, a.metrics.counted.Load().completed)
+		require.InDelta(t, 6, len(at), 1)
+		for i := range at[1:] {
+			require.Equal(t, retryPause, at[i+1].Sub(at[i]))
+		}
+		execOn(t, a.metrics.file.path, "DROP TRIGGER held")
+		awaitRest(t, a, 0, 5)
+		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(at)-1)
+	})
+}
+
+// TestReadyTellsOfADiskThatHangs in a commit, or in a checkpoint between two.
+func TestReadyTellsOfADiskThatHangs(t *testing.T) {
+	t.Parallel()
+	for _, inCommit := range []bool{true, false} {
+		t.Run(fmt.Sprintf("in a commit %v", inCommit), func(t *testing.T) {
+			t.Parallel()
+			e := &countingEngine{}
+			timed(t, nil, counted(e), func(t *testing.T, a *app, _ func() string) {
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				require.NoError(t, a.store.ready(), "a look at an idle engine ends")
+				gate := make(chan struct{})
+				if inCommit {
+					e.fail = func(*batch) error { <-gate; return nil }
+				} else {
+					e.hold = gate
+				}
+				done := make(chan error, 1)
+				go func() { done <- a.store.create(sampleOrder(1, "")) }()
+				synctest.Wait()
+				time.Sleep(stalledAfter)
+				require.NoError(t, a.store.ready())
+				require.Equal(t, http.StatusOK, asked(a, http.MethodGet, "/readyz", nil, "").Code)
+				time.Sleep(1)
+				require.ErrorIs(t, a.store.ready(), errStalled)
+				got := asked(a, http.MethodGet, "/readyz", nil, "")
+				require.Equal(t, http.StatusServiceUnavailable, got.Code)
+				require.Contains(t, got.Body.String(), "the disk has not taken a write for more than 2s")
+				require.Equal(t, http.StatusOK, asked(a, http.MethodGet, "/orders", nil, "").Code, "asking goes on")
+				close(gate)
+				require.NoError(t, <-done)
+				awaitRest(t, a, 0, 1)
+				require.NoError(t, a.store.ready())
+			})
+		})
+	}
+}
+
+// TestDrain has work that ends in time, and work that does not: then it is cut
+// off at the deadline, and made again after the next start.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name        string
+		drain, work time.Duration
+		took        time.Duration // the stop
+		want        status
+	}{
+		{"waits for running work", time.Minute, 40 * time.Second, 40 * time.Second, completed},
+		{"ends running work at the deadline", 20 * time.Second, 24 * time.Hour, 20 * time.Second, processing},
+		{"ends running work at once without a drain time", 0, 24 * time.Hour, 0, processing},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := ""
+			timed(t, func(c *config) { c.pool.workers, c.drain, c.pool.work = 1, test.drain, simulate(test.work) }, nil, func(t *testing.T, a *app, stop func() string) {
+				dir = filepath.Dir(a.cfg.data)
+				ids := commitTogether(t, a.store, sampleOrders(2))
+				synctest.Wait()
+				time.Sleep(time.Second)
+				began := time.Now()
+				stop()
+				synctest.Wait()
+				took := test.took
+				if test.want == completed {
+					took -= time.Second
+				}
+				require.InDelta(t, took.Seconds(), time.Since(began).Seconds(), 0.1)
+				require.ErrorIs(t, a.pool.working.Err(), context.Canceled)
+				require.Zero(t, a.pool.active.Load(), "no work goes on")
+				b, stopAgain := openIdle(t, dir, func(c *config) { c.log.file = logToStderr }, nil)
+				o, err := b.store.get(ids[0])
+				require.NoError(t, err)
+				require.Equal(t, test.want, o.status)
+				o, err = b.store.get(ids[1])
+				require.NoError(t, err)
+				require.Equal(t, pending, o.status)
+				checkInvariants(t, b)
+				stopAgain()
+			})
+			a, _ := openTestApp(t, dir, nil, nil)
+			awaitRest(t, a, 0, 2)
+			checkInvariants(t, a)
+		})
+	}
+}
+
+// TestParkedOrdersAreBounded has every place for a pause taken: the feeder waits.
+func TestParkedOrdersAreBounded(t *testing.T) {
+	t.Parallel()
+	timed(t, nil, func(a *app) {
+		for range maxParked {
+			a.pool.parked.park(job{}, time.Now().Add(time.Hour))
+		}
+	}, func(t *testing.T, a *app, _ func() string) {
+		ids := commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(time.Minute)
+		require.Zero(t, len(a.pool.channel))
+		require.EqualValues(t, 5, a.store.totals().pending())
+		a.pool.parked.mu.Lock()
+		a.pool.parked.jobs = jobHeap{}
+		a.pool.parked.mu.Unlock()
+		awaitRest(t, a, 0, int64(len(ids)))
+		checkInvariants(t, a)
+	})
+}
+
+// TestOrdersAreKeptAsLongAsTold for an hour: no shorter, and hardly longer.
+func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
+	t.Parallel()
+	var ahead atomic.Int64 // of the clock
+	timed(t, func(c *config) {
+		c.store.keep, c.pool.workers, c.pool.work = time.Hour, 1000, simulate(30*time.Minute)
+		c.store.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	}, nil, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(3*expiryRows))
+		time.Sleep(30*time.Minute + time.Second)
+		awaitRest(t, a, 0, 3*expiryRows)
+		time.Sleep(time.Hour - time.Minute)
+		require.Zero(t, a.store.totals().removed, "the time counts from the completion")
+		time.Sleep(time.Minute)
+		time.Sleep(sweepPause + 2*time.Second)
+		require.EqualValues(t, 3*expiryRows, a.store.totals().removed)
+		commitTogether(t, a.store, sampleOrders(5))
+		time.Sleep(30*time.Minute + time.Second)
+		awaitRest(t, a, 0, 3*expiryRows+5)
+		ahead.Store(int64(25 * time.Hour))
+		time.Sleep(10 * time.Minute)
+		require.EqualValues(t, 3*expiryRows, a.store.totals().removed, "the clock's jump is not believed")
+		ahead.Store(int64(2 * time.Hour))
+		time.Sleep(10 * time.Minute)
+		require.EqualValues(t, 3*expiryRows+5, a.store.totals().removed)
+		require.Len(t, linesOf(t, stop(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"), 1)
+	})
+}
+
 func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	t.Parallel()
 	p := newParking()
@@ -4941,85 +5118,20 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	}
 }
 
-func TestFailuresFillNoLog(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, func(c *config) {
-		c.pool.work = func(context.Context, ulid.ULID, int) error { return errors.New("no stock") }
-	}, nil)
-	began := time.Now()
-	for range 10 {
-		commitTogether(t, a.store, sampleOrders(100))
-	}
-	until(t, func() bool { return a.pool.failed.Load() > 4000 }) // the fifth attempts, 1.5 s after the first
-	stop()
-	lines := logged(t, dir, attemptFailed)
-	require.LessOrEqual(t, len(lines), linesASecond*(2+int(time.Since(began).Seconds())))
-	told := 0.0
-	for _, line := range lines {
-		told += 1 + line["left_out"].(float64)
-	}
-	require.Greater(t, told, 100.0)
-	require.LessOrEqual(t, told, float64(a.pool.failed.Load()))
-}
-
 // ---- metrics.go ----
-
-func TestCountsAgreeOnceIdle(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, func(c *config) { c.store.cache = 50 }, nil)
-	var wg sync.WaitGroup
-	var failures atomic.Int64
-	for w := range 8 {
-		wg.Go(func() {
-			for i := range 40 {
-				if a.store.create(sampleOrder(i, strings.Repeat(fmt.Sprint("key", w), i%2))) != nil && i%2 == 0 {
-					failures.Add(1)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	require.Zero(t, failures.Load())
-	const stored = 8*20 + 8 // of those with a key, one for each writer
-	awaitRest(t, a, 0, stored)
-	require.Equal(t, int64(stored), a.store.totals().accepted)
-	var observed uint64
-	for i := range a.pool.took.counts {
-		observed += a.pool.took.counts[i]
-	}
-	require.Equal(t, uint64(stored), observed)
-	require.Equal(t, 50, a.store.cache.len())
-	checkInvariants(t, a)
-	before := a.metrics.summary(a.store.totals())
-	stop()
-	a, _ = openTestApp(t, dir, nil, nil)
-	require.Equal(t, before, a.metrics.summary(a.store.totals()))
-	checkInvariants(t, a)
-}
 
 func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	t.Parallel()
-	var armed atomic.Bool
-	held, release := make(chan struct{}), make(chan struct{})
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		a.metrics.beforeProject = func() {
-			if armed.CompareAndSwap(true, false) {
-				held <- struct{}{}
-				<-release
-			}
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
+	var held heldOnce
+	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) { a.metrics.beforeProject = held.hold })
+	t.Cleanup(held.release)
 	ids := commitTogether(t, a.store, sampleOrders(5))
 	moveTo(t, a.store, ids[0], completed, 100)
 	checkInvariants(t, a)
-	armed.Store(true)
+	reached := held.arm()
 	moveTo(t, a.store, ids[1], completed, 200)
 	moveTo(t, a.store, ids[2], processing, 0)
-	<-held // orders.db has it, metrics.db does not: what a crash would leave now
+	<-reached // orders.db has it, metrics.db does not: what a crash would leave now
 	crashed := t.TempDir()
 	require.NoError(t, os.Mkdir(filepath.Join(crashed, "data"), 0o700))
 	for _, name := range []string{"orders.db", "metrics.db"} {
@@ -5034,91 +5146,8 @@ func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 		checkInvariants(t, b)
 		stop()
 	}
-	let()
+	held.release()
 	checkInvariants(t, a)
-}
-
-func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name   string
-		damage func(t *testing.T, path string)
-	}{
-		{"from a metrics.db that was deleted", func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) }},
-		{"from one that is empty", func(t *testing.T, path string) { require.NoError(t, os.Truncate(path, 0)) }},
-		{"from the sums of a backup", func(t *testing.T, path string) {
-			execOn(t, path, "UPDATE totals SET accepted = 2, completed = 1, took = 5, seq = seq - 1")
-		}},
-		{"from sums of nothing", func(t *testing.T, path string) {
-			execOn(t, path, "UPDATE totals SET accepted = 0, completed = 0, took = 0")
-		}},
-		{"from a wrong time", func(t *testing.T, path string) { execOn(t, path, "UPDATE totals SET took = 1000000") }},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			a, stop := openIdle(t, dir, nil, nil)
-			for i, id := range commitTogether(t, a.store, sampleOrders(4)) {
-				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
-			}
-			checkInvariants(t, a)
-			before := a.metrics.summary(a.store.totals())
-			stop()
-			tc.damage(t, a.metrics.file.path)
-			a, stop = openIdle(t, dir, nil, nil)
-			require.Equal(t, before, a.metrics.summary(a.store.totals()))
-			checkInvariants(t, a)
-			stop()
-		})
-	}
-}
-
-func TestLostOrdersAreNoticedAtStart(t *testing.T) {
-	t.Parallel()
-	for _, tc := range []struct {
-		name                string
-		accepted, completed int64 // in metrics.db
-		without             bool  // orders.db
-		want                string
-	}{
-		{"one order more was accepted", 5, 2, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 5 and 2 as of commit %[3]d"},
-		{"one order more was completed", 4, 3, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4 and 3 as of commit %[3]d"},
-		{"an order was started", 4, 2, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4 and 2 as of commit %[3]d"},
-		{"far more of both", 4000, 3000, false, "it holds 4 orders, 2 of them completed, as of commit %[2]d, but %[1]s has counted 4000 and 3000 as of commit %[3]d"},
-		{"orders.db is gone", 4, 2, true, "it holds 0 orders, 0 of them completed, as of commit 0, but %[1]s has counted 4 and 2 as of commit %[3]d"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			a, stop := openIdle(t, dir, nil, nil)
-			ids := commitTogether(t, a.store, sampleOrders(4))
-			moveTo(t, a.store, ids[0], completed, 1)
-			moveTo(t, a.store, ids[1], completed, 2)
-			checkInvariants(t, a)
-			stop()
-			orders, counts, seq := onSQLite(t, a).file.path, a.metrics.file.path, a.store.totals().seq
-			execOn(t, counts, "UPDATE totals SET accepted = ?, completed = ?, seq = seq + 1", tc.accepted, tc.completed)
-			if tc.without {
-				require.NoError(t, os.Remove(orders))
-			}
-			before := []string{bytesOf(t, orders), bytesOf(t, counts)}
-			for range 2 {
-				_, err := openApp(testConfig(dir), io.Discard)
-				require.ErrorContains(t, err, orders+" has lost orders or their steps")
-				require.ErrorContains(t, err, fmt.Sprintf(tc.want, counts, seq, seq+1))
-				require.ErrorContains(t, err, "delete "+counts)
-				require.Equal(t, before, []string{bytesOf(t, orders), bytesOf(t, counts)}, "the files are left as they were")
-			}
-			require.NoError(t, os.Remove(counts)) // as the message says
-			a, _ = openTestApp(t, dir, nil, nil)
-			left := int64(4)
-			if tc.without {
-				left = 0
-			}
-			awaitRest(t, a, 0, left)
-			checkInvariants(t, a)
-		})
-	}
 }
 
 // bytesOf is what a file holds, if there is one.
@@ -5212,7 +5241,7 @@ func TestProcessFigures(t *testing.T) {
 		require.NoError(t, err)
 		defer conn.Close()
 	}
-	persist(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
+	until(t, func() bool { return figure("process_open_fds") > 20 }, "they are accepted")
 	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid))
 	require.NoError(t, err)
 	require.InDelta(t, len(open), figure("process_open_fds"), 1)
@@ -5220,186 +5249,6 @@ func TestProcessFigures(t *testing.T) {
 	used, _ := p.cpu()
 	require.InDelta(t, used.Seconds(), figure("process_cpu_seconds_total"), 0.5)
 	require.InEpsilon(t, p.residentMB(t)*(1<<20), figure("process_resident_memory_bytes"), 0.2)
-}
-
-func TestPrometheusTextIsValid(t *testing.T) {
-	t.Parallel()
-	a := newTestApp(t, nil)
-	ids := commitTogether(t, a.store, sampleOrders(5))
-	awaitRest(t, a, 0, 5)
-	base := "http://" + a.listener.Addr().String()
-	get := func(path string) (kind, text string) {
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, base+path, nil)
-		require.NoError(t, err)
-		request.Header.Set("Accept", "text/plain;version=0.0.4")
-		response, err := http.DefaultClient.Do(request)
-		require.NoError(t, err)
-		defer response.Body.Close()
-		body, err := io.ReadAll(response.Body)
-		require.NoError(t, err)
-		return response.Header.Get("Content-Type"), string(body)
-	}
-	for _, path := range []string{"/orders/" + ids[0].String(), "/orders/no-such-order", `/no%20"such"\path`, "/orders", "/metrics"} {
-		get(path)
-	}
-	kind, text := get("/metrics")
-	require.Equal(t, "text/plain; version=0.0.4; charset=utf-8", kind)
-	samples, err := parsePrometheus(text)
-	require.NoError(t, err)
-	requireSamples(t, samples, map[string]float64{
-		"orderd_orders_processed_total":      5,
-		"orderd_orders_accepted_total":       5,
-		`orderd_orders{status="Pending"}`:    0,
-		`orderd_orders{status="Processing"}`: 0,
-		`orderd_orders{status="Completed"}`:  5,
-		"orderd_processing_seconds_count":    5,
-		"orderd_oldest_pending_seconds":      0,
-		"orderd_queue_length":                0,
-		"orderd_queue_capacity":              1024,
-		"orderd_cache_entries":               5,
-		"orderd_cache_hits_total":            1,
-		"orderd_read_seconds_count":          2,
-		"orderd_create_seconds_count":        0,
-		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="200"}`: 1,
-		`orderd_http_requests_total{method="GET",route="/orders/:order_id",status="404"}`: 1,
-		`orderd_http_requests_total{method="GET",route="/metrics",status="200"}`:          1,
-		`orderd_http_requests_total{method="other",route="other",status="404"}`:           1,
-	})
-	require.Positive(t, samples["orderd_wal_bytes"])
-	checkInvariants(t, a)
-
-	const head = "# HELP a_total Text.\n# TYPE a_total counter\n"
-	const histogramHead = "# HELP h Text.\n# TYPE h histogram\n"
-	for _, tc := range []struct{ name, text, want string }{
-		{"no end of line", head + "a_total 1", "end of line"},
-		{"an empty line", head + "\n", "no sample"},
-		{"a sample without a family", "a_total 1\n", "does not belong"},
-		{"a sample of another family", head + "b_total 1\n", "does not belong"},
-		{"a family twice", head + "a_total 1\n" + head, "again"},
-		{"a type of another name", "# HELP a Text.\n# TYPE b gauge\n", "no TYPE"},
-		{"a type without help", "# TYPE a gauge\na 1\n", "no sample"},
-		{"a type that is none", "# HELP a Text.\n# TYPE a meter\n", "no TYPE"},
-		{"a name that is none", "# HELP a-b Text.\n# TYPE a-b gauge\n", "no sample"},
-		{"a label that is none", head + `a_total{b-c="d"} 1` + "\n", "no sample"},
-		{"a quote in a label", head + `a_total{b="c"d"} 1` + "\n", "no sample"},
-		{"a label twice", head + `a_total{b="c",b="d"} 1` + "\n", "label"},
-		{"a sample twice", head + "a_total 1\na_total 2\n", "twice"},
-		{"a value that is none", head + "a_total 0x1\n", "no sample"},
-		{"a negative counter", head + "a_total -1\n", "counter"},
-		{"buckets that fall", histogramHead + "h_bucket{le=\"1\"} 3\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "cumulative"},
-		{"bounds that fall", histogramHead + "h_bucket{le=\"2\"} 1\nh_bucket{le=\"1\"} 2\nh_bucket{le=\"+Inf\"} 2\nh_sum 1\nh_count 2\n", "ascend"},
-		{"no bucket without a bound", histogramHead + "h_bucket{le=\"1\"} 1\nh_sum 1\nh_count 1\n", "count"},
-		{"a count of its own", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 2\n", "count"},
-		{"no sum", histogramHead + "h_bucket{le=\"+Inf\"} 1\nh_count 1\n", "sum"},
-	} {
-		t.Run("the parser refuses "+tc.name, func(t *testing.T) {
-			_, err := parsePrometheus(tc.text)
-			require.ErrorContains(t, err, tc.want)
-		})
-	}
-}
-
-const promName = `[a-zA-Z_:][a-zA-Z0-9_:]*`
-
-var (
-	promHelp   = regexp.MustCompile(`^# HELP (` + promName + `) (.+)$`)
-	promType   = regexp.MustCompile(`^# TYPE (` + promName + `) (counter|gauge|histogram|summary|untyped)$`)
-	promLabel  = regexp.MustCompile(`([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\[\\"n])*)"`)
-	promSample = regexp.MustCompile(`^(` + promName + `)(\{` + promLabel.String() + `(?:,` + promLabel.String() + `)*\})? ([+-]?(?:[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|Inf)|NaN)$`)
-)
-
-func requireSamples(t *testing.T, samples, wanted map[string]float64) {
-	t.Helper()
-	for name, want := range wanted {
-		require.Contains(t, samples, name)
-		require.Equal(t, want, samples[name], name)
-	}
-}
-
-// parsePrometheus reads the text format 0.0.4 as strictly as orderd writes it:
-// each family has HELP, TYPE and its samples, in one piece. The samples are
-// returned by name and labels as they stand.
-func parsePrometheus(text string) (map[string]float64, error) {
-	if !strings.HasSuffix(text, "\n") || !utf8.ValidString(text) {
-		return nil, errors.New("the last line has no end of line, or the text is not UTF-8")
-	}
-	samples, families := map[string]float64{}, map[string]bool{}
-	var name, kind string
-	var bounds, counts []float64 // of the histogram's buckets
-	finish := func() error {
-		switch total, ok := samples[name+"_count"]; {
-		case kind != "histogram":
-			return nil
-		case len(bounds) == 0 || !math.IsInf(bounds[len(bounds)-1], 1) || !ok || counts[len(counts)-1] != total:
-			return fmt.Errorf("%s: the last bucket is not the count", name)
-		}
-		if _, ok := samples[name+"_sum"]; !ok {
-			return fmt.Errorf("%s has no sum", name)
-		}
-		return nil
-	}
-	lines := bufio.NewScanner(strings.NewReader(text))
-	for lines.Scan() {
-		line := lines.Text()
-		if help := promHelp.FindStringSubmatch(line); help != nil {
-			if err := finish(); err != nil {
-				return nil, err
-			}
-			lines.Scan()
-			typed := promType.FindStringSubmatch(lines.Text())
-			if typed == nil || typed[1] != help[1] {
-				return nil, fmt.Errorf("no TYPE after %q", line)
-			}
-			if name, kind = typed[1], typed[2]; families[name] {
-				return nil, fmt.Errorf("family %s again", name)
-			}
-			families[name], bounds, counts = true, nil, nil
-			continue
-		}
-		parts := promSample.FindStringSubmatch(line)
-		if parts == nil {
-			return nil, fmt.Errorf("no sample: %q", line)
-		}
-		value, err := strconv.ParseFloat(parts[len(parts)-1], 64)
-		if err != nil {
-			return nil, err
-		}
-		labels := map[string]string{}
-		for _, l := range promLabel.FindAllStringSubmatch(parts[2], -1) {
-			if _, ok := labels[l[1]]; ok {
-				return nil, fmt.Errorf("label twice: %q", line)
-			}
-			labels[l[1]] = l[2]
-		}
-		suffix, ours := strings.CutPrefix(parts[1], name)
-		if kind == "histogram" {
-			ours = ours && slices.Contains([]string{"_bucket", "_sum", "_count"}, suffix)
-		} else {
-			ours = ours && suffix == ""
-		}
-		if !ours || kind == "" {
-			return nil, fmt.Errorf("sample does not belong to %s: %q", name, line)
-		}
-		if _, ok := samples[parts[1]+parts[2]]; ok {
-			return nil, fmt.Errorf("sample twice: %q", line)
-		}
-		samples[parts[1]+parts[2]] = value
-		if kind == "counter" && (!strings.HasSuffix(name, "_total") || !(value >= 0)) {
-			return nil, fmt.Errorf("no counter: %q", line)
-		}
-		if suffix != "_bucket" {
-			continue
-		}
-		bound, err := strconv.ParseFloat(labels["le"], 64)
-		if err != nil || len(bounds) > 0 && bound <= bounds[len(bounds)-1] {
-			return nil, fmt.Errorf("bounds do not ascend: %q", line)
-		}
-		if len(counts) > 0 && value < counts[len(counts)-1] {
-			return nil, fmt.Errorf("buckets are not cumulative: %q", line)
-		}
-		bounds, counts = append(bounds, bound), append(counts, value)
-	}
-	return samples, cmp.Or(lines.Err(), finish())
 }
 
 // ---- log.go ----
@@ -5480,6 +5329,38 @@ func TestLogRotation(t *testing.T) {
 	}
 }
 
+// TestOldLogsAreRemoved after so many days, or never.
+func TestOldLogsAreRemoved(t *testing.T) {
+	t.Parallel()
+	for _, days := range []int{3, 0} {
+		o := testLogOptions(t)
+		o.days, o.backups = days, 10
+		require.NoError(t, os.MkdirAll(filepath.Dir(o.file), 0o700))
+		at := func(age int) string {
+			return filepath.Join(filepath.Dir(o.file), time.Now().UTC().Add(-time.Duration(age)*24*time.Hour).Format("orderd-2006-01-02T15-04-05.000.log.gz"))
+		}
+		for _, age := range []int{2, 4} {
+			require.NoError(t, os.WriteFile(at(age), nil, 0o600))
+		}
+		kept, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*.gz"))
+		require.NoError(t, err)
+		l, err := openLog(o, io.Discard)
+		require.NoError(t, err)
+		for range 2 { // a file's end is when the old ones are looked at
+			l.Info(strings.Repeat("x", 500_000))
+			nudge(l.wake)
+			until(t, l.flushed)
+		}
+		l.Info(strings.Repeat("x", 300_000))
+		require.NoError(t, l.close())
+		if days > 0 {
+			until(t, func() bool { return !exists(kept[0]) }, "the older one is removed")
+		}
+		require.Equal(t, days == 0, exists(kept[0]))
+		require.FileExists(t, kept[1])
+	}
+}
+
 // TestLogFileMoved moves the file away in every way, each time in the middle of
 // a write. The write after that must follow the name.
 func TestLogFileMoved(t *testing.T) {
@@ -5506,7 +5387,7 @@ func TestLogFileMoved(t *testing.T) {
 		},
 	}
 	write()
-	for i := range 900 {
+	for i := range many(900) {
 		moved := make(chan error)
 		go func() {
 			for range i % 20 { // another moment each time
@@ -6100,9 +5981,8 @@ func (j *journal) observe(base string) (stop func()) {
 				}
 				if err := look(client, r); err != nil && !j.replicas {
 					return // the service has gone
-				} else if err != nil {
-					time.Sleep(5 * time.Millisecond)
 				}
+				time.Sleep(5 * time.Millisecond) // what is observed needs the processor
 			}
 		})
 	}
@@ -6113,6 +5993,7 @@ func (j *journal) observe(base string) (stop func()) {
 		j.mu.Lock()
 		floor := maps.Clone(j.seen) // shown before the request
 		j.mu.Unlock()
+		shown := map[string]status{}
 		page, err := fetchPage(client, base+"/orders?limit=200")
 		if errors.Is(err, errNotListed) && !(j.replicas && strings.Contains(err.Error(), " answers 503")) {
 			j.violate("%v", err)
@@ -6124,9 +6005,16 @@ func (j *journal) observe(base string) (stop func()) {
 			if i > 0 && o.OrderID >= page.Orders[i-1].OrderID {
 				j.violate("the list is out of order at %s", o.OrderID)
 			}
-			if s := status(slices.Index(statusNames[:], o.Status)); s < floor[o.OrderID] {
+			s := status(slices.Index(statusNames[:], o.Status))
+			if s < floor[o.OrderID] {
 				j.violate("the list shows %s of %s after %s", s, o.OrderID, floor[o.OrderID])
 			}
+			shown[o.OrderID] = s
+		}
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		for id, s := range shown {
+			j.seen[id] = max(j.seen[id], s)
 		}
 		return nil
 	})
@@ -6228,36 +6116,35 @@ func getSummary(base string) (sum summary, err error) {
 	return sum, json.NewDecoder(response.Body).Decode(&sum)
 }
 
-// metric reads one metric without labels from the Prometheus text.
+// metrics reads the Prometheus text; a sample's name has its labels.
+func samples(tb testing.TB, base string) map[string]float64 {
+	tb.Helper()
+	got := exchange(context.Background(), http.DefaultClient, base, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
+	require.NoError(tb, got.err)
+	found := map[string]float64{}
+	for _, m := range regexp.MustCompile(`(?m)^([a-z_]+(?:\{.*\})?) (\S+)$`).FindAllStringSubmatch(got.body, -1) {
+		value, err := strconv.ParseFloat(m[2], 64)
+		require.NoError(tb, err)
+		found[m[1]] = value
+	}
+	return found
+}
+
 func metric(tb testing.TB, base, name string) float64 {
 	tb.Helper()
-	request, err := http.NewRequest(http.MethodGet, base+"/metrics", nil)
-	require.NoError(tb, err)
-	request.Header.Set("Accept", "text/plain")
-	response, err := http.DefaultClient.Do(request)
-	require.NoError(tb, err)
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	require.NoError(tb, err)
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, name+" "); ok {
-			v, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
-			require.NoError(tb, err)
-			return v
-		}
-	}
-	require.Fail(tb, "no metric "+name)
-	return 0
+	found := samples(tb, base)
+	require.Contains(tb, found, name)
+	return found[name]
 }
 
 // drained waits until all orders are Completed and counted.
 func drained(tb testing.TB, base string) (sum summary) {
 	tb.Helper()
-	require.Eventually(tb, func() bool {
+	until(tb, func() bool {
 		var err error
 		sum, err = getSummary(base)
 		return err == nil && sum.OrdersPending == 0 && sum.OrdersProcessing == 0 && sum.TotalOrdersProcessed == sum.OrdersCompleted
-	}, time.Minute, 5*time.Millisecond)
+	})
 	return sum
 }
 
@@ -6440,7 +6327,7 @@ func TestKillNine(t *testing.T) {
 		p := startProcess(t, dir, nil, args...)
 		j.check(t, p.url())
 		stopLoad, stopObservers := j.load(p.url(), 8, 2000), j.observe(p.url())
-		pause(400 * time.Millisecond)
+		pause(300 * time.Millisecond)
 		p.kill()
 		stopLoad()
 		stopObservers()
@@ -6462,7 +6349,7 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 		case <-opened(p):
 			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
 			stop := j.load(base, 4, 100_000)
-			p.wait(t, time.Minute)
+			p.wait(t, *patience)
 			stop()
 		}
 		require.Equal(t, exitedBetweenCommits, p.code, p.stderr.String())
@@ -6501,9 +6388,9 @@ func TestSigtermUnderLoad(t *testing.T) {
 		p := startProcess(t, dir, nil, "-delay", "5ms", "-workers", "4", "-drain", "5s")
 		stopLoad, stopObservers := j.load(p.url(), 8, 100_000), j.observe(p.url())
 		before := j.count(accepted)
-		require.Eventually(t, func() bool { return j.count(accepted) > before+300 }, time.Minute, time.Millisecond)
+		until(t, func() bool { return j.count(accepted) > before+100 })
 		began := time.Now()
-		require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+		require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 		require.Less(t, time.Since(began), 6*time.Second)
 		stopLoad()
 		stopObservers()
@@ -6534,7 +6421,7 @@ func TestSigtermAnswersWhatIsInFlight(t *testing.T) {
 	}
 	p.stderr.waitFor(t, "all creates are in flight", p.exited)
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 4*time.Second) // -drain and a second
 	for range heldCreates {
 		require.Equal(t, accepted, <-outcomes)
@@ -6566,17 +6453,17 @@ func TestSigtermReleasesWhoWaits(t *testing.T) {
 		answered <- response.Status
 	}()
 	<-sent
-	require.Eventually(t, func() bool { // the order is being worked on, so the wait has something to wait for
+	until(t, func() bool { // the order is being worked on, so the wait has something to wait for
 		sum, err := getSummary(p.url())
 		return err == nil && sum.OrdersProcessing == 1
-	}, time.Minute, time.Millisecond)
+	})
 	select {
 	case status := <-answered:
 		require.Fail(t, "answered before the order completed", status)
 	case <-time.After(300 * time.Millisecond):
 	}
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 2*time.Second)
 	require.Equal(t, "200 OK", <-answered)
 }
@@ -6587,10 +6474,14 @@ func TestOracle(t *testing.T) {
 	needsUnix(t)
 	dir := t.TempDir()
 	j := newJournal("oracle", time.Millisecond)
-	p := startProcess(t, dir, nil, "-delay", "1ms")
-	j.place(t, p.url(), 50)
-	j.check(t, p.url())
-	j.stopAndCheck(t, p)
+	working := func(d time.Duration) func(*config) {
+		return func(c *config) { c.drain, c.pool.work = 0, simulate(d) }
+	}
+	a, stop := openTestApp(t, dir, working(time.Millisecond), nil)
+	j.place(t, base(a), 50)
+	j.check(t, base(a))
+	stop()
+	require.NoError(t, j.checkFiles(dir))
 
 	first, last := j.accepted[0], j.accepted[len(j.accepted)-1]
 	idHigh := func(in *intent) string { return strconv.FormatInt(high(ulid.MustParse(in.id)), 10) }
@@ -6613,22 +6504,18 @@ func TestOracle(t *testing.T) {
 			broken := t.TempDir()
 			require.NoError(t, os.CopyFS(broken, os.DirFS(dir)))
 			for name, query := range map[string]string{"orders.db": test.orders, "metrics.db": test.metrics} {
-				db, err := openSQLite(filepath.Join(broken, "data", name))
-				require.NoError(t, err)
-				_, err = db.Exec(query)
-				require.NoError(t, err)
-				require.NoError(t, db.Close())
+				execOn(t, filepath.Join(broken, "data", name), query)
 			}
 			k := newJournal("oracle", j.minimum)
 			k.intents, k.accepted, k.seen = j.intents, j.accepted, map[string]status{first.id: completed}
 			if strings.Contains(test.name, "backward") {
 				k.accepted = k.accepted[:1] // so that the observers look at it in time
 			}
-			p := startProcess(t, broken, nil, "-delay", "2s")
-			stop := k.observe(p.url())
-			sum := drained(t, p.url())
+			a, _ := openTestApp(t, broken, working(time.Second), nil)
+			stop := k.observe(base(a))
+			sum := drained(t, base(a))
 			stop()
-			require.ErrorContains(t, k.verify(listAll(t, p.url()), sum), test.says)
+			require.ErrorContains(t, k.verify(listAll(t, base(a)), sum), test.says)
 		})
 	}
 	t.Run("counted twice", func(t *testing.T) {
@@ -6638,8 +6525,8 @@ func TestOracle(t *testing.T) {
 		j.place(t, p.url(), 10)
 		drained(t, p.url())
 		p.stop(t)
-		p = startProcess(t, dir, nil, "-delay", "1ms")
-		require.ErrorContains(t, j.verify(listAll(t, p.url()), drained(t, p.url())), "processed")
+		a, _ := openTestApp(t, dir, nil, nil)
+		require.ErrorContains(t, j.verify(listAll(t, base(a)), drained(t, base(a))), "processed")
 	})
 	t.Run("answered before the commit", func(t *testing.T) {
 		dir := t.TempDir()
@@ -6651,9 +6538,9 @@ func TestOracle(t *testing.T) {
 			require.NoError(t, err)
 		}
 		p.kill()
-		p = startProcess(t, dir, nil, "-delay", "1ms")
-		sum := drained(t, p.url())
-		require.ErrorContains(t, j.verify(listAll(t, p.url()), sum), "is lost")
+		a, _ := openTestApp(t, dir, nil, nil)
+		sum := drained(t, base(a))
+		require.ErrorContains(t, j.verify(listAll(t, base(a)), sum), "is lost")
 	})
 }
 
@@ -6675,77 +6562,88 @@ func straced(tb testing.TB, log, path string, options ...string) []string {
 	return command
 }
 
-// walDir is a data directory that has been used and stopped, so that the first
-// calls on orders.db-wal are those of the first commit.
-func walDir(t *testing.T) (dir, wal string) {
+// usedDir has a data directory that has been used and stopped, so that the
+// first calls on orders.db-wal are those of the first commit.
+func usedDir(t *testing.T) (dir, data string) {
 	t.Helper()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
-	startProcess(t, dir, nil).stop(t)
-	return dir, filepath.Join(dir, "data", "orders.db-wal")
+	_, stop := openIdle(t, dir, nil, nil)
+	stop()
+	return dir, filepath.Join(dir, "data")
 }
 
-func TestFsyncFails(t *testing.T) {
+// TestDiskFaults has system calls on one file fail under load, by strace.
+func TestDiskFaults(t *testing.T) {
 	t.Parallel()
-	dir, wal := walDir(t)
-	j := newJournal("fsync", time.Millisecond)
-	// strace counts by thread, so a few commits succeed before.
-	p := startWrapped(t, straced(t, filepath.Join(dir, "strace"), wal,
-		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=4+"), dir, nil, "-delay", "1ms")
-	stopLoad, stopObservers := j.load(p.url(), 4, 10_000), j.observe(p.url())
-	require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
-	stopLoad()
-	stopObservers()
-	said := regexp.MustCompile(`(?m)^orderd: .*\n`).FindAllString(p.stderr.String(), -1)
-	require.Len(t, said, 1, p.stderr.String())
-	require.Contains(t, said[0], "the outcome of the commit is unknown: check the disk, then start orderd again")
-	require.NotZero(t, j.count(accepted))
-	j.recover(t, dir)
-}
-
-// TestFsyncFailsOnce is the trap: the next fsync would succeed, and mean nothing.
-func TestFsyncFailsOnce(t *testing.T) {
-	t.Parallel()
-	dir, wal := walDir(t)
-	j := newJournal("fsynconce", time.Millisecond)
-	// One worker that is busy with an order from before: so there are no steps,
-	// and the batch that fails is a client's.
-	args := []string{"-delay", "24h", "-workers", "1", "-drain", "1s"}
-	p := startProcess(t, dir, nil, args...)
-	j.place(t, p.url(), 1)
-	require.Eventually(t, func() bool {
-		sum, err := getSummary(p.url())
-		return err == nil && sum.OrdersProcessing == 1
-	}, time.Minute, time.Millisecond)
-	p.stop(t)
-	p = startWrapped(t, straced(t, filepath.Join(dir, "strace"), wal,
-		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=4"), dir, nil, args...)
-	client, sent := newClient(), 0
-	for j.count(unknown) == 0 {
-		in := j.next()
-		o, err := j.send(client, p.url(), in)
-		require.NoError(t, err)
-		require.Equal(t, strings.HasSuffix(in.body, ": -1}"), o == refused)
-		require.Less(t, sent, 1000)
-		sent++
+	const unknownOutcome = "orderd: the outcome of the commit is unknown: check the disk, then start orderd again"
+	const fsyncs = "fsync,fdatasync"
+	for _, test := range []struct {
+		name  string
+		file  string
+		calls string
+		fault string // strace counts by thread, so a few calls succeed before, or fail again
+		ends  bool   // the service, and says unknownOutcome
+		large bool   // orders, so that the WAL is soon full and a checkpoint comes
+		alone bool   // the batch that fails is a client's, without steps
+	}{
+		{name: "every fsync from one on", file: "orders.db-wal", calls: fsyncs, fault: "error=EIO:when=4+", ends: true},
+		{name: "one fsync: the next would succeed, and mean nothing", file: "orders.db-wal", calls: fsyncs, fault: "error=EIO:when=4", ends: true, alone: true},
+		{name: "the fsync of a checkpoint: the next would mean nothing", file: "orders.db", calls: fsyncs, fault: "error=EIO:when=1", ends: true, large: true},
+		{name: "a write once", file: "orders.db-wal", calls: "pwrite64", fault: "error=EIO:when=6"},
+		{name: "writes for a while", file: "orders.db-wal", calls: "pwrite64", fault: "error=ENOSPC:when=6..8"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir, data := usedDir(t)
+			log, args := filepath.Join(dir, "strace"), []string{"-delay", "1ms"}
+			j := newJournal("fault", time.Millisecond)
+			j.large = test.large
+			if test.alone { // one worker that is busy with an order from before
+				args = []string{"-delay", "24h", "-workers", "1", "-drain", "1s"}
+				p := startProcess(t, dir, nil, args...)
+				j.place(t, p.url(), 1)
+				until(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 })
+				p.stop(t)
+			}
+			p := startWrapped(t, straced(t, log, filepath.Join(data, test.file),
+				"-e", "trace="+test.calls, "-e", "inject="+test.calls+":"+test.fault), dir, nil, args...)
+			stopObservers := j.observe(p.url())
+			if test.ends && !test.alone {
+				stopLoad := j.load(p.url(), 8, math.MaxInt)
+				p.wait(t, *patience)
+				stopLoad()
+			} else {
+				client, failed := newClient(), 0
+				for o := refused; test.ends && j.count(unknown) == 0 || !test.ends && (failed == 0 || o != accepted); {
+					in := j.next()
+					var err error
+					o, err = j.send(client, p.url(), in)
+					require.NoError(t, err)
+					if o == refused && !strings.HasSuffix(in.body, ": -1}") {
+						failed++
+					}
+					require.True(t, test.ends == (failed == 0) || o == accepted || !test.ends, "a batch is unknown, not refused")
+					require.True(t, test.ends || o != unknown, "nothing is unknown after a failed write")
+					require.Less(t, len(j.intents), 5000)
+				}
+			}
+			if test.ends {
+				require.Equal(t, 1, p.wait(t, *patience), p.stderr.String())
+				stopObservers()
+				said := regexp.MustCompile(`(?m)^orderd: .*\n`).FindAllString(p.stderr.String(), -1)
+				require.Len(t, said, 1, p.stderr.String())
+				require.Contains(t, said[0], unknownOutcome)
+				require.NotZero(t, j.count(accepted))
+				j.recover(t, dir)
+				return
+			}
+			stopObservers()
+			require.Contains(t, bytesOf(t, log), "INJECTED")
+			j.check(t, p.url())
+			j.stopAndCheck(t, p)
+		})
 	}
-	require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
-	j.recover(t, dir)
-}
-
-// TestFsyncOfACheckpointFails loses nothing yet, but the next fsync would mean nothing.
-func TestFsyncOfACheckpointFails(t *testing.T) {
-	t.Parallel()
-	dir, wal := walDir(t)
-	j := newJournal("checkpoint", time.Millisecond)
-	j.large = true
-	p := startWrapped(t, straced(t, filepath.Join(dir, "strace"), strings.TrimSuffix(wal, "-wal"),
-		"-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=1"), dir, nil, "-delay", "1ms")
-	stopLoad := j.load(p.url(), 16, math.MaxInt)
-	require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
-	stopLoad()
-	require.Contains(t, p.stderr.String(), "orderd: the outcome of the commit is unknown: check the disk")
-	j.recover(t, dir)
 }
 
 // TestStartSyncsWhatAKilledProcessLeft shows that nothing is answered before
@@ -6755,7 +6653,8 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	for _, watched := range []bool{false, true} {
 		t.Run(fmt.Sprintf("beside a reader %v", watched), func(t *testing.T) {
 			t.Parallel()
-			dir, wal := walDir(t)
+			dir, data := usedDir(t)
+			wal := filepath.Join(data, "orders.db-wal")
 			db := strings.TrimSuffix(wal, "-wal")
 			j := newJournal("left", 0)
 			p := startProcess(t, dir, nil, "-delay", "0s")
@@ -6786,50 +6685,32 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	}
 }
 
-func TestWriteFails(t *testing.T) {
+// TestAFirstStartSyncsItsDirectories, so that the names of the files are on disk
+// before anything is answered.
+func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct{ name, inject string }{
-		{"once", "error=EIO:when=6"},
-		{"for a while", "error=ENOSPC:when=6..8"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			dir, wal := walDir(t)
-			j := newJournal("write", time.Millisecond)
-			log := filepath.Join(dir, "strace")
-			p := startWrapped(t, straced(t, log, wal, "-e", "trace=pwrite64", "-e", "inject=pwrite64:"+test.inject), dir, nil, "-delay", "1ms")
-			stopObservers := j.observe(p.url())
-			client := newClient()
-			failed := 0
-			require.Eventually(t, func() bool { // each thread fails anew, so it fails more than once
-				in := j.next()
-				o, err := j.send(client, p.url(), in)
-				if err != nil {
-					j.violate("the service went away: %v", err)
-				}
-				if o == refused && !strings.HasSuffix(in.body, ": -1}") {
-					failed++
-				}
-				if o == unknown {
-					j.violate("an order is told to be unknown after a failed write")
-				}
-				return err != nil || failed > 0 && o == accepted
-			}, time.Minute, time.Millisecond)
-			stopObservers()
-			text, err := os.ReadFile(log)
-			require.NoError(t, err)
-			require.Contains(t, string(text), "INJECTED")
-			j.check(t, p.url())
-			j.stopAndCheck(t, p)
-		})
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	require.NoError(t, err)
+	log, deep := filepath.Join(dir, "strace"), filepath.Join(dir, "a", "b")
+	p := startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync,rename,renameat,renameat2"), dir, nil, "-data", deep)
+	p.kill()
+	before, _, listened := strings.Cut(bytesOf(t, log), "listen(")
+	require.True(t, listened)
+	_, afterRename, renamed := strings.Cut(before, `orders.db.new", `)
+	require.True(t, renamed)
+	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`>`, afterRename, "the new name")
+	for _, made := range []string{filepath.Dir(deep), dir} {
+		require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(made)+`>`, before)
 	}
+	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`/orders.db.new>`, before)
 }
 
 // TestAnsweredAfterFsync reads in a trace of the process that every 201 is
 // written after an fsync of the WAL, which follows the request.
 func TestAnsweredAfterFsync(t *testing.T) {
 	t.Parallel()
-	dir, wal := walDir(t)
+	dir, data := usedDir(t)
+	wal := filepath.Join(data, "orders.db-wal")
 	j := newJournal("trace", 0)
 	log := filepath.Join(dir, "strace")
 	p := startWrapped(t, straced(t, log, "", "-y", "-s", "64", "-e", "trace=read,write,fsync,fdatasync"), dir, nil)
@@ -6918,7 +6799,7 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 		}
 	}
 	require.Less(t, median(took), retryPause.Seconds()/2, "nobody waits for the writer's next attempt")
-	require.Eventually(t, func() bool { return reads() > before+100 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return reads() > before+100 })
 	stopObservers()
 	require.Empty(t, j.violations)
 	require.LessOrEqual(t, logLines(t, p.dir, "refused until"), logged+3+found)
@@ -6951,7 +6832,7 @@ func TestFileSizeLimit(t *testing.T) {
 	j := newJournal("ulimit", time.Millisecond)
 	p := startWrapped(t, []string{"sh", "-c", `ulimit -f 2000; exec "$0" "$@"`}, dir, nil, "-delay", "1ms", "-log-level", "warn")
 	j.fullDisk(t, p)
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	j.recover(t, dir)
 }
 
@@ -6970,10 +6851,10 @@ func TestFullDisk(t *testing.T) {
 	j.fullDisk(t, p)
 	require.NoError(t, os.Remove(filler))
 	client := newClient()
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		o, err := j.send(client, p.url(), j.next())
 		return err == nil && o == accepted
-	}, time.Minute, time.Millisecond)
+	})
 	response, err := client.Get(p.url() + "/readyz")
 	require.NoError(t, err)
 	response.Body.Close()
@@ -7003,28 +6884,56 @@ func contents(tb testing.TB, dir string) map[string]string {
 	return found
 }
 
+// refusedStart runs the service in this process and returns the sentence that
+// it ends with.
+func refusedStart(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	var stdout, stderr transcript
+	args = append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log"}, args...)
+	code, sentence := exited(t, run(t.Context(), args, []string{"GOGC=off"}, &stdout, &stderr))
+	require.Equal(t, 1, code)
+	require.Empty(t, stdout.String()+stderr.String())
+	return sentence
+}
+
+// TestStartIsRefused with one sentence that says why, and leaves the data as it was.
 func TestStartIsRefused(t *testing.T) {
 	t.Parallel()
-	// Three directories: stopped, the same ten orders earlier, and killed.
-	stopped, earlier, killed := t.TempDir(), t.TempDir(), t.TempDir()
-	j := newJournal("start", 0)
-	p := startProcess(t, stopped, nil, "-delay", "0s")
-	j.place(t, p.url(), 10)
-	j.check(t, p.url())
-	p.stop(t)
+	// Four directories: stopped, the same ten orders earlier, killed, and another service's.
+	stopped, earlier, killed, elsewhere := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	complete := func(dir string, orders int) {
+		a, stop := openIdle(t, dir, nil, nil)
+		for _, id := range commitTogether(t, a.store, sampleOrders(orders)) {
+			moveTo(t, a.store, id, completed, 1)
+		}
+		checkInvariants(t, a)
+		stop()
+	}
+	complete(stopped, 10)
 	require.NoError(t, os.CopyFS(earlier, os.DirFS(stopped)))
-	p = startProcess(t, stopped, nil, "-delay", "0s")
-	j.place(t, p.url(), 10)
-	j.check(t, p.url())
-	require.NoError(t, os.CopyFS(killed, os.DirFS(earlier)))
-	p.stop(t)
-	k := newJournal("killed", 0)
-	p = startProcess(t, killed, nil, "-delay", "0s")
-	k.place(t, p.url(), 10)
+	require.NoError(t, os.CopyFS(killed, os.DirFS(stopped)))
+	complete(stopped, 10)
+	complete(elsewhere, 30)
+	p := startProcess(t, killed, nil, "-delay", "0s")
+	newJournal("killed", 0).place(t, p.url(), 10)
 	drained(t, p.url())
 	p.kill()
 
-	remove := func(names ...string) func(*testing.T, string) []string {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { taken.Close() })
+	running := newTestApp(t, nil)
+	deep := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("d", 200), strings.Repeat("d", 100))
+	require.NoError(t, os.MkdirAll(deep, 0o700))
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(deep, link))
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, []byte("text"), 0o600))
+
+	// A way to spoil a directory returns more arguments for the start.
+	type spoiler = func(t *testing.T, dir string) []string
+	given := func(args ...string) spoiler { return func(*testing.T, string) []string { return args } }
+	remove := func(names ...string) spoiler {
 		return func(t *testing.T, dir string) []string {
 			for _, name := range names {
 				require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
@@ -7032,78 +6941,70 @@ func TestStartIsRefused(t *testing.T) {
 			return nil
 		}
 	}
-	half := func(size int64) int64 { return size / 2 }
-	lastByte := func(size int64) int64 { return size - 1 }
-	lastPage := func(size int64) int64 { return size - 4095 }
-	truncated := func(name string, to func(int64) int64) func(*testing.T, string) []string {
+	shortened := func(name string, by func(size int64) int64) spoiler {
 		return func(t *testing.T, dir string) []string {
 			path := filepath.Join(dir, "data", name)
 			info, err := os.Stat(path)
 			require.NoError(t, err)
-			require.NoError(t, os.Truncate(path, to(info.Size())))
+			require.NoError(t, os.Truncate(path, info.Size()-by(info.Size())))
 			return nil
 		}
 	}
-	junk := func(name string) func(*testing.T, string) []string {
+	half := func(size int64) int64 { return size / 2 }
+	bytesLess := func(n int64) func(int64) int64 { return func(int64) int64 { return n } }
+	replaced := func(name string, by func() string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), bytes.Repeat([]byte("junk "), 5000), 0o600))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), []byte(by()), 0o600))
 			return nil
 		}
 	}
-	directory := func(name string) func(*testing.T, string) []string {
+	junk := func() string { return strings.Repeat("junk ", 5000) }
+	from := func(dir string) func() string {
+		return func() string { return bytesOf(t, filepath.Join(dir, "data", "orders.db")) }
+	}
+	directory := func(name string) spoiler {
 		return func(t *testing.T, dir string) []string {
 			require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
-			require.NoError(t, os.MkdirAll(filepath.Join(dir, "data", name), 0o700))
+			require.NoError(t, os.Mkdir(filepath.Join(dir, "data", name), 0o700))
 			return nil
 		}
 	}
-	query := func(name, query string) func(*testing.T, string) []string {
+	query := func(name, query string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			db, err := openSQLite(filepath.Join(dir, "data", name))
-			require.NoError(t, err)
-			_, err = db.Exec(query)
-			require.NoError(t, err)
-			require.NoError(t, db.Close())
+			execOn(t, filepath.Join(dir, "data", name), query)
 			return nil
 		}
 	}
-	mode := func(name string, mode os.FileMode) func(*testing.T, string) []string {
-		return func(t *testing.T, dir string) []string {
-			needsModes(t)
-			path := filepath.Join(dir, name)
-			info, err := os.Stat(path)
-			require.NoError(t, err)
-			require.NoError(t, os.Chmod(path, mode))
-			t.Cleanup(func() { os.Chmod(path, info.Mode()) })
-			return nil
-		}
+	lost := func(orders, done, counted, countedDone int) string {
+		return fmt.Sprintf(`orders\.db has lost orders or their steps: it holds %d orders, %d of them completed, as of commit \d+, but \S+metrics\.db has counted %d and %d as of commit \d+; `+
+			`put back the newest \S+orders\.db together with its -wal file, or delete \S+metrics\.db to accept the loss`, orders, done, counted, countedDone)
 	}
+	const tooDeep = "bytes and SQLite takes at most 500; choose another with "
 	for _, test := range []struct {
 		name  string
-		from  string
-		spoil func(*testing.T, string) []string // returns more arguments
+		from  string // a directory to copy
+		spoil spoiler
 		says  string
 	}{
-		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"both -wal files deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"orders.db deleted", stopped, remove("orders.db"), `has lost orders or their steps: it holds 0 orders, 0 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+`},
-		{"an older orders.db", stopped, func(t *testing.T, dir string) []string {
-			text, err := os.ReadFile(filepath.Join(earlier, "data", "orders.db"))
-			require.NoError(t, err)
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", "orders.db"), text, 0o600))
-			return nil
-		}, `has lost orders or their steps: it holds 10 orders, 10 of them completed, as of commit \d+, but .* has counted 20 and 20 as of commit \d+; put back the newest`},
-		{"half of orders.db", stopped, truncated("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
-		{"half of metrics.db", stopped, truncated("metrics.db", half), "metrics.db is damaged or not a database: "},
-		{"orders.db without its last byte", stopped, truncated("orders.db", lastByte), "orders.db is damaged or not a database: "},
-		{"metrics.db without its last byte", stopped, truncated("metrics.db", lastByte), "metrics.db is damaged or not a database: "},
-		{"orders.db without most of its last page", stopped, truncated("orders.db", lastPage), "orders.db is damaged or not a database: "},
-		{"metrics.db without most of its last page", stopped, truncated("metrics.db", lastPage), "metrics.db is damaged or not a database: "},
+		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), lost(10, 10, 20, 20)},
+		{"both -wal files deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), lost(10, 10, 20, 20)},
+		{"orders.db deleted", stopped, remove("orders.db"), lost(0, 0, 20, 20)},
+		{"an older orders.db", stopped, replaced("orders.db", from(earlier)), lost(10, 10, 20, 20)},
+		{"one order more was counted", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = seq + 1"), lost(20, 20, 21, 20)},
+		{"one order more was accepted, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = 0, identity = 0"), lost(20, 20, 21, 20)},
+		{"one order more was completed, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET completed = 21, seq = 0, identity = 0"), lost(20, 20, 20, 21)},
+		{"an order was started", stopped, query("metrics.db", "UPDATE totals SET seq = seq + 1"), lost(20, 20, 20, 20)},
+		{"another service's orders.db", stopped, replaced("orders.db", from(elsewhere)), `orders\.db is not the database whose 20 orders \S+metrics\.db has counted: put that one back, or delete`},
+		{"half of orders.db", stopped, shortened("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
+		{"half of metrics.db", stopped, shortened("metrics.db", half), "metrics.db is damaged or not a database: "},
+		{"orders.db without its last byte", stopped, shortened("orders.db", bytesLess(1)), "orders.db is damaged or not a database: "},
+		{"metrics.db without its last byte", stopped, shortened("metrics.db", bytesLess(1)), "metrics.db is damaged or not a database: "},
+		{"orders.db without most of its last page", stopped, shortened("orders.db", bytesLess(4095)), "orders.db is damaged or not a database: "},
 		{"no row in orders.db", stopped, query("orders.db", "DELETE FROM totals"), "orders.db is damaged or not a database: "},
 		{"no row in metrics.db", stopped, query("metrics.db", "DELETE FROM totals"), "metrics.db is damaged or not a database: "},
-		{"junk in orders.db", stopped, junk("orders.db"), "orders.db is damaged or not a database: "},
-		{"junk in metrics.db", stopped, junk("metrics.db"), "metrics.db is damaged or not a database: "},
-		{"junk in metrics.db after kill -9", killed, junk("metrics.db"), "metrics.db is damaged or not a database: "},
+		{"junk in orders.db", stopped, replaced("orders.db", junk), "orders.db is damaged or not a database: "},
+		{"junk in metrics.db", stopped, replaced("metrics.db", junk), "metrics.db is damaged or not a database: "},
+		{"junk in metrics.db after kill -9", killed, replaced("metrics.db", junk), "metrics.db is damaged or not a database: "},
 		{"orders.db is a directory", stopped, directory("orders.db"), "orders.db is not a file: move it away"},
 		{"metrics.db is a directory", stopped, directory("metrics.db"), "metrics.db is not a file: move it away"},
 		{"a newer orders.db", stopped, query("orders.db", "PRAGMA user_version = 99"), "orders.db has schema version 99 and this orderd knows up to 3: "},
@@ -7111,57 +7012,31 @@ func TestStartIsRefused(t *testing.T) {
 		{"a newer metrics.db after kill -9", killed, query("metrics.db", "PRAGMA user_version = 99"), "metrics.db has schema version 99 and this orderd knows up to 2: "},
 		{"another program's orders.db", stopped, query("orders.db", "PRAGMA application_id = 1"), "orders.db is another program's database: "},
 		{"no table in orders.db", stopped, query("orders.db", "DROP TABLE totals"), "cannot use .*orders.db: "},
-		{"orders.db is read-only", stopped, mode("data/orders.db", 0o400), "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
-		{"metrics.db is read-only", stopped, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
-		{"metrics.db is read-only after kill -9", killed, mode("data/metrics.db", 0o400), "cannot write to the data directory: open .*metrics.db: permission denied; "},
-		{"a -wal file is read-only", killed, mode("data/orders.db-wal", 0o400), "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
-		{"a data directory without write permission", stopped, mode("data", 0o500), "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
-		{"a place for the data without write permission", stopped, func(t *testing.T, dir string) []string {
-			mode("data", 0o500)(t, dir)
-			return []string{"-data", filepath.Join(dir, "data", "deeper")}
-		}, "cannot make the data directory: .*; choose another with -data"},
-		{"a log directory without write permission", stopped, func(t *testing.T, dir string) []string {
-			require.NoError(t, os.Remove(filepath.Join(dir, "logs", "orderd.log")))
-			return mode("logs", 0o500)(t, dir)
-		}, "cannot write the log file .*; choose another with -log"},
-		{"the data directory is a file", stopped, func(t *testing.T, dir string) []string {
-			return []string{"-data", filepath.Join(dir, "data", "orders.db")}
-		}, "data directory|not a directory"},
-		{"the log directory is a file", stopped, func(t *testing.T, dir string) []string {
-			return []string{"-log", filepath.Join(dir, "data", "orders.db", "log")}
-		}, "cannot write the log file .*; choose another with -log"},
-		{"the log is orders.db", stopped, func(t *testing.T, dir string) []string {
+		{"a data directory that is a file", stopped, given("-data", file), "choose another with -data"},
+		{"a data directory in a file", stopped, given("-data", file+"/data"), "choose another with -data"},
+		{"a data directory in use", stopped, given("-data", running.cfg.data), "another orderd uses the data directory " + running.cfg.data + ": stop it first, or choose another with -data"},
+		{"a data directory too deep for SQLite", stopped, given("-data", deep), tooDeep + "-data"},
+		{"a link to such a one", stopped, given("-data", link), tooDeep + "-data"},
+		{"a log too deep for SQLite", stopped, given("-log", deep+"/orderd.log"), tooDeep + "-log"},
+		{"a log directory that is a file", stopped, given("-log", file+"/orderd.log"), "cannot write the log file .*; choose another with -log"},
+		{"the log is another orderd's", stopped, given("-log", running.cfg.log.file), "cannot write the log file .*: another orderd uses it; choose another with -log"},
+		{"the log is orders.db", stopped, func(_ *testing.T, dir string) []string {
 			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
-		}, "cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
+		},
+			"cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
 		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
 			elsewhere := t.TempDir()
 			for _, name := range []string{"orders.db", "orders.db-wal"} {
 				require.NoError(t, os.Rename(filepath.Join(dir, "data", name), filepath.Join(elsewhere, name)))
 			}
-			if err := os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")); err != nil {
-				t.Skip("cannot make symbolic links: ", err)
-			}
+			require.NoError(t, os.Symlink(filepath.Join(elsewhere, "orders.db"), filepath.Join(dir, "data", "orders.db")))
 			return []string{"-log", filepath.Join(elsewhere, "orders.db-wal")}
 		}, "cannot write the log file .*: it is orderd's own orders.db-wal; choose another with -log"},
-		{"the log is the token file", stopped, func(t *testing.T, dir string) []string {
-			token := filepath.Join(dir, "token")
-			require.NoError(t, os.WriteFile(token, []byte("s3cret"), 0o600))
-			return []string{"-token-file", token, "-log", token}
-		}, "cannot write the log file .*: it is orderd's own token; choose another with -log"},
-		{"the log is another orderd's", stopped, func(t *testing.T, dir string) []string {
-			other := startProcess(t, t.TempDir(), nil)
-			return []string{"-log", filepath.Join(other.dir, "logs", "orderd.log")}
-		}, "cannot write the log file .*: another orderd uses it; choose another with -log"},
-		{"the port is taken", stopped, func(t *testing.T, dir string) []string {
-			taken, err := net.Listen("tcp", "127.0.0.1:0")
-			require.NoError(t, err)
-			t.Cleanup(func() { taken.Close() })
-			return []string{"-addr", taken.Addr().String()}
-		}, "address .* is taken by another program: choose another with -addr"},
-		{"a second instance with the same log", stopped, func(t *testing.T, dir string) []string {
-			startProcess(t, dir, nil)
-			return []string{"-log", filepath.Join(dir, "logs", "second.log")}
-		}, "another orderd uses the data directory .*: stop it first"},
+		{"the log is the token file", stopped, given("-token-file", file, "-log", file), "cannot write the log file .*: it is orderd's own file; choose another with -log"},
+		{"the log is the key", stopped, given("-tls-cert", "c", "-tls-key", file, "-log", file), "cannot write the log file .*: it is orderd's own file; choose another with -log"},
+		{"a certificate that is none", stopped, given("-tls-cert", file, "-tls-key", file), "cannot serve HTTPS: .*; see -tls-cert and -tls-key"},
+		{"a port that is taken", stopped, given("-addr", taken.Addr().String()), "address " + taken.Addr().String() + " is taken by another program: choose another with -addr"},
+		{"an address that is not ours", stopped, given("-addr", "192.0.2.1:0"), "cannot listen on 192.0.2.1:0: .*; choose another address with -addr"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -7169,14 +7044,48 @@ func TestStartIsRefused(t *testing.T) {
 			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
 			args := test.spoil(t, dir)
 			before := contents(t, dir)
-			p := launch(t, unprivileged(), dir, nil, args...)
-			require.Equal(t, 1, p.wait(t, time.Minute))
-			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
-			after := contents(t, dir)
-			for path := range before {
-				require.True(t, before[path] == after[path], "%s has changed from %d to %d bytes", path, len(before[path]), len(after[path]))
+			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)`, refusedStart(t, dir, args...))
+			require.Equal(t, before, contents(t, dir), "the data is as it was")
+			if strings.Contains(test.says, "to accept the loss") || strings.Contains(test.says, "is not the database") {
+				for _, suffix := range []string{"", "-wal", "-shm"} {
+					os.Remove(filepath.Join(dir, "data", "metrics.db"+suffix))
+				}
+				a, _ := openIdle(t, dir, nil, nil)
+				checkInvariants(t, a)
 			}
-			require.ElementsMatch(t, slices.Collect(maps.Keys(before)), slices.Collect(maps.Keys(after)))
+		})
+	}
+	for _, test := range []struct {
+		name, from, path string
+		mode             os.FileMode
+		args             []string
+		says             string
+	}{
+		{"orders.db is read-only", stopped, "data/orders.db", 0o400, nil, "cannot write to the data directory: open .*orders.db: permission denied; check the owner and mode"},
+		{"metrics.db is read-only", stopped, "data/metrics.db", 0o400, nil, "cannot write to the data directory: open .*metrics.db: permission denied; check the owner and mode"},
+		{"a -wal file is read-only", killed, "data/orders.db-wal", 0o400, nil, "cannot bring .*orders.db-wal to disk: open .*: permission denied; check its owner and mode"},
+		{"a data directory without write permission", stopped, "data", 0o500, nil, "orders.db cannot be opened for writing: check the owner and mode of the file and its directory"},
+		{"a place for the data without write permission", stopped, "data", 0o500, []string{"-data", "data/deeper"}, "cannot make the data directory: .*; choose another with -data"},
+		{"a log directory without write permission", stopped, "data", 0o500, []string{"-log", "data/orderd.log"}, "cannot write the log file .*; choose another with -log"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			needsModes(t)
+			dir := t.TempDir()
+			require.NoError(t, os.CopyFS(dir, os.DirFS(test.from)))
+			before := contents(t, dir)
+			path := filepath.Join(dir, test.path)
+			info, err := os.Stat(path)
+			require.NoError(t, err)
+			require.NoError(t, os.Chmod(path, test.mode))
+			t.Cleanup(func() { os.Chmod(path, info.Mode()) })
+			for i := 1; i < len(test.args); i += 2 {
+				test.args[i] = filepath.Join(dir, test.args[i])
+			}
+			p := launch(t, unprivileged(), dir, nil, test.args...)
+			require.Equal(t, 1, p.wait(t, *patience))
+			require.Regexp(t, `^orderd: [^\n]*(`+test.says+`)[^\n]*\n$`, p.stderr.String())
+			require.Equal(t, before, contents(t, dir))
 		})
 	}
 	t.Run("of six that start at once, five", func(t *testing.T) {
@@ -7198,26 +7107,42 @@ func TestStartIsRefused(t *testing.T) {
 		}
 		require.Equal(t, 1, started)
 	})
-	t.Run("metrics.db deleted is made anew", func(t *testing.T) {
-		t.Parallel()
-		for _, from := range []string{stopped, killed} {
+}
+
+// TestMetricsAreRebuiltFromTheOrders whatever has become of metrics.db, unless
+// it has counted more than there is.
+func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]string{
+		"deleted":         "",
+		"empty":           "-",
+		"a backup":        "UPDATE totals SET accepted = 2, completed = 1, took = 5, seq = seq - 1",
+		"sums of nothing": "UPDATE totals SET accepted = 0, completed = 0, took = 0",
+		"a wrong time":    "UPDATE totals SET took = 1000000",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			dir := t.TempDir()
-			require.NoError(t, os.CopyFS(dir, os.DirFS(from)))
-			for _, name := range []string{"metrics.db", "metrics.db-wal", "metrics.db-shm"} {
-				if err := os.Remove(filepath.Join(dir, "data", name)); !errors.Is(err, os.ErrNotExist) {
-					require.NoError(t, err)
-				}
+			a, stop := openIdle(t, dir, nil, nil)
+			for i, id := range commitTogether(t, a.store, sampleOrders(4)) {
+				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
 			}
-			p := startProcess(t, dir, nil)
-			sum, err := getSummary(p.url())
-			require.NoError(t, err)
-			require.EqualValues(t, 20, sum.TotalOrdersProcessed)
-			require.EqualValues(t, 20, sum.OrdersCompleted)
-			if from == stopped {
-				require.InDelta(t, j.average, sum.AverageProcessingTime, 1e-12)
+			checkInvariants(t, a)
+			before := a.metrics.summary(a.store.totals())
+			stop()
+			switch damage {
+			case "":
+				require.NoError(t, os.Remove(a.metrics.file.path))
+			case "-":
+				require.NoError(t, os.Truncate(a.metrics.file.path, 0))
+			default:
+				execOn(t, a.metrics.file.path, damage)
 			}
-		}
-	})
+			a, _ = openIdle(t, dir, nil, nil)
+			require.Equal(t, before, a.metrics.summary(a.store.totals()))
+			checkInvariants(t, a)
+		})
+	}
 }
 
 // TestWALIndexCannotGrow lets the disk be full just when SQLite, after the
@@ -7225,9 +7150,13 @@ func TestStartIsRefused(t *testing.T) {
 func TestWALIndexCannotGrow(t *testing.T) {
 	t.Parallel()
 	for _, killed := range []bool{false, true} {
+		if killed && !*long {
+			continue
+		}
 		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
 			t.Parallel()
-			dir, wal := walDir(t)
+			dir, data := usedDir(t)
+			wal := filepath.Join(data, "orders.db-wal")
 			log := filepath.Join(dir, "strace")
 			straced(t, log, "") // or skips
 			j := newJournal("index", time.Millisecond)
@@ -7238,12 +7167,12 @@ func TestWALIndexCannotGrow(t *testing.T) {
 					tracer.Wait()
 				}
 			})
-			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "64")
+			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "2")
 			j.place(t, p.url(), 1)
 			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
 			defer end()
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
-			require.Eventually(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 10e6 }, time.Minute, time.Millisecond)
+			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 15e6 }, "the next step of the index is near")
 			stopLoad()
 			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
@@ -7252,13 +7181,16 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
 			}
-			require.Eventually(t, traced, time.Minute, time.Millisecond)
-			stopLoad = j.load(p.url(), 16, math.MaxInt)
+			until(t, traced)
+			stopLoad = j.load(p.url(), 4, math.MaxInt) // each system call costs now
 			stopObservers := j.observe(p.url())
-			require.Eventually(t, func() bool {
+			until(t, func() bool {
 				text, err := os.ReadFile(log)
 				return err == nil && bytes.Contains(text, []byte("INJECTED"))
-			}, time.Minute, time.Millisecond)
+			})
+			if !killed { // let go, what follows is quicker then
+				require.NoError(t, tracer.Process.Signal(syscall.SIGTERM))
+			}
 			if killed {
 				p.kill()
 				stopLoad()
@@ -7268,7 +7200,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 				return
 			}
 			before := j.count(accepted)
-			require.Eventually(t, func() bool { return j.count(accepted) > before+100 }, 2*longest, time.Millisecond)
+			until(t, func() bool { return j.count(accepted) > before+20 })
 			stopLoad()
 			stopObservers()
 			end()
@@ -7283,20 +7215,17 @@ func TestWALIndexCannotGrow(t *testing.T) {
 func TestStoppedAndContinued(t *testing.T) {
 	t.Parallel()
 	needs(t, "kill")
-	if testing.Short() {
-		t.Skip("takes five seconds")
-	}
 	dir := t.TempDir()
 	j := newJournal("stopped", 5*time.Millisecond)
 	p := startProcess(t, dir, nil, "-delay", "5ms")
 	stopLoad, stopObservers := j.load(p.url(), 4, 2000), j.observe(p.url())
-	require.Eventually(t, func() bool { return j.count(accepted) > 50 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > 50 })
 	pid := strconv.Itoa(p.cmd.Process.Pid)
 	require.NoError(t, exec.Command("kill", "-STOP", pid).Run())
-	<-time.After(5 * time.Second)
+	<-time.After(time.Duration(many(50)) * 100 * time.Millisecond)
 	during := j.count(accepted)
 	require.NoError(t, exec.Command("kill", "-CONT", pid).Run())
-	require.Eventually(t, func() bool { return j.count(accepted) > during+50 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > during+50 })
 	stopLoad()
 	stopObservers()
 	require.Zero(t, j.count(unknown))
@@ -7315,10 +7244,10 @@ func TestClockSteps(t *testing.T) {
 	}
 	for range 2 { // the second time with the newest ID an hour ahead
 		a, stop := openTestApp(t, dir, step, nil)
-		base := "http://" + a.listener.Addr().String()
+		base := base(a)
 		stopObservers := j.observe(base)
 		before, stopLoad := j.count(accepted), j.load(base, 4, math.MaxInt)
-		until(t, func() bool { return j.count(accepted) > before+150 }, "orders are placed while the clock steps")
+		until(t, func() bool { return j.count(accepted) > before+50 }, "orders are placed while the clock steps")
 		stopLoad()
 		j.place(t, base, 50)
 		stopObservers()
@@ -7355,12 +7284,12 @@ func TestLogTakenAway(t *testing.T) {
 				os.WriteFile(filepath.Join(logs, "orderd.log"), nil, 0o600))
 		},
 	} {
-		persist(t, logged, "the log is written")
+		until(t, logged, "the log is written")
 		require.NoError(t, away())
 		j.place(t, p.url(), 10)
-		persist(t, logged, "the log comes back")
+		until(t, logged, "the log comes back")
 	}
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.NoError(t, os.RemoveAll(logs))
 		return os.WriteFile(logs, nil, 0o600) == nil // else the log was just made anew
 	}, "no log can be made")
@@ -7370,7 +7299,7 @@ func TestLogTakenAway(t *testing.T) {
 	j.place(t, p.url(), 10)
 	require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Remove(logs))
-	persist(t, logged, "the log comes back")
+	until(t, logged, "the log comes back")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 	require.Equal(t, 1, strings.Count(p.stderr.String(), "cannot write the log"))
@@ -7398,7 +7327,7 @@ func TestStderrThatNobodyReads(t *testing.T) {
 			if gone {
 				require.NoError(t, reader.Close())
 			}
-			j.place(t, p.url(), 1000) // whose log lines are longer than a pipe
+			j.place(t, p.url(), 450) // whose log lines are longer than a pipe
 			j.check(t, p.url())
 			if gone {
 				require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
@@ -7428,13 +7357,13 @@ func TestLogDirectoryReadOnly(t *testing.T) {
 	}
 	require.NoError(t, os.Chmod(logs, 0o500))
 	t.Cleanup(func() { os.Chmod(logs, 0o700) })
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.Equal(t, 1, files())
 		return strings.Contains(p.stderr.String(), "cannot write the log")
 	}, "the log is due for rotation")
 	require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
 	require.NoError(t, os.Chmod(logs, 0o700))
-	persist(t, func() bool { return files() > 1 }, "the log is rotated")
+	until(t, func() bool { return files() > 1 }, "the log is rotated")
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 }
@@ -7473,13 +7402,13 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 		return lines
 	}
 	place()
-	persist(t, func() bool {
+	until(t, func() bool {
 		require.NoError(t, os.RemoveAll(logs))
 		return os.Symlink("nowhere", logs) == nil // else the log was just made anew
 	}, "no log can be made")
-	persist(t, func() bool { return dropped() > 0 }, "the log is closed")
+	until(t, func() bool { return dropped() > 0 }, "the log is closed")
 	var crowd []net.Conn
-	persist(t, func() bool {
+	until(t, func() bool {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(t, err)
 		crowd = append(crowd, conn)
@@ -7494,7 +7423,7 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 	}, "no descriptor is left")
 	require.NoError(t, os.Remove(logs))
 	before := dropped()
-	persist(t, func() bool {
+	until(t, func() bool {
 		place()
 		return dropped() > before+100
 	}, "orders go on, and their lines are dropped")
@@ -7502,7 +7431,7 @@ func TestLogWithoutFileDescriptors(t *testing.T) {
 	for _, conn := range crowd {
 		require.NoError(t, conn.Close())
 	}
-	persist(t, func() bool {
+	until(t, func() bool {
 		place()
 		info, err := os.Stat(filepath.Join(logs, "orderd.log"))
 		return err == nil && info.Size() > 0
@@ -7519,7 +7448,7 @@ func TestBackupWhileItRuns(t *testing.T) {
 	p := startProcess(t, dir, nil, "-delay", "1ms")
 	stop := j.load(p.url(), 8, math.MaxInt)
 	defer stop()
-	require.Eventually(t, func() bool { return j.count(accepted) > 1000 }, time.Minute, time.Millisecond)
+	until(t, func() bool { return j.count(accepted) > 300 })
 	j.mu.Lock()
 	k.accepted = slices.Clone(j.accepted) // what the backup must hold; it may hold more
 	j.mu.Unlock()
@@ -7616,7 +7545,7 @@ func TestReaderUnderLoad(t *testing.T) {
 		stop()
 		return float64(j.count(accepted)-before) / d.Seconds()
 	}
-	free := rate(time.Second)
+	free := rate(300 * time.Millisecond)
 	count, end := holdSnapshot(t, filepath.Join(dir, "data", "orders.db"))
 	held := count()
 	watched := rate(*readerHold)
@@ -7637,13 +7566,75 @@ func TestReaderUnderLoad(t *testing.T) {
 	j.stopAndCheck(t, p)
 }
 
+// TestReadsDoNotWaitForWrites holds the writer in COMMIT, and asks for everything.
+func TestReadsDoNotWaitForWrites(t *testing.T) {
+	t.Parallel()
+	var held heldOnce
+	a, _ := openTestApp(t, t.TempDir(), func(c *config) { c.store.cache = 1 }, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
+	onDisk, cached := place(t, a, "u", "i"), place(t, a, "u", "i")
+	awaitRest(t, a, 0, 2)
+	until(t, func() bool { return statusOf(t, a, cached) == "Completed" })
+	reached := held.arm()
+	writing := make(chan answer, 1)
+	go func() {
+		writing <- send(context.Background(), a.listener.Addr().String(), http.MethodPost, "/orders", asJSON, exampleOrder)
+	}()
+	<-reached
+	for _, path := range []string{"/orders/" + cached, "/orders/" + onDisk, "/orders/" + onDisk + "?view=full", "/orders", "/orders?status=Pending",
+		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez", "/readyz"} {
+		require.Equal(t, http.StatusOK, get(t, a, path).status, path)
+	}
+	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").status)
+	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/orders/"+onDisk, prefer("wait=60"), "").status)
+	require.Empty(t, writing, "all the while the order is not answered")
+	held.release()
+	require.Equal(t, http.StatusCreated, (<-writing).status)
+}
+
+// heldOnce is a place at which a goroutine is held, once it is armed.
+type heldOnce struct {
+	mu            sync.Mutex // guards the rest
+	reached, left chan struct{}
+}
+
+// arm holds who comes next to hold, which closes reached.
+func (h *heldOnce) arm() (reached <-chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.reached, h.left = make(chan struct{}), make(chan struct{})
+	return h.reached
+}
+
+func (h *heldOnce) hold() {
+	h.mu.Lock()
+	reached, left := h.reached, h.left
+	h.reached = nil
+	h.mu.Unlock()
+	if reached != nil {
+		close(reached)
+		<-left
+	}
+}
+
+// release lets go, at the end of the test too.
+func (h *heldOnce) release() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.left != nil {
+		close(h.left)
+		h.left = nil
+	}
+}
+
 // TestListsDoNotHoldTheWAL has some list under way at every moment.
 func TestListsDoNotHoldTheWAL(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
+	a, _ := openIdle(t, t.TempDir(), nil, nil)
 	var quit atomic.Bool
-	var readers, writers sync.WaitGroup
-	for range 8 {
+	var readers sync.WaitGroup
+	t.Cleanup(func() { quit.Store(true) })
+	for range 2 {
 		readers.Go(func() {
 			for !quit.Load() {
 				_, err := a.store.list(filter{before: math.MaxInt64, limit: maxPage})
@@ -7652,13 +7643,8 @@ func TestListsDoNotHoldTheWAL(t *testing.T) {
 		})
 	}
 	longest := int64(0)
-	for range 300 {
-		for range 64 {
-			writers.Go(func() {
-				assert.NoError(t, a.store.create(&create{order: order{userID: "u", itemIDs: strings.Repeat("x", 4000)}}))
-			})
-		}
-		writers.Wait()
+	for written := 0; written < 5*walKept/2; written += 64 * maxItemIDs {
+		commitTogether(t, a.store, largest(64))
 		longest = max(longest, walBytes(a))
 	}
 	quit.Store(true)
@@ -7674,11 +7660,7 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	commitTogether(t, a.store, sampleOrders(1))
 	_, endFirst := holdSnapshot(t, onSQLite(t, a).file.path)
 	for walBytes(a) <= walKept*5/4 {
-		creates := sampleOrders(64)
-		for _, c := range creates {
-			c.itemIDs = strings.Repeat("x", maxItemIDs)
-		}
-		commitTogether(t, a.store, creates)
+		commitTogether(t, a.store, largest(64))
 	}
 	_, endLast := holdSnapshot(t, onSQLite(t, a).file.path)
 	endFirst()
@@ -7687,152 +7669,72 @@ func TestReaderAtTheEndOfALongWAL(t *testing.T) {
 	until(t, func() bool { return walBytes(a) == 0 }, "the WAL is given back though nothing is written")
 }
 
+// TestACheckpointWaitsForAReaderOnlyAMoment, and for the same reader only once.
+func TestACheckpointWaitsForAReaderOnlyAMoment(t *testing.T) {
+	t.Parallel()
+	a := lookedAt(t, t.TempDir(), nil, nil)
+	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
+	e := onSQLite(t, a)
+	_, err := e.start()
+	require.NoError(t, err)
+	_, end := holdSnapshot(t, e.file.path)
+	for walBytes(a) < checkpointPages*4096 {
+		b := newBatch(nil)
+		b.creates = largest(512)
+		a.store.writer.number(b.creates)
+		require.NoError(t, e.commit(b))
+	}
+	quickest := [2]time.Duration{time.Hour, time.Hour} // of a try with a new reader, and with the same: other programs take time too
+	for range 5 {
+		for i := range quickest {
+			e.wal.retryAt, e.wal.pagesMoved = time.Now(), e.wal.pagesMoved-int64(1-i)
+			began := time.Now()
+			require.NoError(t, e.wal.run())
+			quickest[i] = min(quickest[i], time.Since(began))
+			require.NotZero(t, e.wal.retryAt, "it is tried again")
+		}
+	}
+	require.GreaterOrEqual(t, quickest[0], readerPause)
+	require.Less(t, quickest[0], busyTimeout/2)
+	require.Less(t, quickest[1], readerPause)
+	var timeout int64
+	require.NoError(t, e.file.QueryRow("PRAGMA busy_timeout").Scan(&timeout))
+	require.Equal(t, busyTimeout.Milliseconds(), timeout)
+	end()
+}
+
 func TestReaderHoldsTheWAL(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
-	base := "http://" + a.listener.Addr().String()
-	wal := func() float64 { return metric(t, base, "orderd_wal_bytes") }
-	items := strings.Repeat("x", maxItemIDs)
-	// fill writes large orders until done, and watches that each create is quick.
+	a, _ := openIdle(t, t.TempDir(), nil, nil)
+	// fill writes until done, and watches that nobody waits.
 	fill := func(done func() bool) {
 		for n := 0; !done(); n++ {
 			require.Less(t, n, 200)
-			var wg sync.WaitGroup
-			var failed atomic.Int64
-			for range 64 {
-				wg.Go(func() {
-					began := time.Now()
-					if err := a.store.create(&create{order: order{userID: "reader", itemIDs: items, cents: 1}}); err != nil || time.Since(began) > 10*time.Second {
-						failed.Add(1)
-					}
-				})
-			}
-			wg.Wait()
-			require.Zero(t, failed.Load())
+			began := time.Now()
+			commitTogether(t, a.store, largest(64))
+			require.Less(t, time.Since(began), 10*time.Second)
 		}
 	}
 	fill(func() bool { return a.store.totals().accepted >= 64 })
 	count, end := holdSnapshot(t, onSQLite(t, a).file.path)
 	held := count()
-	fill(func() bool { return wal() > walKept*5/4 })
+	fill(func() bool { return walBytes(a) > walKept*5/4 })
 	require.Equal(t, held, count())
 	require.Greater(t, a.store.totals().accepted, held+1000)
 	end()
-	fill(func() bool { return wal() <= walKept })
-	drained(t, base)
+	fill(func() bool { return walBytes(a) <= walKept })
+	checkInvariants(t, a)
 }
 
 // ---- faults: the work, overload ----
 
-func TestWorkThatPanics(t *testing.T) {
-	t.Parallel()
-	var broken atomic.Bool
-	broken.Store(true)
-	var mu sync.Mutex
-	var attempts []time.Time
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
-		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
-			if o.userID != "bad" || !broken.Load() {
-				return nil
-			}
-			mu.Lock()
-			attempts = append(attempts, time.Now())
-			mu.Unlock()
-			panic("this order again")
-		})
-	})
-	tried := func() int {
-		mu.Lock()
-		defer mu.Unlock()
-		return len(attempts)
-	}
-	bad := &create{order: order{userID: "bad", itemIDs: "x"}}
-	require.NoError(t, a.store.create(bad))
-	require.Eventually(t, func() bool { return tried() > 0 }, time.Minute, time.Millisecond)
-	for n := int64(1); n <= 20; n++ {
-		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		require.Eventually(t, func() bool { return a.store.totals().completed == n }, time.Minute, time.Millisecond)
-	}
-	require.Eventually(t, func() bool { return tried() >= 4 }, time.Minute, time.Millisecond)
-	o, err := a.store.get(bad.id)
-	require.NoError(t, err)
-	require.Equal(t, processing, o.status)
-	broken.Store(false)
-	require.Eventually(t, func() bool { return a.store.totals().completed == 21 }, time.Minute, time.Millisecond)
-	for i := range attempts[1:] {
-		require.GreaterOrEqual(t, attempts[i+1].Sub(attempts[i]), firstRetry<<i)
-	}
-}
-
-func TestBacklogAfterTheLoadHasEnded(t *testing.T) {
-	t.Parallel()
-	const orders = 100
-	release := make(chan struct{})
-	var mu sync.Mutex
-	var worked []ulid.ULID
-	a := newTestApp(t, func(cfg *config) {
-		cfg.pool.workers, cfg.pool.places = 1, 1
-		cfg.pool.work = func(_ context.Context, id ulid.ULID, _ int) error {
-			<-release
-			mu.Lock()
-			defer mu.Unlock()
-			worked = append(worked, id)
-			return nil
-		}
-	})
-	var ids []ulid.ULID
-	for range orders {
-		n := &create{order: order{userID: "u", itemIDs: "x"}}
-		require.NoError(t, a.store.create(n))
-		ids = append(ids, n.id)
-	}
-	close(release)
-	require.Eventually(t, func() bool { return a.store.totals().completed == orders }, 20*time.Second, time.Millisecond)
-	require.Equal(t, ids, worked) // first in, first out
-}
-
-// TestOneFailingOrderStopsNoOther has every place for a pause taken, and the
-// worker with an order that never succeeds.
-func TestOneFailingOrderStopsNoOther(t *testing.T) {
-	t.Parallel()
-	var broken atomic.Bool
-	broken.Store(true)
-	a, _ := openTestApp(t, t.TempDir(), func(cfg *config) { cfg.pool.workers, cfg.pool.places = 1, 1 }, func(a *app) {
-		a.pool.work = onOrders(a, func(_ context.Context, o order) error {
-			if o.userID == "never" && broken.Load() {
-				return errors.New("the work fails")
-			}
-			return nil
-		})
-	})
-	const failing = 5 // far more than workers and queue have places
-	for range failing {
-		require.NoError(t, a.store.create(&create{order: order{userID: "never", itemIDs: "x"}}))
-	}
-	require.Eventually(t, func() bool { return a.store.totals().processing == failing }, time.Minute, time.Millisecond)
-	for n := int64(1); n <= 20; n++ {
-		require.NoError(t, a.store.create(&create{order: order{userID: "good", itemIDs: "x"}}))
-		require.Eventually(t, func() bool { return a.store.totals().completed == n }, time.Minute, time.Millisecond)
-	}
-	broken.Store(false)
-	require.Eventually(t, func() bool { return a.store.totals().completed == 20+failing }, time.Minute, time.Millisecond)
-}
-
 func TestOverload(t *testing.T) {
 	t.Parallel()
-	holding, release := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) {
-		onSQLite(t, a).beforeCommit = func(*batch) {
-			once.Do(func() {
-				close(holding)
-				<-release
-			})
-		}
-	})
-	let := sync.OnceFunc(func() { close(release) })
-	t.Cleanup(let)
-	base := "http://" + a.listener.Addr().String()
+	var held heldOnce
+	a, _ := openTestApp(t, t.TempDir(), nil, func(a *app) { onSQLite(t, a).beforeCommit = func(*batch) { held.hold() } })
+	t.Cleanup(held.release)
+	reached := held.arm()
+	base := base(a)
 	var wg sync.WaitGroup
 	var failed atomic.Int64
 	place := func() {
@@ -7843,15 +7745,15 @@ func TestOverload(t *testing.T) {
 		})
 	}
 	place()
-	<-holding
+	<-reached
 	for range maxCreates {
 		place()
 	}
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		a.store.intake.mu.Lock()
 		defer a.store.intake.mu.Unlock()
 		return len(a.store.intake.open.creates) == maxCreates
-	}, time.Minute, time.Millisecond)
+	})
 	j := newJournal("overload", 0)
 	for range 10 { // at once: the writer is held
 		o, err := j.send(newClient(), base, j.next())
@@ -7862,7 +7764,7 @@ func TestOverload(t *testing.T) {
 	require.NoError(t, err)
 	response.Body.Close()
 	require.Equal(t, http.StatusOK, response.StatusCode)
-	let()
+	held.release()
 	wg.Wait()
 	require.Zero(t, failed.Load())
 	j.place(t, base, 1)
@@ -7870,10 +7772,30 @@ func TestOverload(t *testing.T) {
 	require.Empty(t, j.violations)
 }
 
+// TestTheOpenBatchIsBounded in creates, in their bytes and in steps.
+func TestTheOpenBatchIsBounded(t *testing.T) {
+	t.Parallel()
+	in := newIntake()
+	for range maxCreateBytes / maxItemIDs {
+		_, err := in.add(largest(1)[0])
+		require.NoError(t, err)
+	}
+	_, err := in.add(sampleOrder(1, ""))
+	require.ErrorIs(t, err, errBusy)
+	require.ErrorIs(t, in.ready(), errBusy)
+	for i := range maxSteps {
+		require.Nil(t, in.addStep(step{id: numbered(i), to: processing}))
+	}
+	require.Equal(t, in.open, in.addStep(step{id: numbered(maxSteps), to: processing}))
+}
+
 // TestAMillionPending starts on a backlog far longer than the channel.
 func TestAMillionPending(t *testing.T) {
 	t.Parallel()
-	orders, dir := many(1_000_000), t.TempDir()
+	orders, dir := 50_000, t.TempDir()
+	if *long {
+		orders = 1_000_000
+	}
 	seed(t, dir, 0, orders)
 	p := startProcess(t, dir, nil, "-delay", "0s", "-workers", "1", "-queue", "16", "-cache", "1000")
 	largest := 0.0
@@ -7995,7 +7917,7 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	for client := range 8 {
 		clients.Go(func() {
 			user := fmt.Sprintf("user%d", client)
-			for range many(500) {
+			for range many(300) {
 				c := &create{order: order{userID: user, itemIDs: "item"}}
 				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
 					wrong.Store(new("an order was refused"))
@@ -8012,8 +7934,11 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 			}
 		})
 		clients.Go(func() { // and the other way round
-			for range many(500) {
+			for range many(300) {
 				p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
+				if err == nil && len(p.orders) > 0 && p.orders[0].status < completed { // a whole order is not behind, either
+					p.orders[0], err = a.store.get(p.orders[0].id)
+				}
 				for _, o := range p.orders {
 					if st, statusErr := a.store.status(o.id); err != nil || statusErr != nil || st < o.status {
 						wrong.Store(new(fmt.Sprintf("%s is %s in a list, then %s by its ID: %v, %v", o.id, o.status, st, err, statusErr)))
@@ -8159,9 +8084,7 @@ func TestOrdersBehindALink(t *testing.T) {
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "data"), 0o700))
 	link := filepath.Join(dir, "data", "orders.db")
 	require.NoError(t, os.Symlink(filepath.Join(elsewhere, "there.db"), link))
-	_, err := openApp(testConfig(dir), io.Discard)
-	require.ErrorContains(t, err, link+" is a link to a file that does not exist")
-
+	require.Contains(t, refusedStart(t, dir), link+" is a link to a file that does not exist")
 	require.NoError(t, os.WriteFile(filepath.Join(elsewhere, "there.db"), nil, 0o600))
 	j := newJournal("link", 0)
 	p := startProcess(t, dir, nil, "-delay", "0s")
@@ -8190,7 +8113,7 @@ func TestPermanentErrorsEndTheService(t *testing.T) {
 			case err := <-ended:
 				require.ErrorIs(t, err, errBroken)
 				require.ErrorContains(t, err, test.says)
-			case <-time.After(longest):
+			case <-time.After(*patience):
 				t.Fatal("it went on")
 			}
 		})
@@ -8207,12 +8130,17 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	}
 	awaitRest(t, a, 0, 3)
 	stop()
-	tamper(t, a, "UPDATE orders SET status = 0, started = NULL, took = NULL WHERE id_high = (SELECT max(id_high) FROM orders)")
+	const newest = " WHERE id_high = (SELECT max(id_high) FROM orders)"
+	tamper(t, a, "UPDATE orders SET status = 1, took = NULL"+newest)
+	a, stop = openIdle(t, dir, nil, nil)
+	require.Equal(t, []int64{1, 2}, []int64{counts(a).processing, counts(a).completed})
+	stop()
+	tamper(t, a, "UPDATE orders SET status = 0, started = NULL"+newest)
 	a, stop = openIdle(t, dir, nil, nil)
 	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
 		a.metrics.summary(a.store.totals()))
 	stop()
-	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 1)
+	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 2)
 	a, _ = openTestApp(t, dir, nil, nil)
 	awaitRest(t, a, 0, 3)
 	checkInvariants(t, a)
@@ -8227,9 +8155,7 @@ func TestAClockThatWasAheadIsTold(t *testing.T) {
 	place(t, a, "user", "item")
 	stop()
 	a, stop = openTestApp(t, dir, nil, nil)
-	samples, err := parsePrometheus(call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").body)
-	require.NoError(t, err)
-	require.InDelta(t, 86400, samples["orderd_clock_behind_seconds"], 600)
+	require.InDelta(t, 86400, metric(t, base(a), "orderd_clock_behind_seconds"), 600)
 	stop()
 	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
 	require.NoError(t, err)
@@ -8301,7 +8227,7 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 // TestReadsAtTheEndLeaveNoWAL lists while the service closes its files.
 func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 	t.Parallel()
-	for range many(50) {
+	for range many(30) {
 		a, stop := openIdle(t, t.TempDir(), nil, nil)
 		commitTogether(t, a.store, sampleOrders(200))
 		var readers sync.WaitGroup
@@ -8325,6 +8251,7 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 func TestMemoryIsBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
+	quiet := p.residentMB(t)
 	request := postRequest(orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1"))
 	var failed atomic.Pointer[error]
 	var clients sync.WaitGroup
@@ -8337,7 +8264,7 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 			}
 			defer conn.Close()
 			r := bufio.NewReader(conn)
-			for range max(many(20_000), 5_000) / 16 {
+			for range max(many(20_000), 3_000) / 16 {
 				_, err := conn.Write(request)
 				if err := cmp.Or(err, readAnswer(r, []byte("HTTP/1.1 201 "))); err != nil {
 					failed.Store(&err)
@@ -8348,7 +8275,7 @@ func TestMemoryIsBoundedInBytes(t *testing.T) {
 	}
 	clients.Wait()
 	require.Nil(t, failed.Load())
-	require.True(t, p.residentMB(t) < 100 || raced()) // the race detector takes memory of its own
+	require.True(t, p.residentMB(t) < quiet+40 || raced(), "not even the least number of them, of 16 KB each, would fit there") // the race detector takes memory of its own
 	p.stop(t)
 }
 
@@ -8366,27 +8293,6 @@ func TestListsPushNoStatusOut(t *testing.T) {
 		_, hit := a.store.cache.get(id)
 		require.Equal(t, i >= len(ids)-cached, hit, "order %d", i)
 	}
-}
-
-// TestOrdersOfAnotherService puts another database in the place of the one that
-// metrics.db has counted, with more orders in it.
-func TestOrdersOfAnotherService(t *testing.T) {
-	t.Parallel()
-	dir, elsewhere := t.TempDir(), t.TempDir()
-	for orders, in := range map[int]string{5: dir, 7: elsewhere} {
-		a, stop := openIdle(t, in, nil, nil)
-		commitTogether(t, a.store, sampleOrders(orders))
-		stop()
-	}
-	own, other := filepath.Join(dir, "data", "orders.db"), filepath.Join(elsewhere, "data", "orders.db")
-	text, err := os.ReadFile(other)
-	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(own, text, 0o600))
-	_, err = openApp(testConfig(dir), io.Discard)
-	require.ErrorContains(t, err, own+" is not the database whose 5 orders "+filepath.Join(dir, "data", "metrics.db")+" has counted")
-	require.NoError(t, os.Remove(filepath.Join(dir, "data", "metrics.db")))
-	a, _ := openIdle(t, dir, nil, nil)
-	checkInvariants(t, a)
 }
 
 // ---- older versions ----
@@ -8509,7 +8415,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, first.status, first.body)
 	batches, size := runOrders/maxCreates+1, maxCreates // more than one run of the index
-	if raced() {
+	if raced() || !*long {
 		batches, size = 1, 2*expiryRows
 	}
 	var cached []ulid.ULID
@@ -8538,7 +8444,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	}
 	require.Equal(t, 1, stored("orders"), "the one at work")
 	if a.sqlite != nil {
-		require.True(t, stored("orders_by_user") == 1 || raced(), "its part of the index, which so few orders do not fill")
+		require.True(t, stored("orders_by_user") == 1 || batches == 1, "its part of the index, which so few orders do not fill")
 		require.LessOrEqual(t, stored("user_runs"), 2, "its run, and the newest")
 	}
 
@@ -8695,6 +8601,7 @@ func TestAbuse(t *testing.T) {
 		within        time.Duration
 		statuses      []int
 	}{
+		{"a header of nearly 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader-100) + "\r\n\r\n", 5 * time.Second, []int{200}},
 		{"a header over 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader) + "\r\n\r\n", 5 * time.Second, []int{431}},
 		{"many headers", "GET /livez HTTP/1.1\r\nHost: localhost\r\n" + strings.Repeat("X: y\r\n", 20_000) + "\r\n", 5 * time.Second, []int{431}},
 		{"a body of 1 GB announced", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n", 5 * time.Second, []int{413}},
@@ -8718,16 +8625,13 @@ func TestAbuse(t *testing.T) {
 			require.Less(t, time.Since(began), test.within)
 		})
 	}
-	drained(t, "http://"+a.listener.Addr().String())
+	drained(t, base(a))
 }
 
-// TestCrowd leaves 2,000 connections idle, sends 250 headers and 250 bodies a
-// byte a second, and is an honest client beside them.
+// TestCrowd leaves 2,000 connections idle, sends 250 headers and with -long 250
+// bodies a byte a second, and is an honest client beside them.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
-	if testing.Short() {
-		t.Skip("takes thirty seconds")
-	}
 	p := startProcess(t, t.TempDir(), nil, "-delay", "1ms")
 	j := newJournal("crowd", time.Millisecond)
 	honest := func(while func() bool) (took []time.Duration) {
@@ -8739,6 +8643,7 @@ func TestCrowd(t *testing.T) {
 			took = append(took, time.Since(began))
 			require.NoError(t, err)
 			require.NotEqual(t, unknown, o)
+			time.Sleep(20 * time.Millisecond)
 		}
 		slices.Sort(took)
 		return took
@@ -8753,18 +8658,18 @@ func TestCrowd(t *testing.T) {
 		require.NoError(t, err)
 		return conn
 	}
-	for range 2000 {
+	for range many(2000) {
 		_, err := bufio.NewReader(dial("GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")).ReadByte()
 		require.NoError(t, err)
 	}
-	const slow = 500
+	slow := many(500)
 	var left atomic.Int64
-	left.Store(slow)
+	left.Store(int64(slow))
 	var mu sync.Mutex
 	var headers, bodies []time.Duration
 	for i := range slow {
 		text, cut := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", &headers
-		if i%2 == 1 {
+		if i%2 == 1 && *long {
 			text, cut = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", &bodies
 		}
 		conn, began, ended := dial(text), time.Now(), make(chan struct{})
@@ -8864,13 +8769,13 @@ func TestWaiters(t *testing.T) {
 	if tooMany.Load() {
 		t.Skip("needs more open files: ", n)
 	}
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		return metric(t, p.url(), "orderd_cache_hits_total") >= float64(n)
-	}, time.Minute, 10*time.Millisecond, "all wait")
+	}, "all wait")
 	full := p.residentMB(t)
 	require.Zero(t, answers.Load())
 	began := time.Now()
-	require.Equal(t, 0, p.terminate(t, time.Minute), p.stderr.String())
+	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 10*time.Second)
 	all.Wait()
 	for _, status := range answered {
@@ -8883,7 +8788,7 @@ func TestWaiters(t *testing.T) {
 func TestRandomIDs(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	base := "http://" + a.listener.Addr().String()
+	base := base(a)
 	j := newJournal("ids", 0)
 	j.place(t, base, 3)
 	j.check(t, base)
@@ -8938,10 +8843,10 @@ func TestLogInjection(t *testing.T) {
 		require.Equal(t, http.StatusNotFound, response.StatusCode)
 	}
 	var text []byte
-	require.Eventually(t, func() bool {
+	until(t, func() bool {
 		text, _ = os.ReadFile(a.cfg.log.file)
 		return bytes.Count(text, []byte(`"status":404`)) == 3
-	}, time.Minute, 10*time.Millisecond)
+	})
 	for line := range bytes.Lines(text) {
 		var entry struct{ Msg string }
 		require.NoError(t, json.Unmarshal(line, &entry), "%q", line)
@@ -9238,9 +9143,9 @@ func median(values []float64) float64 {
 // completes waits until n orders are Completed and counted.
 func completes(tb testing.TB, a *app, n int64) {
 	tb.Helper()
-	require.Eventually(tb, func() bool {
+	until(tb, func() bool {
 		return a.store.totals().completed == n && a.metrics.counted.Load().completed == n
-	}, time.Minute, time.Millisecond)
+	})
 }
 
 // seed fills a fresh data directory with orders that were not posted:
@@ -9366,9 +9271,9 @@ func BenchmarkIdle(b *testing.B) {
 		_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n", created.Header.Get("Location"))
 		require.NoError(b, err)
 	}
-	require.Eventually(b, func() bool {
+	until(b, func() bool {
 		return metric(b, p.url(), "orderd_cache_hits_total") >= n && metric(b, p.url(), "orderd_orders_parked") == n
-	}, time.Minute, 10*time.Millisecond)
+	})
 	earlier, ok := p.cpu()
 	if !ok {
 		b.Skip("needs /proc")
@@ -9476,7 +9381,7 @@ func BenchmarkCreateBesideRetention(b *testing.B) {
 				return sum.TotalOrdersProcessed - sum.OrdersCompleted
 			}
 			earlier := removed()
-			require.Eventually(b, func() bool { return removed() > earlier }, time.Minute, time.Millisecond)
+			until(b, func() bool { return removed() > earlier })
 			earlier = removed()
 			l := hammer(b, p.addr, 64, http.StatusCreated, request)
 			pace = append(pace, float64(removed()-earlier)/float64(l.count))
@@ -9630,10 +9535,14 @@ func newCluster(tb testing.TB, settings ...string) *cluster {
 
 func freePort(tb testing.TB) int {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(tb, err)
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	for {
+		port := 20_000 + rand.IntN(10_000) // below those that the system gives to others meanwhile
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
+		if err == nil {
+			require.NoError(tb, l.Close())
+			return port
+		}
+	}
 }
 
 // standby copies the server, to follow it under that name.
@@ -9672,7 +9581,7 @@ func (c *cluster) start(tb testing.TB) {
 		c.cmd.Process.Signal(syscall.SIGQUIT)
 		<-exited
 	})
-	persist(tb, func() bool {
+	until(tb, func() bool {
 		select {
 		case <-exited:
 			require.Fail(tb, "the server has ended", said.String())
@@ -9790,15 +9699,14 @@ func requireExact(tb testing.TB, c *cluster) {
 
 // onPostgreSQL are the tests that hold for both engines.
 var onPostgreSQL = strings.Join([]string{
-	"EndToEnd", "CreateAccepts", "CreateRefusesFields", "CreateRefusesBodies", "IdempotencyKey", "IdempotencyKeyOutlivesARestart", "GetOrder", "Wait",
+	"EndToEnd", "OrdersAgainstAModel", "CreateAccepts", "CreateRefusesFields", "CreateRefusesBodies", "IdempotencyKey", "GetOrder", "Wait",
 	"AnswersWhileItWaitsForRunningWork", "PreferHeader", "ListOrders", "ListPages", "ListPagesEndAfterSoManyBytes", "MetricsJSON", "MetricsNegotiation", "MetricsText",
 	"Routes", "Host", "Token", "PagesOfOtherSites", "OneResourceUnderEveryName", "ClientInTheRequestLog", "RequestLog",
-	"StepsAreTakenOnlyFromTheStatusOfTheRow", "ReopeningForgetsNothing",
-	"BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound", "OneWorkerTakesOrdersFirstInFirstOut",
-	"BacklogFoundAtStartIsTakenInOrder", "ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "APanicCostsOneAttempt", "ParkedOrdersAreBounded", "Drain",
+	"StepsAreTakenOnlyFromTheStatusOfTheRow", "BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "FindWantsTheWholeID", "CacheBound",
+	"OrdersAgainstAModel", "ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "Drain",
 	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
-	"CountsAgreeOnceIdle", "MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
-	"WorkThatPanics", "BacklogAfterTheLoadHasEnded", "OneFailingOrderStopsNoOther", "AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
+	"MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad", "SigtermReleasesWhoWaits",
+	"AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
 	"AClockThatWasAheadIsTold", "ListsPushNoStatusOut", "CompletedOrdersAreRemoved", "AJumpOfTheClockRemovesNothing", "Waiters", "RandomIDs",
 }, "|")
 
@@ -10120,7 +10028,7 @@ func pound(t *testing.T, l *postgresEngine, batches int) (stored int) {
 		}
 		b := batchOf(creates...)
 		b.steps = stepsOf(pending, completed, 3, last...)
-		persist(t, func() bool {
+		until(t, func() bool {
 			err := l.commit(b)
 			if err != nil {
 				require.True(t, errors.Is(err, errNotWritten) || errors.Is(err, errInDoubt), err)
@@ -10137,7 +10045,7 @@ func pound(t *testing.T, l *postgresEngine, batches int) (stored int) {
 		}
 		last = creates
 	}
-	persist(t, func() bool { return l.commit(newBatch(stepsOf(pending, completed, 3, last...))) == nil }, "the last ones are completed")
+	until(t, func() bool { return l.commit(newBatch(stepsOf(pending, completed, 3, last...))) == nil }, "the last ones are completed")
 	return stored
 }
 
@@ -10229,7 +10137,7 @@ func TestOriginalAndResend(t *testing.T) {
 			}()
 			waiting := func(n int64) {
 				t.Helper()
-				persist(t, func() bool {
+				until(t, func() bool {
 					return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'") == n
 				}, "so many wait for the row")
 			}
@@ -10294,7 +10202,7 @@ func TestASynchronousStandby(t *testing.T) {
 	c := newCluster(t)
 	s := c.standby(t, "second")
 	c.exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'second'", "SELECT pg_reload_conf()")
-	persist(t, func() bool {
+	until(t, func() bool {
 		return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == 1
 	}, "the standby is synchronous")
 	l := leadOn(t, newReplica(t, c.url("")))
@@ -10311,13 +10219,13 @@ func TestASynchronousStandby(t *testing.T) {
 			}
 			done <- err
 		}()
-		persist(t, func() bool {
+		until(t, func() bool {
 			return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == 1
 		}, "the commit waits for the standby")
 		if end != "" { // else the engine's own deadline cancels it
 			c.exec(t, "SELECT "+end+"(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 		}
-		persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
+		until(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM orders") == placed+4 }, "the batch is visible")
 		_, seq, err := l.find(b.creates[0].id)
 		require.NoError(t, err)
 		require.Greater(t, seq, l.confirmedSeq.Load(), "it is not proven")
@@ -10387,7 +10295,7 @@ func (r *replicas) urls() (urls []string) {
 // leader waits for one, and returns its number.
 func (r *replicas) leader(tb testing.TB) (leader int) {
 	tb.Helper()
-	persist(tb, func() bool {
+	until(tb, func() bool {
 		for i, p := range r.all {
 			got := send(tb.Context(), p.addr, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
 			if leader = i; strings.Contains(got.body, "\norderd_leader 1\n") && send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK {
@@ -10499,7 +10407,7 @@ func (j *journal) checkReplicas(t *testing.T, r *replicas) {
 	defer client.CloseIdleConnections()
 	for i, in := range j.intents {
 		if in.key != "" && in.outcome == unknown {
-			persist(t, func() bool {
+			until(t, func() bool {
 				o, _ := j.send(client, r.url(i%len(r.all)), in)
 				in.outcome = o
 				return o == accepted || o == refused && strings.HasSuffix(in.body, `: -1}`) // else a 503 that says nothing of the first try
@@ -10522,13 +10430,13 @@ func TestLostCommitsAreNoticed(t *testing.T) {
 	r := startReplicas(t, both, 2)
 	j := newJournal("lost", 5*time.Millisecond)
 	j.place(t, r.url(0), 5)
-	persist(t, func() bool { return ask[int64](t, s, "SELECT coalesce(max(completed), 0) FROM leader") == 5 }, "the standby has them")
+	until(t, func() bool { return ask[int64](t, s, "SELECT coalesce(max(completed), 0) FROM leader") == 5 }, "the standby has them")
 	s.exec(t, "ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
-	persist(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication") == 0 }, "the standby follows no more")
+	until(t, func() bool { return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication") == 0 }, "the standby follows no more")
 	j.place(t, r.url(1), 5)
 	drained(t, r.url(0))
 	for i := range r.all { // by their own metrics.db
-		persist(t, func() bool {
+		until(t, func() bool {
 			counts, err := openSQLite(filepath.Join(r.dirs[i], "data", "metrics.db"), "mode=ro")
 			require.NoError(t, err)
 			defer counts.Close()
@@ -10539,7 +10447,7 @@ func TestLostCommitsAreNoticed(t *testing.T) {
 	c.stop(t, syscall.SIGKILL)
 	s.promote(t)
 	for i, p := range r.all {
-		require.Equal(t, 1, p.wait(t, time.Minute), p.stderr.String())
+		require.Equal(t, 1, p.wait(t, *patience), p.stderr.String())
 		require.Contains(t, p.stderr.String(), "has lost commits that it had confirmed")
 		again := launch(t, nil, r.dirs[i], nil, "-orders", both, "-advertise", r.url(i))
 		require.Equal(t, 1, again.wait(t, time.Minute), again.stderr.String())
@@ -10620,7 +10528,7 @@ func TestAStandbyPassesOn(t *testing.T) {
 	r.leaderAmong(t, standby) // the one that stood still
 	for i, p := range r.all {
 		if i != standby {
-			require.Equal(t, 0, p.terminate(t, time.Minute))
+			require.Equal(t, 0, p.terminate(t, *patience))
 		}
 	}
 	text, err := os.ReadFile(filepath.Join(r.dirs[leader], "logs", "orderd.log"))
@@ -10645,7 +10553,7 @@ func TestReplicasWaitForTheDatabase(t *testing.T) {
 	until(t, func() bool {
 		return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated
 	}, "it goes on by itself")
-	require.Equal(t, 0, p.terminate(t, time.Minute))
+	require.Equal(t, 0, p.terminate(t, *patience))
 }
 
 // serveTransactions is what replicas are measured against: the same service in
@@ -10713,7 +10621,7 @@ func BenchmarkPostgres(b *testing.B) {
 		simple := startProcess(b, b.TempDir(), []string{childMode + "=transactions", "TEST_TRANSACTIONS=" + url + "pool_max_conns=16"})
 		compare(b, func() load {
 			l := hammer(b, simple.addr, 256, http.StatusCreated, post)
-			persist(b, func() bool {
+			until(b, func() bool {
 				conn, err := pgx.Connect(b.Context(), url)
 				require.NoError(b, err)
 				defer conn.Close(b.Context())
