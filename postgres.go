@@ -347,7 +347,6 @@ func (p *postgres) watch(ctx context.Context, follow func(url, pass string)) (l 
 	return nil, ctx.Err()
 }
 
-
 const beginTerm = `UPDATE leader SET term = term + 1, seq = seq + 1, since = seq + 1, ended = false, url = $3, pass = $4
 WHERE one AND term = $1 AND seq = $2`
 
