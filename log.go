@@ -196,9 +196,9 @@ func (f *logFile) Write(text []byte) (int, error) {
 	return n, err
 }
 
-// reopenIfMoved returns what the path names, or nil. If that is not the open file, it
-// closes the open one, for the next write to open the other, and refuses what
-// must not become the log.
+// reopenIfMoved returns what the path names, or nil. If that is not the open
+// file, it closes the open one, so that the next write opens the other, and
+// refuses what must not become the log.
 func (f *logFile) reopenIfMoved() (os.FileInfo, error) {
 	found, _ := os.Lstat(f.rotated.Filename) // an error here shows again in the write
 	if os.SameFile(found, f.current) {

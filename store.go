@@ -850,7 +850,7 @@ type retention struct {
 	cursor int64            // id_high of the last order that this sweep has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	credit int              // creates until the next expiry is due at once: as many as the last one looked at
+	credit int              // creates until the next expiry is due at once: as many as the last one looked at; math.MaxInt between sweeps
 	warned bool             // of a jump of the clock
 }
 
