@@ -1277,8 +1277,8 @@ var flagTable = []struct {
 	{name: "data", initial: "data", get: func(c config) any { return c.data },
 		accepted: []string{"a", "/b/c"}, refused: []string{""}, limits: "not be empty"},
 	{name: "orders", initial: "", get: func(c config) any { return c.orders }, accepted: []string{"postgres://a/b", "postgres://c/d"}},
-	{name: "advertise", initial: "", get: func(c config) any { return c.advertise }, accepted: []string{"http://a:80", "https://b"}, refused: []string{"", "a:80", "ftp://a"},
-		limits: "an http or https URL with a host", beside: []string{"-orders", "postgres://a/b"}},
+	{name: "advertise", initial: "", get: func(c config) any { return c.advertise }, accepted: []string{"http://a:80", "https://b"}, refused: []string{"", "a:80", "ftp://a", "http://a/b", "http://a?b"},
+		limits: "an http or https URL of a host and port alone", beside: []string{"-orders", "postgres://a/b"}},
 	{name: "workers", initial: "8", get: func(c config) any { return c.pool.workers },
 		accepted: []string{"1", "100000"}, refused: []string{"0", "100001", "-1", "1.5", "many", ""}, limits: "a whole number from 1 to 100000"},
 	{name: "delay", initial: "2s", get: func(c config) any { return c.delay },
@@ -7582,9 +7582,10 @@ func TestReadsDoNotWaitForWrites(t *testing.T) {
 	}()
 	<-reached
 	for _, path := range []string{"/orders/" + cached, "/orders/" + onDisk, "/orders/" + onDisk + "?view=full", "/orders", "/orders?status=Pending",
-		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez", "/readyz"} {
+		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez"} {
 		require.Equal(t, http.StatusOK, get(t, a, path).status, path)
 	}
+	require.Contains(t, []int{http.StatusOK, http.StatusServiceUnavailable}, get(t, a, "/readyz").status, "the latter after stalledAfter")
 	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").status)
 	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/orders/"+onDisk, prefer("wait=60"), "").status)
 	require.Empty(t, writing, "all the while the order is not answered")

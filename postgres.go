@@ -470,7 +470,8 @@ func (l *postgresEngine) start() (totals, error) {
 	if err := l.count(countFinal, &c.final, &c.took, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
-	t := c.correct(l.replica.seen.totals, l.replica.log)
+	t := c.correct(l.replica.seen.totals)
+	logCorrection(l.replica.log, l.replica.seen.totals, t)
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
 	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
@@ -835,7 +836,7 @@ func (l *postgresEngine) expire(b *batch) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
-	rows, _ := l.conn.Query(ctx, `SELECT id_high, id_low, status = 2 AND started + took / 1000 < $2 FROM orders
+	rows, _ := l.conn.Query(ctx, `SELECT id_high, id_low, `+expiredBefore+`$2 FROM orders
 		WHERE id_high > $1 AND id_high < $2 << 16 AND id_high <= $3 ORDER BY id_high LIMIT $4`,
 		x.after, x.before, l.replica.seen.totals.newestStarted, expiryLooks)
 	defer rows.Close()

@@ -106,6 +106,12 @@ type totals struct {
 	newestStarted int64 // id_high of the newest order that ever left Pending
 }
 
+// logCorrection says that somebody has changed the table by hand.
+func logCorrection(log *logger, t, corrected totals) {
+	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
+		"accepted", corrected.accepted, "were", t.accepted, "completed", corrected.completed, "completed_were", t.completed)
+}
+
 func (t totals) pending() int64    { return t.accepted - t.processing - t.completed }
 func (t totals) unfinished() int64 { return t.accepted - t.completed }
 
@@ -150,11 +156,9 @@ func (c census) matches(t totals) bool {
 	return c.pending == t.pending() && c.processing == t.processing && c.newest <= t.newest
 }
 
-// correct returns t corrected, as of the next commit, and logs that. took stays
-// where orders were removed: their times are gone.
-func (c census) correct(t totals, log *logger) totals {
-	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
-		"accepted", t.removed+c.final+c.pending+c.processing, "were", t.accepted, "completed", t.removed+c.final, "completed_were", t.completed)
+// correct returns t corrected, as of the next commit. took stays where orders
+// were removed: their times are gone.
+func (c census) correct(t totals) totals {
 	t.seq++
 	t.completed = t.removed + c.final
 	t.accepted = t.completed + c.pending + c.processing
@@ -258,8 +262,8 @@ type engine interface {
 	// tidy does, between batches, what nobody waits for, and returns the totals as
 	// it leaves them. Its errors are commit's.
 	tidy() (totals, error)
-	// current tells why what was read from memory or table must not be shown: ask
-	// after the read. An engine that nobody can take over from has no reason.
+	// current returns why what was just read may be outdated and must not be shown.
+	// Call it after the read. SQLite has no reason.
 	current() error
 
 	find(id ulid.ULID) (o order, seq int64, err error)
@@ -267,11 +271,11 @@ type engine interface {
 	list(filter) (p page, seq int64, err error)
 	// backlog returns up to limit orders after an ID that are not final, in order.
 	backlog(after int64, limit int) ([]queued, error)
-	// oldest is the upper half of the oldest ID in a status that is not final, or math.MaxInt64.
+	// oldest is the id_high of the oldest order in a status that is not final, or math.MaxInt64.
 	oldest(status) (idHigh int64, err error)
 
-	// close closes the files, unless the last commit's outcome is unknown: then
-	// nothing may be synced again and the next start finds out.
+	// close releases the engine. SQLite: not the files where an outcome is unknown,
+	// as nothing may be synced again then. PostgreSQL: hands over.
 	close() error
 }
 
@@ -484,7 +488,7 @@ func newBatch(steps []step) *batch {
 }
 
 // again returns a copy of b for another attempt: who waited for b has an answer.
-func (b *batch) again() *batch {
+func (b *batch) retryCopy() *batch {
 	next := newBatch(b.steps)
 	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
 	for _, c := range b.creates {
@@ -590,7 +594,7 @@ func (in *intake) take() *batch {
 }
 
 // rest says that the writer is done with the batch that it took.
-func (in *intake) rest() {
+func (in *intake) finished() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.busySince = time.Time{}
@@ -670,7 +674,7 @@ func (w *writer) run() {
 			w.giveUp(err)
 			return
 		}
-		w.intake.rest()
+		w.intake.finished()
 	}
 }
 
@@ -757,7 +761,7 @@ func answerFor(err error) error {
 }
 
 // refusalAfter returns what later creates are answered, until a commit succeeds.
-func refusalAfter(err error) error {
+func refusalFor(err error) error {
 	if answerFor(err) == errOutcomeUnknown {
 		return errInDoubt
 	}
@@ -807,13 +811,13 @@ func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = b.again()
+			b = b.retryCopy()
 		case errors.Is(err, errNotWritten):
 			b = newBatch(b.steps)
 		default:
 			return err
 		}
-		if w.intake.refuse(refusalAfter(err)) {
+		if w.intake.refuse(refusalFor(err)) {
 			w.log.Warn("orders are refused until the store can be written", "error", err)
 		}
 		select {
@@ -834,7 +838,7 @@ func (w *writer) giveUp(err error) {
 	if !errors.Is(err, errDeposed) {
 		w.log.Error("the writer gave up", "error", err)
 	}
-	w.intake.refuse(refusalAfter(err))
+	w.intake.refuse(refusalFor(err))
 }
 
 // retention decides when completed orders are removed. It sweeps over the table
@@ -1124,7 +1128,9 @@ func (e *sqliteEngine) recount() error {
 	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
 		return err
 	}
-	return e.writeTotals(c.correct(e.last, e.log))
+	corrected := c.correct(e.last)
+	logCorrection(e.log, e.last, corrected)
+	return e.writeTotals(corrected)
 }
 
 // writeTotals is a compare-and-set on seq: it fails if another program has written.
@@ -1437,7 +1443,7 @@ func (e *sqliteEngine) insert(stmt *statement, creates []*create) error {
 }
 
 func rejected(err error) error {
-	if code(err)&0xff == sqlite3.SQLITE_CONSTRAINT {
+	if sqliteCode(err)&0xff == sqlite3.SQLITE_CONSTRAINT {
 		return fmt.Errorf("%w: %w", errRejected, err)
 	}
 	return err
@@ -1459,10 +1465,10 @@ func (e *sqliteEngine) outcome(err error) error {
 	if errors.Is(err, errRejected) || errors.Is(err, errBroken) {
 		return err
 	}
-	if code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+	if sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.unknown(err)
 	}
-	switch code(err) & 0xff {
+	switch sqliteCode(err) & 0xff {
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR,
 		sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w: %w", errNotWritten, err)
@@ -1476,7 +1482,7 @@ func (e *sqliteEngine) outcome(err error) error {
 
 // commitOutcome turns an error of COMMIT into one of the writer's.
 func (e *sqliteEngine) commitOutcome(err error) error {
-	switch code(err) {
+	switch sqliteCode(err) {
 	// Only these two are known to leave the transaction rolled back:
 	// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
 	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE:
@@ -1514,7 +1520,7 @@ func (e *sqliteEngine) tidy() (totals, error) {
 	if err := e.inPlace(); err != nil {
 		return e.last, err
 	}
-	if err := e.wal.run(); code(err) == sqlite3.SQLITE_IOERR_FSYNC {
+	if err := e.wal.run(); sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)
 	}
 	return e.last, nil
@@ -2038,7 +2044,7 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 		return damaged(d.path) // SQLite would take zeros for the rest of the last page
 	}
 	err = db.QueryRow(queries[d.foundVersion]).Scan(into...)
-	if err != nil && code(err) == 0 { // no row, or no numbers in it
+	if err != nil && sqliteCode(err) == 0 { // no row, or no numbers in it
 		return damaged(d.path)
 	}
 	return explain(d.path, err)
@@ -2326,7 +2332,7 @@ func syncFile(path string) error {
 }
 
 // code is SQLite's extended result code of err, or 0.
-func code(err error) int {
+func sqliteCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()
 	}
@@ -2343,7 +2349,7 @@ func explain(path string, err error) error {
 	if err == nil {
 		return nil
 	}
-	switch code(err) & 0xff {
+	switch sqliteCode(err) & 0xff {
 	case sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT:
 		return damaged(path)
 	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM:
