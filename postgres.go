@@ -59,7 +59,7 @@ CREATE TABLE leader (
 `
 
 var postgresView = ordersView("(cents / 100) || '.' || lpad((cents % 100)::text, 2, '0')",
-	`to_char(to_timestamp((%s) / 1000.0) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`)
+	`to_char(to_timestamp((%[1]s) / 1000) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.') || lpad(((%[1]s) %% 1000)::text, 3, '0') || 'Z'`)
 
 // sessionSettings make a session independent of what the server, the database
 // and the role set as their defaults. The plan of commitBatch is made while the
