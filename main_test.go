@@ -817,6 +817,11 @@ func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...s
 	return p
 }
 
+// signal sends what Windows has no name for.
+func (p *process) signal(name string) error {
+	return exec.Command("kill", name, strconv.Itoa(p.cmd.Process.Pid)).Run()
+}
+
 func (p *process) url() string { return "http://" + p.addr }
 
 // kill is kill -9.
@@ -10198,9 +10203,9 @@ func TestReplicasUnderFaults(t *testing.T) {
 		}},
 		{"the leader stands still and goes on", func() {
 			leader := r.leader(t)
-			require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGSTOP))
+			require.NoError(t, r.all[leader].signal("-STOP"))
 			<-time.After(max(hang, 6*time.Second))
-			require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGCONT))
+			require.NoError(t, r.all[leader].signal("-CONT"))
 		}},
 		{"kill -9 of a standby", func() {
 			standby := (r.leader(t) + 1) % len(r.all)
@@ -10380,7 +10385,7 @@ func TestAStandbyPassesOn(t *testing.T) {
 	hop := send(t.Context(), addr, http.MethodGet, location, http.Header{passHeader: {"guess"}}, "")
 	require.Equal(t, http.StatusServiceUnavailable, hop.status, "no request is passed on twice")
 
-	require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGSTOP))
+	require.NoError(t, r.all[leader].signal("-STOP"))
 	began := time.Now()
 	hung := send(t.Context(), addr, http.MethodPost, "/orders", asJSON, exampleOrder)
 	require.Equal(t, http.StatusServiceUnavailable, hung.status)
@@ -10388,7 +10393,7 @@ func TestAStandbyPassesOn(t *testing.T) {
 	require.Less(t, time.Since(began), 6*time.Second)
 	r.leaderAmong(t, leader)
 	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, location, nil, "").status)
-	require.NoError(t, r.all[leader].cmd.Process.Signal(syscall.SIGCONT))
+	require.NoError(t, r.all[leader].signal("-CONT"))
 	require.Equal(t, 0, r.all[standby].terminate(t, time.Minute))
 	r.leaderAmong(t, standby) // the one that stood still
 	for i, p := range r.all {
