@@ -5020,7 +5020,7 @@ func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
 		time.Sleep(time.Hour - time.Minute)
 		require.Zero(t, a.store.totals().removed, "the time counts from the completion")
 		time.Sleep(time.Minute)
-		time.Sleep(passPause + 2*time.Second)
+		time.Sleep(time.Minute + 2*time.Second)
 		require.EqualValues(t, 3*expiryRows, a.store.totals().removed)
 		commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(30*time.Minute + time.Second)
@@ -5054,6 +5054,12 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	}
 	require.Zero(t, p.len())
 	require.Empty(t, p.jobs.chunks, "the memory is given back")
+
+	p.park(job{}, p.made.Add(tickLength+1))
+	_, ok = p.unpark(p.made.Add(tickLength))
+	require.False(t, ok, "not before its time, though in the same tick")
+	_, ok = p.unpark(p.made.Add(2 * tickLength))
+	require.True(t, ok)
 
 	wrapped := p.made.Add(math.MaxUint32 * tickLength)
 	p.park(job{attempts: 2}, wrapped.Add(time.Minute))
