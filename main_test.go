@@ -458,6 +458,12 @@ func (d *diary) read() []ulid.ULID {
 	return slices.Clone(d.ids)
 }
 
+func (d *diary) forget() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ids = nil
+}
+
 // hold is work that lasts until release is closed.
 func hold(release <-chan struct{}) work {
 	return func(ctx context.Context, _ ulid.ULID, _ int) error {
@@ -3489,7 +3495,8 @@ func TestOrdersAgainstAModel(t *testing.T) {
 			var worked diary
 			permits := make(chan struct{}, 10_000)
 			start := func() {
-				resumed, worked.ids = done, nil
+				worked.forget()
+				resumed = done
 				a, stop = openTestApp(t, dir, func(c *config) {
 					c.drain, c.pool.workers, c.pool.places, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
 					c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
@@ -3740,7 +3747,7 @@ func TestListsOfAUser(t *testing.T) {
 	require.Less(t, indexed(), int64(orders))
 	all := allOrders(t, a.store)
 	p, r, c := pending, processing, completed
-	for _, user := range []string{"often", "seldom", "user7", "nobody"} {
+	for _, user := range []string{"often", "seldom", "user7", "user499", "nobody"} {
 		for _, st := range []*status{nil, &p, &r, &c} {
 			for _, limit := range []int{1, 100, 1000} {
 				if limit == 1 && user == "often" {
@@ -4766,20 +4773,37 @@ func TestFailuresFillNoLog(t *testing.T) {
 	})
 }
 
-// countingEngine counts what is asked of it, when, and fails as told.
+// countingEngine notes when it is asked, and fails or hangs as told.
 type countingEngine struct {
 	engine
-	fail      func(*batch) error // before the commit; or nil
-	failReads int                // of the backlog, that are left
-	hold      chan struct{}      // what tidy waits for, or nil
-	commits   []time.Time
-	reads     []time.Time
+	failReads int         // of the backlog, that are left
+	reads     []time.Time // of it
+
+	mu      sync.Mutex         // guards the rest
+	fail    func(*batch) error // before the commit; or nil
+	hold    chan struct{}      // what tidy waits for, or nil
+	commits []time.Time        // since tell
+}
+
+// tell what is to happen from now on.
+func (e *countingEngine) tell(fail func(*batch) error, hold chan struct{}) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.fail, e.hold, e.commits = fail, hold, nil
+}
+
+func (e *countingEngine) told() (fail func(*batch) error, hold chan struct{}, commits []time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.fail, e.hold, slices.Clone(e.commits)
 }
 
 func (e *countingEngine) commit(b *batch) error {
+	e.mu.Lock()
 	e.commits = append(e.commits, time.Now())
-	if e.fail != nil {
-		if err := e.fail(b); err != nil {
+	e.mu.Unlock()
+	if fail, _, _ := e.told(); fail != nil {
+		if err := fail(b); err != nil {
 			return err
 		}
 	}
@@ -4787,8 +4811,8 @@ func (e *countingEngine) commit(b *batch) error {
 }
 
 func (e *countingEngine) tidy() (totals, error) {
-	if e.hold != nil {
-		<-e.hold
+	if _, hold, _ := e.told(); hold != nil {
+		<-hold
 	}
 	return e.engine.tidy()
 }
@@ -4813,14 +4837,7 @@ func counted(e *countingEngine) func(*app) {
 // once, those in the batch and those behind it, with a reason. Steps are kept.
 func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 	t.Parallel()
-	e, failing, before := &countingEngine{}, false, totals{}
-	e.fail = func(b *batch) error {
-		if failing {
-			b.totals = before
-			return fmt.Errorf("%w: no space left on device", errNotWritten)
-		}
-		return nil
-	}
+	e := &countingEngine{}
 	var gate chan struct{}
 	timed(t, func(c *config) {
 		gate = make(chan struct{}) // in the bubble
@@ -4829,7 +4846,12 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		first := sampleOrder(1, "key")
 		require.NoError(t, a.store.create(first))
 		until(t, func() bool { return a.store.totals().processing == 1 })
-		failing, before = true, a.store.totals()
+		before := a.store.totals()
+		full := func(b *batch) error {
+			b.totals = before
+			return fmt.Errorf("%w: no space left on device", errNotWritten)
+		}
+		e.tell(full, nil)
 		close(gate) // the work ends, and its step is in the batch that fails
 		time.Sleep(retryPause / 2)
 		began := time.Now()
@@ -4843,14 +4865,15 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		}
 		require.Less(t, time.Since(began), 10*time.Millisecond, "nobody waits for the next attempt")
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodGet, "/readyz", nil, "").Code)
-		e.commits = nil
+		e.tell(full, nil)
 		time.Sleep(10*time.Second + 10*time.Millisecond)
-		require.Len(t, e.commits, 10)
-		for i := range e.commits[1:] {
-			require.Equal(t, retryPause, e.commits[i+1].Sub(e.commits[i]))
+		_, _, commits := e.told()
+		require.Len(t, commits, 10)
+		for i := range commits[1:] {
+			require.Equal(t, retryPause, commits[i+1].Sub(commits[i]))
 		}
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodPost, "/orders", asJSON, exampleOrder).Code)
-		failing = false
+		e.tell(nil, nil)
 		time.Sleep(retryPause)
 		require.NoError(t, a.store.create(sampleOrder(3, "new")), "the refused key is free")
 		awaitRest(t, a, 0, 2)
@@ -4883,16 +4906,23 @@ func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
 	t.Parallel()
 	timed(t, nil, nil, func(t *testing.T, a *app, stop func() string) {
 		execOn(t, a.metrics.file.path, "CREATE TRIGGER held BEFORE UPDATE ON totals BEGIN SELECT RAISE(ABORT, 'held'); END")
+		var mu sync.Mutex
 		var at []time.Time
-		a.metrics.beforeProject = func() { at = append(at, time.Now()) }
+		a.metrics.beforeProject = func() {
+			mu.Lock()
+			defer mu.Unlock()
+			at = append(at, time.Now())
+		}
 		commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(5*retryPause + retryPause/2)
 		require.EqualValues(t, 5, a.store.totals().completed)
 		require.Zero(t, a.metrics.counted.Load().completed)
+		mu.Lock()
 		require.InDelta(t, 6, len(at), 1)
 		for i := range at[1:] {
 			require.Equal(t, retryPause, at[i+1].Sub(at[i]))
 		}
+		mu.Unlock()
 		execOn(t, a.metrics.file.path, "DROP TRIGGER held")
 		awaitRest(t, a, 0, 5)
 		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(at)-1)
@@ -4912,9 +4942,9 @@ func TestReadyTellsOfADiskThatHangs(t *testing.T) {
 				require.NoError(t, a.store.ready(), "a look at an idle engine ends")
 				gate := make(chan struct{})
 				if inCommit {
-					e.fail = func(*batch) error { <-gate; return nil }
+					e.tell(func(*batch) error { <-gate; return nil }, nil)
 				} else {
-					e.hold = gate
+					e.tell(nil, gate)
 				}
 				done := make(chan error, 1)
 				go func() { done <- a.store.create(sampleOrder(1, "")) }()
