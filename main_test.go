@@ -3429,17 +3429,18 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	t.Parallel()
 	var held heldOnce
+	e := &countingEngine{}
 	a, _ := openIdle(t, t.TempDir(), func(c *config) {
 		c.store.now = func() time.Time { held.hold(); return time.Now() }
-	}, nil)
+	}, counted(e))
 	t.Cleanup(held.release)
 	before := commitTogether(t, a.store, sampleOrders(1))[0]
 	reached := held.arm()
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
 	<-reached
-	_, err := onSQLite(t, a).file.Exec("PRAGMA query_only = 1") // the writer's connection: its batch fails, and every one after it
-	require.NoError(t, err)
+	totals := a.store.totals()
+	e.tell(func(b *batch) error { b.totals = totals; return errNotWritten }, nil) // its batch fails, and every one after it
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
 	until(t, func() bool {
 		a.store.intake.mu.Lock()
@@ -3457,8 +3458,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 			require.Fail(t, "a create hangs while the disk takes nothing", "create %d", i)
 		}
 	}
-	_, err = onSQLite(t, a).file.Exec("PRAGMA query_only = 0")
-	require.NoError(t, err)
+	e.tell(nil, nil)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
 	require.Equal(t, []int64{2, 1}, []int64{a.store.totals().accepted, a.store.totals().completed}, "the step was kept")
 	checkInvariants(t, a)
@@ -4776,13 +4776,13 @@ func TestFailuresFillNoLog(t *testing.T) {
 // countingEngine notes when it is asked, and fails or hangs as told.
 type countingEngine struct {
 	engine
-	failReads int         // of the backlog, that are left
-	reads     []time.Time // of it
 
-	mu      sync.Mutex         // guards the rest
-	fail    func(*batch) error // before the commit; or nil
-	hold    chan struct{}      // what tidy waits for, or nil
-	commits []time.Time        // since tell
+	mu        sync.Mutex         // guards the rest
+	fail      func(*batch) error // before the commit; or nil
+	hold      chan struct{}      // what tidy waits for, or nil
+	commits   []time.Time        // since tell
+	failReads int                // of the backlog, that are left
+	reads     []time.Time        // of it
 }
 
 // tell what is to happen from now on.
@@ -4818,6 +4818,8 @@ func (e *countingEngine) tidy() (totals, error) {
 }
 
 func (e *countingEngine) backlog(after int64, limit int) ([]queued, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.reads = append(e.reads, time.Now())
 	if e.failReads--; e.failReads >= 0 {
 		return nil, errors.New("input/output error")
@@ -4891,9 +4893,11 @@ func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
 	timed(t, nil, counted(e), func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(5))
 		awaitRest(t, a, 0, 5)
+		e.mu.Lock()
 		for i := range 3 {
 			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
 		}
+		e.mu.Unlock()
 		seq := a.store.totals().seq
 		time.Sleep(time.Hour)
 		require.Equal(t, seq, a.store.totals().seq, "an idle service writes nothing")
@@ -7474,9 +7478,10 @@ func TestReadsDoNotWaitForWrites(t *testing.T) {
 	}()
 	<-reached
 	for _, path := range []string{"/orders/" + cached, "/orders/" + onDisk, "/orders/" + onDisk + "?view=full", "/orders", "/orders?status=Pending",
-		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez", "/readyz"} {
+		"/orders?status=Processing", "/orders?status=Completed", "/orders?user_id=u", "/orders?user_id=u&status=Completed", "/metrics", "/", "/openapi.json", "/livez"} {
 		require.Equal(t, http.StatusOK, get(t, a, path).status, path)
 	}
+	require.Contains(t, []int{http.StatusOK, http.StatusServiceUnavailable}, get(t, a, "/readyz").status, "once that has lasted 2 s, it says so")
 	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "").status)
 	require.Equal(t, http.StatusOK, call(t, a, http.MethodGet, "/orders/"+onDisk, prefer("wait=60"), "").status)
 	require.Empty(t, writing, "all the while the order is not answered")
