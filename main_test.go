@@ -486,11 +486,6 @@ func awaitRest(tb testing.TB, a *app, inWork, done int64) {
 	}, fmt.Sprintf("%d Processing and %d Completed, in both databases", inWork, done))
 }
 
-func unfinished(a *app) int64 {
-	t := a.store.totals()
-	return t.accepted - t.completed
-}
-
 // counts are the totals without the number of commits.
 func counts(a *app) totals {
 	t := a.store.totals()
@@ -4599,11 +4594,12 @@ func TestTimesOfAConnection(t *testing.T) {
 					return simulate(took)(ctx, o.id, 1)
 				})
 			}, func(t *testing.T, a *app, stop func() string) {
-				listener := newPipes()
+				placed, listener := time.Now(), newPipes()
 				served := make(chan error, 1)
 				go func() { served <- a.server.serve(listener) }()
 				ids := commitTogether(t, a.store, []*create{{order: order{userID: "u", itemIDs: "long"}}, {order: order{userID: "u", itemIDs: "soon"}}})
 				until(t, func() bool { return a.store.totals().processing == 2 })
+				require.Less(t, time.Since(placed), 100*time.Millisecond, "a step does not wait long for a create's fsync")
 				client, server := net.Pipe()
 				listener.accept <- server
 				began := time.Now()
@@ -4957,7 +4953,7 @@ func TestReadyTellsOfADiskThatHangs(t *testing.T) {
 				time.Sleep(stalledAfter)
 				require.NoError(t, a.store.ready())
 				require.Equal(t, http.StatusOK, asked(a, http.MethodGet, "/readyz", nil, "").Code)
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				require.ErrorIs(t, a.store.ready(), errStalled)
 				got := asked(a, http.MethodGet, "/readyz", nil, "")
 				require.Equal(t, http.StatusServiceUnavailable, got.Code)
