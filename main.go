@@ -1,6 +1,7 @@
 // Orderd is an order service in one binary. It takes orders over HTTP, keeps
-// them in SQLite, or for several machines in PostgreSQL, runs each through Pending, Processing and Completed on a
-// fixed pool of goroutines, and answers "where is my order?" from memory.
+// them in SQLite, or for several machines in PostgreSQL, runs each through
+// Pending, Processing and Completed on a fixed pool of goroutines, and answers
+// "where is my order?" from memory.
 //
 // An order is answered with 201 only after the commit that holds it has been
 // fsynced; from then on no crash loses it, and it completes exactly once in
@@ -274,7 +275,7 @@ func (a *app) start() (err error) {
 
 func (a *app) serverOptions() serverOptions {
 	o := a.cfg.server
-	if a.local() {
+	if a.loopbackOnly() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
 		o.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, o.names...)
 	}
@@ -348,6 +349,7 @@ func (a *app) takeTurns(ctx context.Context) error {
 			}
 			if err = a.store.start(a.committed); err == nil {
 				a.serveOrders()
+				a.metrics.follow(a.store.totals()) // what the leader before had no time to tell of
 				a.log.Info("this replica leads", "resumed", a.store.totals().unfinished())
 			}
 		}
@@ -474,7 +476,7 @@ func (a *app) announce() {
 	}
 	fmt.Fprintf(a.console, "%d workers, %s, %s\n", a.cfg.pool.workers, work, orders)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers, "work", work, "orders", orders, "version", versionLine())
-	if a.cfg.server.token == "" && !a.local() {
+	if a.cfg.server.token == "" && !a.loopbackOnly() {
 		a.warn("anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file")
 	}
 	if len(a.cfg.unknown) > 0 {
@@ -487,8 +489,8 @@ func (a *app) warn(text string) {
 	a.log.Warn(text)
 }
 
-// local reports whether only this machine can connect.
-func (a *app) local() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopback() }
+// loopbackOnly reports whether only this machine can connect.
+func (a *app) loopbackOnly() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopback() }
 
 // config is what the flags and the environment say, checked.
 type config struct {
@@ -764,6 +766,10 @@ func (c config) contradiction(workAndDelay bool) error {
 		return usageError{errors.New("a read token alone would let everyone place orders: set ORDERD_TOKEN or -token-file too")}
 	case c.server.readToken != "" && c.server.readToken == c.server.token:
 		return usageError{errors.New("the read token is the token that places orders: choose another one")}
+	}
+	if c.orders != "" {
+		_, err := c.advertised()
+		return err
 	}
 	return nil
 }

@@ -49,7 +49,7 @@ type metrics struct {
 	file *database
 	log  *logger
 
-	counted atomic.Pointer[totals] // what metrics.db holds; until the first write only the five columns of its table
+	counted atomic.Pointer[totals] // what metrics.db holds; as loaded, the fields that its table lacks are 0
 	latest  atomic.Pointer[totals] // what it should hold
 	changed chan struct{}          // capacity 1: latest was set
 	quit    chan struct{}          // closed by close

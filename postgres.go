@@ -103,14 +103,14 @@ type replica struct {
 	log       *logger
 
 	// standBy's, and the writer's while this replica leads:
-	seen          leaderRow // the last row seen
-	highestProven mark      // the highest confirmed seq seen
-	warned        bool      // the last commit came with a WARNING: see send
+	seen             leaderRow // the last row seen
+	highestConfirmed mark      // the highest confirmed seq seen
+	warned           bool      // the last commit came with a WARNING: see send
 
 	// For the gauges:
 	leading atomic.Bool
 	term    atomic.Int64
-	alive   atomic.Pointer[time.Time] // when seq was last seen to change, or as the leader lead.lease
+	alive   atomic.Pointer[time.Time] // when a standby last saw seq change; of a leader, the time in postgresEngine.lease
 }
 
 // mark is a confirmed seq and the term in which it was seen.
@@ -140,7 +140,7 @@ func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger
 	config.ValidateConnect = setUpSession
 	p := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
-		p.seen.totals.identity, p.highestProven = counted.identity, mark{math.MaxInt64, counted.seq}
+		p.seen.totals.identity, p.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
 	}
 	p.alive.Store(new(time.Now()))
 	return p, nil
@@ -192,9 +192,9 @@ func setUpSession(ctx context.Context, c *pgconn.PgConn) error {
 
 // connect opens a session.
 func (p *replica) connect(ctx context.Context) (*pgx.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout)
-	defer cancel()
 	config := p.config.Copy()
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(1+len(config.Fallbacks))*connectTimeout)
+	defer cancel()
 	config.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
 		p.warned = p.warned || n.SeverityUnlocalized == "WARNING" // whatever the language
 	}
@@ -211,7 +211,7 @@ var remedies = map[string]string{
 	"28": "check the user and the password (PGPASSWORD, PGPASSFILE)",
 	"3D": "make it with createdb, or correct -orders",
 	"3F": "correct the search_path of -orders",
-	"42": "let the role create and use tables in the schema",
+	"42": "let the role create and use tables in the schema, or put back the table that is gone",
 	"0A": "use PostgreSQL 14 or newer",
 	"XX": "put a backup in its place",
 }
@@ -269,18 +269,18 @@ func (p *replica) compare(r leaderRow) error {
 		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.describe())
 	}
 	left := r.totals.seq
-	if r.term > p.highestProven.term {
+	if r.term > p.highestConfirmed.term || p.seen.term == r.term && p.seen.since != r.since { // of two servers, each may have begun that term
 		left = min(left, r.since-1)
 	}
-	if left < p.highestProven.seq {
+	if left < p.highestConfirmed.seq {
 		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
-			errBroken, p.describe(), p.highestProven.seq, left, r.term)
+			errBroken, p.describe(), p.highestConfirmed.seq, left, r.term)
 	}
-	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestProven.seq {
+	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestConfirmed.seq {
 		p.confirmed(before.totals)
 	}
-	if r.proven > p.highestProven.seq {
-		p.highestProven = mark{r.term, r.proven}
+	if r.proven > p.highestConfirmed.seq {
+		p.highestConfirmed = mark{r.term, r.proven}
 	}
 	if r.totals.seq != p.seen.totals.seq {
 		p.alive.Store(new(time.Now()))
@@ -368,7 +368,7 @@ func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*post
 	}
 	r.term, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, p.url, pass
 	p.seen = r
-	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, arrived: true}
+	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, unconfirmed: true}
 	if err := l.prepareCommit(ctx, c); err != nil {
 		return nil, err
 	}
@@ -393,10 +393,10 @@ type postgresEngine struct {
 	reads   *pgxpool.Pool
 
 	// The writer's:
-	conn    *pgx.Conn
-	ended   error // why this engine leads no more
-	inDoubt bool  // what was sent last may or may not be in the table, or still arrive
-	arrived bool  // the commit is visible, but perhaps on the primary alone: a confirmed beat proves it
+	conn        *pgx.Conn
+	failure     error // why this engine leads no more
+	inDoubt     bool  // what was sent last may or may not be in the table, or still arrive
+	unconfirmed bool  // the commit is visible, but perhaps on the primary alone: a confirmed beat proves it
 
 	confirmedSeq atomic.Int64              // the highest seq that PostgreSQL has confirmed
 	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
@@ -554,22 +554,27 @@ func (p *parcel) answerKeys(earlier map[string]order) {
 	}
 }
 
-var errFenced = errors.New("the row of the leader is no longer as this leader left it")
+// Why the row is not as this leader left it.
+var (
+	errFenced            = errors.New("the row of the leader is no longer as this leader left it")
+	errUnconfirmedIsGone = fmt.Errorf("%w: PostgreSQL went on without a commit that it had not confirmed", errDeposed)
+	errTampered          = fmt.Errorf("%w: something other than orderd has changed the row in the table leader: stop it, and start orderd again", errBroken)
+)
 
 // commit tries until the outcome is known, or for commitTimeout. While an attempt
 // is in doubt only the same batch may be sent: the original may still arrive.
 func (l *postgresEngine) commit(b *batch) error {
 	b.totals = l.replica.seen.totals
-	if l.ended != nil {
-		return l.ended
+	if l.failure != nil {
+		return l.failure
 	}
 	if err := l.expire(b); err != nil {
-		l.keep(b, err)
+		l.skipExpiry(b, err)
 	}
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
 		err := l.advance(p)
-		doubtful := l.inDoubt || l.arrived
+		doubtful := l.inDoubt || l.unconfirmed
 		switch {
 		case err == nil:
 			b.totals = l.replica.seen.totals
@@ -581,13 +586,13 @@ func (l *postgresEngine) commit(b *batch) error {
 		case errors.Is(err, errDeposed), errors.Is(err, errBroken), errors.Is(err, errRejected):
 			l.replica.leading.Store(false)
 			l.lease.Store(nil)
-			if l.ended = err; errors.Is(err, errRejected) {
-				l.ended = fmt.Errorf("%w: %w", errBroken, err)
+			if l.failure = err; errors.Is(err, errRejected) {
+				l.failure = fmt.Errorf("%w: %w", errBroken, err)
 			}
 			if doubtful {
-				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.ended)
+				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.failure)
 			}
-			return l.ended
+			return l.failure
 		case !doubtful:
 			return fmt.Errorf("%w: %w", errNotWritten, err)
 		case time.Now().After(end):
@@ -596,17 +601,17 @@ func (l *postgresEngine) commit(b *batch) error {
 	}
 }
 
-// keep leaves the orders of an expiry that failed to a later one.
-func (l *postgresEngine) keep(b *batch, err error) {
+// skipExpiry leaves the orders of an expiry that failed to a later one.
+func (l *postgresEngine) skipExpiry(b *batch, err error) {
 	l.replica.log.Warn("orders that were kept long enough could not be removed", "error", err)
 	b.expiry.through, b.expiry, b.removed = 0, nil, nil
 }
 
-// without is a batch that the tables refused without what they refuse: its
-// expiry, or creates, each of which it tries alone and takes back.
+// without returns a refused batch again, less what the tables refuse: its expiry,
+// or else those creates whose INSERT, tried alone and rolled back, fails.
 func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	if len(p.removedIDs) > 0 {
-		l.keep(p.batch, cause)
+		l.skipExpiry(p.batch, cause)
 		return pack(p.batch), nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
@@ -659,21 +664,21 @@ func (l *postgresEngine) advance(p *parcel) error {
 		}
 	}
 	sent := time.Now()
-	if !l.arrived {
+	if !l.unconfirmed {
 		if err := l.send(p); err != nil {
 			return err
 		}
 	}
-	if l.arrived {
+	if l.unconfirmed {
 		sent = time.Now()
 		if err := l.send(pack(newBatch(nil))); err != nil {
 			return err
 		}
 	}
-	if l.arrived {
+	if l.unconfirmed {
 		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
 	}
-	l.replica.highestProven = mark{l.term, l.replica.seen.totals.seq}
+	l.replica.highestConfirmed = mark{l.term, l.replica.seen.totals.seq}
 	l.confirmedSeq.Store(l.replica.seen.totals.seq)
 	l.lease.Store(&sent)
 	l.replica.alive.Store(&sent)
@@ -685,13 +690,13 @@ func (l *postgresEngine) reconnect() (err error) {
 	if l.conn != nil && !l.conn.IsClosed() {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
-	defer cancel()
-	if l.conn, err = l.replica.connect(ctx); errors.As(err, new(unfit)) {
+	if l.conn, err = l.replica.connect(context.Background()); errors.As(err, new(unfit)) {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	} else if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
 	if err = l.prepareCommit(ctx, l.conn); err == nil {
 		return nil
 	}
@@ -713,10 +718,12 @@ func (l *postgresEngine) findOut(p *parcel) error {
 		return errDeposed
 	case r.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
 		return nil
+	case r.totals.seq < before.totals.seq:
+		return errUnconfirmedIsGone
 	case r.totals.seq != before.totals.seq+1:
 		return errTampered
 	}
-	if !l.arrived {
+	if !l.unconfirmed {
 		earlier, err := l.ordersOfKeys(p.keys)
 		if err != nil {
 			l.replica.seen = before
@@ -724,11 +731,9 @@ func (l *postgresEngine) findOut(p *parcel) error {
 		}
 		p.answerKeys(earlier)
 	}
-	l.inDoubt, l.arrived = false, true
+	l.inDoubt, l.unconfirmed = false, true
 	return nil
 }
-
-var errTampered = fmt.Errorf("%w: the row in the table leader was changed by something else", errBroken)
 
 // ordersOfKeys reads, for the writer, the orders that keys have created.
 func (l *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
@@ -755,7 +760,7 @@ func (l *postgresEngine) send(p *parcel) error {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
 	l.replica.warned = false
-	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.highestProven.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
 		p.movedIDs, p.previous, p.next, p.started, p.took, p.removedIDs)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
@@ -775,7 +780,7 @@ func (l *postgresEngine) send(p *parcel) error {
 		return err
 	}
 	seen.totals = t
-	l.inDoubt, l.arrived = false, l.replica.warned // a cancelled wait for a synchronous standby is a warning and success
+	l.inDoubt, l.unconfirmed = false, l.replica.warned // a cancelled wait for a synchronous standby is a warning and success
 	return nil
 }
 
@@ -785,14 +790,17 @@ func (l *postgresEngine) fenced(err error) error {
 	if l.inDoubt {
 		return err
 	}
-	r, lookErr := l.replica.readRow(context.Background(), l.conn)
+	left := l.replica.seen.totals.seq
+	r, readErr := l.replica.readRow(context.Background(), l.conn)
 	switch {
-	case lookErr != nil:
-		return lookErr
-	case r.term == l.term:
-		return errTampered
+	case readErr != nil:
+		return readErr
+	case r.term != l.term:
+		return errDeposed
+	case r.totals.seq < left:
+		return errUnconfirmedIsGone
 	}
-	return errDeposed
+	return errTampered
 }
 
 // absorb reads the answer of commitBatch.
@@ -828,7 +836,7 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 // is sent.
 func (l *postgresEngine) expire(b *batch) error {
 	x := b.expiry
-	if x == nil || b.removed != nil || l.inDoubt || l.arrived {
+	if x == nil || b.removed != nil || l.inDoubt || l.unconfirmed {
 		return nil
 	}
 	if err := l.reconnect(); err != nil {
@@ -886,7 +894,7 @@ func (l *postgresEngine) current() error {
 func (l *postgresEngine) close() error {
 	l.lease.Store(nil)
 	l.replica.leading.Store(false)
-	if l.ended == nil && !l.inDoubt && !l.arrived && l.reconnect() == nil {
+	if l.failure == nil && !l.inDoubt && !l.unconfirmed && l.reconnect() == nil {
 		last := pack(newBatch(nil))
 		last.ended = true
 		if err := l.send(last); err != nil {

@@ -85,7 +85,7 @@ type localOrders struct {
 type server struct {
 	serverOptions
 	local     atomic.Pointer[localOrders] // nil while another replica leads
-	forwarder *forwarder                  // to that one
+	forwarder *forwarder                  // passes requests on to the leader, if that is another
 	metrics   *metrics
 	log       *logger
 	http      *http.Server
@@ -967,7 +967,7 @@ func (s *server) ready() error {
 	return nil
 }
 
-// servePage serves the one servePage. Its policy allows its own script and style by
+// servePage serves the one page. Its policy allows its own script and style by
 // their hashes, and requests to this server only.
 func (s *server) servePage(c echo.Context) error {
 	header := c.Response().Header()
@@ -1007,10 +1007,11 @@ type forwarder struct {
 
 // destination is a leader during its term.
 type destination struct {
-	url   *url.URL
-	pass  string
-	gone  context.Context // done when it no longer leads: requests to it are given up
-	leave context.CancelFunc
+	address string   // as it was told
+	url     *url.URL // the same
+	pass    string
+	gone    context.Context // done when it no longer leads: requests to it are given up
+	leave   context.CancelFunc
 }
 
 func newForwarder() *forwarder {
@@ -1033,12 +1034,12 @@ func (f *forwarder) Put(b []byte) { f.buffers.Put((*[32 << 10]byte)(b)) }
 // follow is told where the leader is, "" for nowhere. It has one caller.
 func (f *forwarder) follow(address, pass string) {
 	old := f.target.Load()
-	if old == nil && address == "" || old != nil && old.pass == pass && old.url.String() == address {
+	if old == nil && address == "" || old != nil && old.pass == pass && old.address == address {
 		return
 	}
 	var next *destination
 	if u, err := url.Parse(address); err == nil && address != "" {
-		next = &destination{url: u, pass: pass}
+		next = &destination{address: address, url: u, pass: pass}
 		next.gone, next.leave = context.WithCancel(context.Background())
 	}
 	f.target.Store(next)
@@ -1160,6 +1161,7 @@ func (s *server) problem(err error, c echo.Context) {
 	if c.Response().Committed {
 		return
 	}
+	s.log.Debug("a request was refused", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	if f.Status == http.StatusServiceUnavailable {
 		header.Set(echo.HeaderRetryAfter, "1") // second
 	}

@@ -204,7 +204,7 @@ type queued struct {
 // Why the store does not take a create now. Except after errOutcomeUnknown,
 // nothing of the order is stored.
 var (
-	errBusy       = errors.New("too many orders wait for the disk")
+	errBusy       = errors.New("too many orders wait to be written")
 	errUnwritable = errors.New("the store cannot be written")
 	errClosed     = errors.New("the store is closed")
 )
@@ -477,6 +477,7 @@ type batch struct {
 
 	totals  totals      // set by the engine: after this commit
 	removed []ulid.ULID // set by the engine: orders that this commit removed
+	next    *batch      // the same for another attempt, where the outcome is in doubt
 }
 
 func newBatch(steps []step) *batch {
@@ -487,7 +488,7 @@ func newBatch(steps []step) *batch {
 	return b
 }
 
-// again returns a copy of b for another attempt: who waited for b has an answer.
+// retryCopy returns a copy of b for another attempt: who waited for b has an answer.
 func (b *batch) retryCopy() *batch {
 	next := newBatch(b.steps)
 	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
@@ -572,7 +573,7 @@ func (in *intake) refusal() error {
 	return nil
 }
 
-var errStalled = fmt.Errorf("the disk has not taken a write for more than %s", stalledAfter)
+var errStalled = fmt.Errorf("a write has taken more than %s and has not ended", stalledAfter)
 
 func (in *intake) ready() error {
 	in.mu.Lock()
@@ -593,7 +594,7 @@ func (in *intake) take() *batch {
 	return b
 }
 
-// rest says that the writer is done with the batch that it took.
+// finished says that the writer is done with the batch that it took.
 func (in *intake) finished() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -739,6 +740,9 @@ func (w *writer) fail(b *batch, err error) {
 	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
 		w.publishTotals(b.totals)
 	}
+	if errors.Is(err, errInDoubt) {
+		b.next = b.retryCopy() // before the creates are their callers' again
+	}
 	b.release(answerFor(err))
 }
 
@@ -760,7 +764,7 @@ func answerFor(err error) error {
 	return errUnwritable
 }
 
-// refusalAfter returns what later creates are answered, until a commit succeeds.
+// refusalFor returns what later creates are answered, until a commit succeeds.
 func refusalFor(err error) error {
 	if answerFor(err) == errOutcomeUnknown {
 		return errInDoubt
@@ -811,7 +815,7 @@ func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = b.retryCopy()
+			b = cmp.Or(b.next, b)
 		case errors.Is(err, errNotWritten):
 			b = newBatch(b.steps)
 		default:
@@ -854,7 +858,7 @@ type retention struct {
 	cursor int64            // id_high of the last order that this sweep has looked at
 	due    time.Time        // of the next expiry
 	wake   <-chan time.Time // fires then
-	credit int              // creates until the next expiry is due at once: as many as the last one looked at; math.MaxInt between sweeps
+	credit int              // creates left before an expiry is due at once; starts at the orders that the last one looked at, math.MaxInt between sweeps
 	warned bool             // of a jump of the clock
 }
 
@@ -1661,7 +1665,7 @@ type checkpointer struct {
 	length     *sql.Stmt
 	written    int       // operations since the last look at the WAL's length
 	retryAt    time.Time // retry timer of an incomplete checkpoint; or zero
-	pagesMoved int64     // by the last try; where the next moves as many, the same reader still blocks it
+	pagesMoved int64     // by the last try; unchanged by the next: the same reader still blocks it
 }
 
 const (
@@ -2331,7 +2335,7 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// code is SQLite's extended result code of err, or 0.
+// sqliteCode is SQLite's extended result code of err, or 0.
 func sqliteCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()
