@@ -145,7 +145,7 @@ var mutations = []mutation{
 	{"store.go", `oldest = b.oldestPending`, `oldest = b.oldestPending + 1`, "TestListPages"},
 	{"store.go", `p.next = p.orders[len(p.orders)-1].id`, `p.next = p.orders[0].id`, "TestListPages"},
 	{"store.go", `readBytes       = 256 << 10`, `readBytes       = 2560 << 10`, "TestListPagesEnd"},
-	{"store.go", `if noWAL && info.Size()%pageSize != 0 {`, `case noWAL && info.Size() == 0:`, "TestStartIsRefused"},
+	{"store.go", `if noWAL && info.Size()%pageSize != 0 {`, `if noWAL && info.Size() == 0 {`, "TestStartIsRefused"},
 	{"store.go", `if err != nil && sqliteCode(err) == 0 { // no row`, `if false { // no row`, "TestStartIsRefused"},
 	{"store.go", `if err := syncFile(d.path + "-wal"); err != nil {`, `if err := syncFile(d.path); err != nil {`, "TestStartSyncs"},
 	{"store.go", `PRAGMA synchronous = FULL; PRAGMA fullfsync = 1;`, `PRAGMA synchronous = FULL;`, "TestDatabasesAreDurable"},
@@ -242,7 +242,7 @@ var mutations = []mutation{
 	{"main.go", `if r.creates > 0 {`, `if r.creates > 1 {`, "TestGetOrder"},
 	{"main.go", `defer os.Remove(c.path + ".part")`, `defer os.Remove(c.path + ".parts")`, "TestBackupThatIsInterrupted"},
 
-	{"postgres.go", `if r.term > p.highestConfirmed.term ||`, `if r.term > p.highestConfirmed.term+1 {`, "TestLossBehind|TestLostCommits"},
+	{"postgres.go", `if r.term > p.highestConfirmed.term ||`, `if r.term > p.highestConfirmed.term+1 ||`, "TestLossBehind|TestLostCommits"},
 	{"postgres.go", `time.Since(changed) < takeOverAfter {`, `time.Since(changed) < 10*takeOverAfter {`, "TestTakeOver"},
 	{"postgres.go", `now.Sub(*sent) > leaseTime || `, `now.Sub(*sent) > 10*leaseTime || `, "TestTheFence|TestTakeOver"},
 	{"postgres.go", `version < "140000"`, `version < "130000"`, "TestUnfitServers"},
