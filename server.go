@@ -1161,7 +1161,6 @@ func (s *server) problem(err error, c echo.Context) {
 	if c.Response().Committed {
 		return
 	}
-	s.log.Debug("a request was refused", "id", header.Get(echo.HeaderXRequestID), "error", err)
 	if f.Status == http.StatusServiceUnavailable {
 		header.Set(echo.HeaderRetryAfter, "1") // second
 	}
