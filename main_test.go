@@ -10382,6 +10382,10 @@ func TestLossBehindALaterTerm(t *testing.T) {
 		require.NoError(t, p.compare(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
 		err = p.compare(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
 		require.Equal(t, test.lost, errors.Is(err, errBroken), test.name)
+		if !test.lost { // and a server that has begun the same term for another replica
+			require.NoError(t, p.compare(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
+			require.ErrorIs(t, p.compare(leaderRow{term: 4, since: 90, proven: 120, totals: totals{identity: 1, seq: 122}}), errBroken)
+		}
 		require.ErrorIs(t, p.compare(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
 	}
 }

@@ -366,7 +366,7 @@ func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*post
 	if err != nil {
 		return nil, err
 	}
-	r.term, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, p.url, pass
+	r.term, r.since, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, r.totals.seq+1, p.url, pass
 	p.seen = r
 	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, unconfirmed: true}
 	if err := l.prepareCommit(ctx, c); err != nil {
