@@ -9631,7 +9631,7 @@ var onPostgreSQL = strings.Join([]string{
 	"AnswersWhileItWaitsForRunningWork", "PreferHeader", "ListOrders", "ListPages", "ListPagesEndAfterSoManyBytes", "MetricsJSON", "MetricsNegotiation", "MetricsText",
 	"Routes", "Host", "Token", "PagesOfOtherSites", "OneResourceUnderEveryName", "ClientInTheRequestLog", "RequestLog",
 	"StepsAreTakenOnlyFromTheStatusOfTheRow", "BatchesOfEverySizeKeepEveryOrder", "ReadableViewShowsWhatTheAPIShows", "CacheBound",
-	"OrdersAgainstAModel", "ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "Drain",
+	"ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "Drain",
 	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
 	"MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad",
 	"AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
