@@ -52,7 +52,7 @@ async function open(page) {
 
 // metrics answers in the server's stead, with Prometheus's text.
 const metrics = (page, { pending = 0, processing = 0, completed = 0, parked = 0, down }) =>
-  page.route('**/metrics', route => route.fulfill({ contentType: 'text/plain; version=0.0.4; charset=utf-8', body: `
+  page.route('**/metrics*', route => route.fulfill({ contentType: 'text/plain; version=0.0.4; charset=utf-8', body: `
 # TYPE orderd_processing_seconds histogram
 orderd_processing_seconds_sum ${completed * 2.0012}
 orderd_processing_seconds_count ${completed}
@@ -138,9 +138,9 @@ await check('a retry repeats the key, a new order gets another', async page => {
 
 await check('the page says that the server is gone, and comes back by itself', async page => {
   await open(page);
-  await page.route('**/metrics', route => route.abort());
+  await page.route('**/metrics*', route => route.abort());
   await hasText(page, '#link[role=status]', /^The server does not answer\. Trying again\.$/);
-  await page.unroute('**/metrics');
+  await page.unroute('**/metrics*');
   await hasText(page, '#link', /^Live$/);
 }, { expect: /ERR_FAILED/ });
 
@@ -242,7 +242,7 @@ await check('tabs share the token, and only one that the server took', async pag
   }
   assert.equal(await page.evaluate(() => localStorage.length + document.cookie.length), 0, 'nothing is kept on disk');
   for (const tab of tabs) {
-    await tab.route('**/metrics', route => route.abort());
+    await tab.route('**/metrics*', route => route.abort());
     await hasText(tab, '#link', /^The server does not answer/);
   }
   const last = await page.context().newPage();
@@ -305,7 +305,7 @@ for (const [colorScheme, width, from] of [['light', 360], ['dark', 360], ['light
 
 for (const width of [375, 1280]) {
   await check(`the header never covers what has the focus, at ${width} pixels`, async page => {
-    await page.route('**/metrics', route => route.fulfill({ status: 500, json: { detail: 'The disk is full. '.repeat(5) } }));
+    await page.route('**/metrics*', route => route.fulfill({ status: 500, json: { detail: 'The disk is full. '.repeat(5) } }));
     await page.goto(url);
     await hasText(page, '#link', /disk is full/);
     const clear = () => page.evaluate(() => {
