@@ -9982,6 +9982,19 @@ func pound(t *testing.T, l *postgresEngine, batches int) (stored int) {
 	return stored
 }
 
+// commitAside commits a batch as the writer does, until its outcome is known.
+func commitAside(l *postgresEngine, b *batch) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		err := l.commit(b)
+		for errors.Is(err, errInDoubt) {
+			err = l.commit(b)
+		}
+		done <- err
+	}()
+	return done
+}
+
 func requirePounded(t *testing.T, c *cluster, stored int) {
 	t.Helper()
 	requireExact(t, c)
@@ -10060,14 +10073,7 @@ func TestOriginalAndResend(t *testing.T) {
 			_, err = blocker.Exec(t.Context(), "BEGIN; SELECT FROM leader FOR UPDATE")
 			require.NoError(t, err)
 			b := batchOf(sampleOrders(5)...)
-			done := make(chan error, 1)
-			go func() {
-				err := l.commit(b)
-				for errors.Is(err, errInDoubt) {
-					err = l.commit(b)
-				}
-				done <- err
-			}()
+			done := commitAside(l, b)
 			waiting := func(least int64) { // each attempt that is given up waits on, too
 				t.Helper()
 				until(t, func() bool {
@@ -10144,14 +10150,7 @@ func TestASynchronousStandby(t *testing.T) {
 	for _, end := range []string{"pg_cancel_backend", "pg_terminate_backend", ""} {
 		s.stop(t, os.Interrupt)
 		b := batchOf(sampleOrders(4)...)
-		done := make(chan error, 1)
-		go func() {
-			err := l.commit(b)
-			for errors.Is(err, errInDoubt) {
-				err = l.commit(b)
-			}
-			done <- err
-		}()
+		done := commitAside(l, b)
 		until(t, func() bool {
 			return ask[int64](t, c, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == 1
 		}, "the commit waits for the standby")

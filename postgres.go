@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	cryptorand "crypto/rand"
 	"errors"
@@ -519,7 +520,7 @@ func pack(b *batch) *parcel {
 	p := &parcel{batch: b, movedIDs: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
 	keys := map[string]bool{}
 	for _, c := range b.creates {
-		c.id, c.replayed, c.err = c.assigned, false, nil
+		c.reset()
 		if c.key != "" {
 			if keys[c.key] {
 				continue
@@ -569,7 +570,7 @@ func (l *postgresEngine) commit(b *batch) error {
 		return l.failure
 	}
 	if err := l.expire(b); err != nil {
-		l.skipExpiry(b, err)
+		b.skipExpiry(l.replica.log, err)
 	}
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
@@ -601,17 +602,11 @@ func (l *postgresEngine) commit(b *batch) error {
 	}
 }
 
-// skipExpiry leaves the orders of an expiry that failed to a later one.
-func (l *postgresEngine) skipExpiry(b *batch, err error) {
-	l.replica.log.Warn("orders that were kept long enough could not be removed", "error", err)
-	b.expiry.through, b.expiry, b.removed = 0, nil, nil
-}
-
 // without returns a refused batch again, less what the tables refuse: its expiry,
 // or else those creates whose INSERT, tried alone and rolled back, fails.
 func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	if len(p.removedIDs) > 0 {
-		l.skipExpiry(p.batch, cause)
+		p.batch.skipExpiry(l.replica.log, cause)
 		return pack(p.batch), nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
@@ -710,16 +705,12 @@ func (l *postgresEngine) reconnect() (err error) {
 // findOut looks in the row for what was sent last.
 func (l *postgresEngine) findOut(p *parcel) error {
 	before := l.replica.seen
-	r, err := l.replica.readRow(context.Background(), l.conn)
+	r, err := l.ownRow()
 	switch {
 	case err != nil:
 		return err
-	case r.term != l.term:
-		return errDeposed
 	case r.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
 		return nil
-	case r.totals.seq < before.totals.seq:
-		return errUnconfirmedIsGone
 	case r.totals.seq != before.totals.seq+1:
 		return errTampered
 	}
@@ -790,17 +781,24 @@ func (l *postgresEngine) fenced(err error) error {
 	if l.inDoubt {
 		return err
 	}
+	_, readErr := l.ownRow()
+	return cmp.Or(readErr, errTampered)
+}
+
+// ownRow reads the row anew. Its error tells where that is another leader's, or
+// behind what this one has left.
+func (l *postgresEngine) ownRow() (leaderRow, error) {
 	left := l.replica.seen.totals.seq
-	r, readErr := l.replica.readRow(context.Background(), l.conn)
+	r, err := l.replica.readRow(context.Background(), l.conn)
 	switch {
-	case readErr != nil:
-		return readErr
+	case err != nil:
+		return r, err
 	case r.term != l.term:
-		return errDeposed
+		return r, errDeposed
 	case r.totals.seq < left:
-		return errUnconfirmedIsGone
+		return r, errUnconfirmedIsGone
 	}
-	return errTampered
+	return r, nil
 }
 
 // absorb reads the answer of commitBatch.
@@ -1009,11 +1007,11 @@ func (l *postgresEngine) backlog(after int64, limit int) (found []queued, err er
 		time.Sleep(publishPause)
 		err = l.current()
 	}
-	for _, o := range orders {
-		found = append(found, queued{o.id, o.status})
-	}
 	if err != nil {
 		return nil, err
+	}
+	for _, o := range orders {
+		found = append(found, queued{o.id, o.status})
 	}
 	return found, nil
 }

@@ -166,9 +166,7 @@ func (s *server) localOrForwarded(here func(echo.Context, *localOrders) error) e
 		if err != nil {
 			return err
 		}
-		request := c.Request().Clone(c.Request().Context())
-		request.Body, request.ContentLength, request.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
-		return s.forwarder.forward(c.Response(), request, s.client(request))
+		return s.forwarder.forward(c.Response(), c.Request(), body, s.client(c.Request()))
 	}
 }
 
@@ -303,14 +301,18 @@ func (s *server) logRequest(id string, began time.Time, took time.Duration, requ
 // it is the last entry of X-Forwarded-For, the one that they have added.
 func (s *server) client(r *http.Request) string {
 	forwarded := r.Header["X-Forwarded-For"]
-	if len(forwarded) == 0 || len(s.names) == 0 && !s.passedOn(r) {
+	if len(forwarded) == 0 {
 		return r.RemoteAddr
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
+	byProxy := len(s.names) > 0 && peer.Addr().Unmap().IsLoopback()
+	if !byProxy && !s.passedOn(r) {
+		return r.RemoteAddr
+	}
 	last := forwarded[len(forwarded)-1]
 	last = strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])
 	addr, err := netip.ParseAddr(last)
-	if err != nil || !peer.Addr().Unmap().IsLoopback() && !s.passedOn(r) {
+	if err != nil {
 		return r.RemoteAddr
 	}
 	return addr.WithZone("").String()
@@ -1058,7 +1060,7 @@ func (f *forwarder) ready() error {
 
 // forward answers with the leader's answer. Its error is that the request has
 // not come there, or for a create that this is not known.
-func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client string) error {
+func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte, client string) error {
 	leader := f.target.Load()
 	if leader == nil || r.Header.Get(passHeader) != "" {
 		return errNoLeader
@@ -1095,7 +1097,9 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, client strin
 		},
 	}
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from here on it may have been sent
-	proxy.ServeHTTP(w, r.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	r = r.WithContext(httptrace.WithClientTrace(ctx, trace))
+	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
+	proxy.ServeHTTP(w, r)
 	return failed
 }
 

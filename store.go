@@ -80,6 +80,9 @@ func (c *create) replay(earlier order) {
 	}
 }
 
+// reset undoes what an attempt that was rolled back has set.
+func (c *create) reset() { c.id, c.replayed, c.err = c.assigned, false, nil }
+
 // stored reports whether c made a new order. Ask after the commit.
 func (c *create) stored() bool { return !c.replayed && c.err == nil }
 
@@ -496,6 +499,12 @@ func (b *batch) retryCopy() *batch {
 		next.creates = append(next.creates, new(*c)) // the waiters keep their own
 	}
 	return next
+}
+
+// skipExpiry leaves the orders of an expiry that failed to a later sweep.
+func (b *batch) skipExpiry(log *logger, cause error) {
+	log.Warn("orders that were kept long enough could not be removed", "error", cause)
+	b.expiry.through, b.expiry, b.removed = 0, nil, nil
 }
 
 func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
@@ -1258,9 +1267,7 @@ func (s *statements) close() (err error) {
 func (e *sqliteEngine) commit(b *batch) error {
 	err := e.transaction(b, e.insertTogether)
 	if errors.Is(err, errNotRemoved) && !errors.Is(err, errOutcomeUnknown) && !errors.Is(err, errBroken) {
-		e.log.Warn("orders that were kept long enough could not be removed", "error", err)
-		b.expiry.through = 0
-		b.expiry = nil
+		b.skipExpiry(e.log, err)
 		err = e.transaction(b, e.insertTogether)
 	}
 	if errors.Is(err, errRejected) {
@@ -1423,7 +1430,7 @@ func (e *sqliteEngine) insertEach(creates []*create) error {
 func (e *sqliteEngine) insert(stmt *statement, creates []*create) error {
 	args := make([]any, 0, insertRows*insertArgs)
 	for _, c := range creates {
-		c.id, c.replayed, c.err = c.assigned, false, nil
+		c.reset()
 		args = appendOrder(args, c)
 	}
 	inserted, err := stmt.exec(args...)
