@@ -9724,11 +9724,12 @@ func TestOneOfManyReplicasMakesTheTables(t *testing.T) {
 func TestCommitOnPostgreSQL(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t)
-	c.exec(t, "CREATE SCHEMA shop")
+	queries := []string{"CREATE SCHEMA shop"}
 	for _, setting := range []string{"jit = on", "jit_above_cost = 0", "plan_cache_mode = force_custom_plan", "default_transaction_isolation = 'serializable'",
 		"enable_nestloop = off", "enable_indexscan = off", "idle_session_timeout = 200", "search_path = shop", "DateStyle = 'German'", "timezone = 'Asia/Kathmandu'", "bytea_output = escape", "default_transaction_read_only = on"} {
-		c.exec(t, "ALTER ROLE orderd SET "+setting)
+		queries = append(queries, "ALTER ROLE orderd SET "+setting)
 	}
+	c.exec(t, queries...) // in one session, which they do not change yet
 	l := leadOn(t, newReplica(t, c.url("")))
 	t.Cleanup(func() { l.close() })
 
@@ -9759,6 +9760,12 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 	_, seq, err := l.find(ulid.Make())
 	require.ErrorIs(t, err, errNotFound)
 	require.GreaterOrEqual(t, seq, third.totals.seq)
+
+	repeat := batchOf(sampleOrder(1, "k1"))
+	require.NoError(t, l.commit(repeat))
+	l.unconfirmed = true // as if nothing had confirmed it yet
+	require.NoError(t, l.commit(repeat))
+	require.True(t, repeat.creates[0].replayed, "what was found out of a commit holds until it is confirmed")
 
 	removal := newBatch(nil)
 	removal.expiry = &expiry{before: time.Now().Add(time.Hour).UnixMilli()}
@@ -10253,7 +10260,7 @@ func TestReplicasUnderFaults(t *testing.T) {
 	d := newDropper(t, c)
 	r := startReplicas(t, d.url(), 3)
 	seed := cmp.Or(*killSeed, uint64(time.Now().UnixNano()))
-	t.Logf("repeat with -kill-seed %d", seed)
+	t.Logf("repeat with -seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 1))
 	j := newJournal("replicas", 5*time.Millisecond)
 	j.rand, j.replicas = rand.New(rand.NewPCG(seed, 0)), true

@@ -514,20 +514,18 @@ type parcel struct {
 	tried                   bool // what the tables refused has been left out
 }
 
-// pack resets the creates to what they were before any attempt. It leaves out a
-// create whose key an earlier one of the batch has.
+// pack leaves out a create whose key an earlier one of the batch has.
 func pack(b *batch) *parcel {
 	p := &parcel{batch: b, movedIDs: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
 	keys := map[string]bool{}
 	for _, c := range b.creates {
-		c.reset()
 		if c.key != "" {
 			if keys[c.key] {
 				continue
 			}
 			keys[c.key] = true
 		}
-		p.ids, p.lows, p.cents = append(p.ids, high(c.id)), append(p.lows, low(c.id)), append(p.cents, c.cents)
+		p.ids, p.lows, p.cents = append(p.ids, high(c.assigned)), append(p.lows, low(c.assigned)), append(p.cents, c.cents)
 		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
 	}
 	for _, st := range b.steps {
@@ -571,6 +569,11 @@ func (l *postgresEngine) commit(b *batch) error {
 	}
 	if err := l.expire(b); err != nil {
 		b.skipExpiry(l.replica.log, err)
+	}
+	if !l.unconfirmed { // else it is in the table, and what its keys have created is known
+		for _, c := range b.creates {
+			c.reset()
+		}
 	}
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
