@@ -1782,7 +1782,7 @@ func openReader(path string, connections int) (*reader, error) {
 	return r, err
 }
 
-const readEndTimeout = time.Second // longest wait of close for reads under way
+const readEndTimeout = 5 * time.Second // longest wait of close for reads under way
 
 // close waits for reads under way: the last connection to close must be the
 // writer's.
