@@ -257,7 +257,7 @@ func (a *app) start() (err error) {
 		if err = a.store.start(a.committed); err != nil {
 			return err
 		}
-		counted = a.store.totals()
+		counted = a.store.publishedTotals()
 	}
 	if err = a.metrics.start(counted); err != nil {
 		return err
@@ -277,7 +277,7 @@ func (a *app) serverOptions() serverOptions {
 	o := a.cfg.server
 	if a.loopbackOnly() {
 		host, _, _ := net.SplitHostPort(a.cfg.addr)
-		o.hosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, o.names...)
+		o.ownHosts = append([]string{"localhost", "127.0.0.1", "::1", strings.ToLower(host)}, o.proxyHosts...)
 	}
 	if a.replica != nil {
 		o.gauges = a.replica.gauges
@@ -349,8 +349,8 @@ func (a *app) takeTurns(ctx context.Context) error {
 			}
 			if err = a.store.start(a.committed); err == nil {
 				a.serveOrders()
-				a.metrics.follow(a.store.totals()) // what the leader before had no time to tell of
-				a.log.Info("this replica leads", "resumed", a.store.totals().unfinished())
+				a.metrics.follow(a.store.publishedTotals()) // what the leader before had no time to tell of
+				a.log.Info("this replica leads", "resumed", a.store.publishedTotals().unfinished())
 			}
 		}
 		if err == nil {
@@ -465,15 +465,9 @@ func (a *app) announce() {
 	if a.cfg.server.certificate != nil {
 		scheme = "https"
 	}
-	addr, work := a.listener.Addr().String(), a.cfg.describeWork()
+	addr, work, orders := a.listener.Addr().String(), a.cfg.describeWork(), a.describeOrders()
 	fmt.Fprintf(a.console, "orderd is open at %s://%s\n", scheme, strings.Replace(addr, "[::]", "localhost", 1))
 	fmt.Fprintf(a.console, "data in %s, log in %s\n", a.cfg.data, a.cfg.log.file)
-	orders := ""
-	if a.replica != nil {
-		orders = "orders in " + a.replica.describe() + ", other replicas reach this one at " + a.replica.url
-	} else {
-		orders = fmt.Sprintf("%d unfinished orders resumed", a.store.totals().unfinished())
-	}
 	fmt.Fprintf(a.console, "%d workers, %s, %s\n", a.cfg.pool.workers, work, orders)
 	a.log.Info("started", "addr", addr, "data", a.cfg.data, "workers", a.cfg.pool.workers, "work", work, "orders", orders, "version", versionLine())
 	if a.cfg.server.token == "" && !a.loopbackOnly() {
@@ -482,6 +476,13 @@ func (a *app) announce() {
 	if len(a.cfg.unknown) > 0 {
 		a.warn("no setting is called " + strings.Join(a.cfg.unknown, " or ") + ": see orderd -h for those that are")
 	}
+}
+
+func (a *app) describeOrders() string {
+	if a.replica != nil {
+		return "orders in " + a.replica.describe() + ", other replicas reach this one at " + a.replica.url
+	}
+	return fmt.Sprintf("%d unfinished orders resumed", a.store.publishedTotals().unfinished())
 }
 
 func (a *app) warn(text string) {
@@ -589,7 +590,7 @@ func (c *config) flags() *flag.FlagSet {
 	oneAttempt := inRange("must be a duration from %s to %s, such as 30s or 5m", time.Second, time.Hour, time.ParseDuration)
 	define(fs, &c.addr, "addr", "localhost:8080", "address to listen on; port 0 takes a free one", parseAddr)
 	fs.Func("host", "more Host names that are ours while listening on loopback, as behind a proxy; with commas between", func(s string) (err error) {
-		c.server.names, err = parseHosts(s)
+		c.server.proxyHosts, err = parseHosts(s)
 		return err
 	})
 	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
@@ -706,11 +707,33 @@ func variable(flagName string) string {
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
+	envErr := c.setFromVariables(fs, variables)
+	if err := fs.Parse(args); c.help || errors.Is(err, flag.ErrHelp) {
+		return c, flag.ErrHelp
+	} else if err = cmp.Or(err, envErr); err != nil {
+		return c, usageError{fmt.Errorf("%w; see orderd -h", err)}
+	}
+	if fs.NArg() > 0 {
+		return c, usageError{fmt.Errorf("unexpected argument %q: orderd takes only flags; see orderd -h", fs.Arg(0))}
+	}
+	for _, s := range c.secrets() {
+		if err := s.read(variables); err != nil {
+			return c, err
+		}
+	}
+	c.pool.work = simulate(c.delay)
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	return c, c.contradiction(given["work"] && given["delay"])
+}
+
+// setFromVariables sets the flags that have a variable, and notes the variables
+// that look like settings and are none.
+func (c *config) setFromVariables(fs *flag.FlagSet, variables map[string]string) (err error) {
 	known := map[string]bool{}
 	for _, s := range c.secrets() {
 		known[s.variable] = true
 	}
-	var envErr error
 	fs.VisitAll(func(f *flag.Flag) {
 		if slices.Contains(flagGroups[len(flagGroups)-1].names, f.Name) {
 			return // insteadOfServing
@@ -721,18 +744,10 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 		if !ok {
 			return
 		}
-		if err := fs.Set(f.Name, value); err != nil {
-			envErr = cmp.Or(envErr, fmt.Errorf("invalid value %q for %s: %w", value, name, err))
+		if refused := fs.Set(f.Name, value); refused != nil {
+			err = cmp.Or(err, fmt.Errorf("invalid value %q for %s: %w", value, name, refused))
 		}
 	})
-	if err := fs.Parse(args); c.help || errors.Is(err, flag.ErrHelp) {
-		return c, flag.ErrHelp
-	} else if err = cmp.Or(err, envErr); err != nil {
-		return c, usageError{fmt.Errorf("%w; see orderd -h", err)}
-	}
-	if fs.NArg() > 0 {
-		return c, usageError{fmt.Errorf("unexpected argument %q: orderd takes only flags; see orderd -h", fs.Arg(0))}
-	}
 	for name := range variables {
 		// Kubernetes sets ORDERD_PORT… and ORDERD_SERVICE… for a Service called orderd.
 		if strings.HasPrefix(name, "ORDERD_") && !known[name] && !strings.HasPrefix(name, "ORDERD_PORT") && !strings.HasPrefix(name, "ORDERD_SERVICE_") {
@@ -740,15 +755,7 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 		}
 	}
 	slices.Sort(c.unknown)
-	given := map[string]bool{}
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	c.pool.work = simulate(c.delay)
-	for _, s := range c.secrets() {
-		if err := s.read(variables); err != nil {
-			return c, err
-		}
-	}
-	return c, c.contradiction(given["work"] && given["delay"])
+	return err
 }
 
 // contradiction finds settings that are right one by one, but not together.

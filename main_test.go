@@ -129,7 +129,7 @@ func openIdle(tb testing.TB, dir string, change func(*config), before func(*app)
 	tb.Helper()
 	a = lookedAt(tb, dir, change, before)
 	require.NoError(tb, a.store.start(a.committed))
-	require.NoError(tb, a.metrics.start(a.store.totals()))
+	require.NoError(tb, a.metrics.start(a.store.publishedTotals()))
 	stop = sync.OnceFunc(func() { assert.NoError(tb, errors.Join(a.closeFiles(), a.log.close())) })
 	tb.Cleanup(stop)
 	return a, stop
@@ -299,12 +299,12 @@ func requireGood(t *testing.T, method, path string, got answer) {
 }
 
 // sampleOrder is the i-th of many orders that can be told apart.
-func sampleOrder(i int, key string) *create {
-	return &create{order: order{userID: fmt.Sprintf("user%d", i), itemIDs: fmt.Sprintf("item%d,item2", i), cents: int64(i)}, key: key}
+func sampleOrder(i int, key string) *creation {
+	return &creation{order: order{userID: fmt.Sprintf("user%d", i), itemIDs: fmt.Sprintf("item%d,item2", i), cents: int64(i)}, key: key}
 }
 
-func sampleOrders(n int) []*create {
-	creates := make([]*create, n)
+func sampleOrders(n int) []*creation {
+	creates := make([]*creation, n)
 	for i := range creates {
 		creates[i] = sampleOrder(i, "")
 	}
@@ -312,7 +312,7 @@ func sampleOrders(n int) []*create {
 }
 
 // largest are orders with as much text as the API takes.
-func largest(n int) []*create {
+func largest(n int) []*creation {
 	creates := sampleOrders(n)
 	for _, c := range creates {
 		c.itemIDs = strings.Repeat("x", maxItemIDs)
@@ -322,7 +322,7 @@ func largest(n int) []*create {
 
 // commitTogether puts the creates into one batch, in this order, and waits for
 // its commit. It returns their IDs.
-func commitTogether(tb testing.TB, s *store, creates []*create) []ulid.ULID {
+func commitTogether(tb testing.TB, s *store, creates []*creation) []ulid.ULID {
 	tb.Helper()
 	s.intake.mu.Lock()
 	b := s.intake.open
@@ -339,7 +339,7 @@ func commitTogether(tb testing.TB, s *store, creates []*create) []ulid.ULID {
 }
 
 // move steps an order and returns the step as the writer left it.
-func move(s *store, st step) step {
+func move(s *store, st transition) transition {
 	s.intake.mu.Lock()
 	b := s.intake.open
 	b.move(st)
@@ -353,10 +353,10 @@ func move(s *store, st step) step {
 func moveTo(tb testing.TB, s *store, id ulid.ULID, to status, took int64) {
 	tb.Helper()
 	if to >= processing {
-		require.False(tb, move(s, step{id: id, from: pending, to: processing, started: 1000}).void)
+		require.False(tb, move(s, transition{id: id, from: pending, to: processing, started: 1000}).void)
 	}
 	if to == completed {
-		require.False(tb, move(s, step{id: id, from: processing, to: completed, started: 1000, took: took}).void)
+		require.False(tb, move(s, transition{id: id, from: processing, to: completed, started: 1000, took: took}).void)
 	}
 }
 
@@ -479,7 +479,7 @@ func hold(release <-chan struct{}) work {
 // countedAll reports whether metrics.db has counted all. Beats of a leader only
 // count seq up.
 func countedAll(a *app) bool {
-	counted, held := *a.metrics.counted.Load(), a.store.totals()
+	counted, held := *a.metrics.counted.Load(), a.store.publishedTotals()
 	return counted.seq == held.seq || a.replica != nil && counted.accepted == held.accepted && counted.completed == held.completed
 }
 
@@ -488,14 +488,14 @@ func countedAll(a *app) bool {
 func awaitRest(tb testing.TB, a *app, inWork, done int64) {
 	tb.Helper()
 	until(tb, func() bool {
-		t := a.store.totals()
+		t := a.store.publishedTotals()
 		return t.processing == inWork && t.completed == done && countedAll(a)
 	}, fmt.Sprintf("%d Processing and %d Completed, in both databases", inWork, done))
 }
 
 // counts are the totals without the number of commits.
 func counts(a *app) totals {
-	t := a.store.totals()
+	t := a.store.publishedTotals()
 	t.seq = 0
 	return t
 }
@@ -509,7 +509,7 @@ func checkInvariants(tb testing.TB, a *app) {
 	until(tb, func() bool { return countedAll(a) }, "metrics.db has counted all")
 	db := openOrders(tb, a)
 	defer db.Close()
-	found := totals{identity: a.store.totals().identity, seq: a.store.totals().seq}
+	found := totals{identity: a.store.publishedTotals().identity, seq: a.store.publishedTotals().seq}
 	inTable := map[ulid.ULID]status{}
 	var last ulid.ULID
 	rows, err := db.Query("SELECT id_high, id_low, status, started, took FROM orders ORDER BY id_high")
@@ -544,8 +544,8 @@ func checkInvariants(tb testing.TB, a *app) {
 	written := writtenTotals(tb, a, db)
 	found.seq = written.seq
 	require.Equal(tb, found, written, "the stored totals are those of the table")
-	found.seq = a.store.totals().seq
-	require.Equal(tb, found, a.store.totals(), "totals in memory are those of the table")
+	found.seq = a.store.publishedTotals().seq
+	require.Equal(tb, found, a.store.publishedTotals(), "totals in memory are those of the table")
 
 	counts, err := openSQLite(a.metrics.file.path)
 	require.NoError(tb, err)
@@ -562,7 +562,7 @@ func checkInvariants(tb testing.TB, a *app) {
 	require.Equal(tb, summary{
 		TotalOrdersProcessed: found.completed, AverageProcessingTime: average,
 		OrdersPending: found.pending(), OrdersProcessing: found.processing, OrdersCompleted: found.completed,
-	}, a.metrics.summary(a.store.totals()))
+	}, a.metrics.summarize(a.store.publishedTotals()))
 
 	if a.sqlite != nil {
 		checkSQLite(tb, a, db, counts, found)
@@ -1270,7 +1270,7 @@ var flagTable = []struct {
 	{name: "addr", initial: "localhost:8080", get: func(c config) any { return c.addr },
 		accepted: []string{"localhost:0", "[::1]:80", ":65535"}, refused: []string{"localhost", "localhost:-1", ":65536", ":http", ""},
 		limits: "host:port with a port from 0 to 65535"},
-	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.names, ",") },
+	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.proxyHosts, ",") },
 		accepted: []string{"orders.example", "a,b-c.example,d_e"}, refused: []string{"", "a,", ",a", "a, b", "a:80", "https://a", "*.example", "[::1]"},
 		limits: "names without scheme and port"},
 	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"go.mod", "go.sum"}},
@@ -1809,7 +1809,7 @@ func TestCreateRefusesFields(t *testing.T) {
 			require.Equal(t, test.says, details(t, got.body))
 		})
 	}
-	require.Zero(t, a.store.totals().accepted)
+	require.Zero(t, a.store.publishedTotals().accepted)
 }
 
 func TestCreateRefusesBodies(t *testing.T) {
@@ -1850,7 +1850,7 @@ func TestCreateRefusesBodies(t *testing.T) {
 		{name: "capitals in the content type are fine", body: exampleOrder, contentType: "Application/JSON;charset=UTF-8", status: 201},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			accepted := a.store.totals().accepted
+			accepted := a.store.publishedTotals().accepted
 			header := http.Header{"Content-Type": {cmp.Or(test.contentType, "application/json")}}
 			if test.contentType == "none" {
 				header = http.Header{}
@@ -1859,7 +1859,7 @@ func TestCreateRefusesBodies(t *testing.T) {
 			if test.status == http.StatusCreated {
 				accepted++
 			}
-			require.Equal(t, accepted, a.store.totals().accepted)
+			require.Equal(t, accepted, a.store.publishedTotals().accepted)
 		})
 	}
 	t.Run("a connection that ends within the body", func(t *testing.T) {
@@ -1944,9 +1944,9 @@ func TestIdempotencyKey(t *testing.T) {
 		{name: "two keys", keys: []string{"k", "k"}},
 	} {
 		t.Run(test.name+" is refused", func(t *testing.T) {
-			accepted := a.store.totals().accepted
+			accepted := a.store.publishedTotals().accepted
 			require.Equal(t, http.StatusBadRequest, create(t, keyed(test.keys...), order).status)
-			require.Equal(t, accepted, a.store.totals().accepted)
+			require.Equal(t, accepted, a.store.publishedTotals().accepted)
 		})
 	}
 	t.Run("a refused order leaves the key free", func(t *testing.T) {
@@ -1955,7 +1955,7 @@ func TestIdempotencyKey(t *testing.T) {
 		requireReplay(t, create(t, keyed("free"), order), create(t, keyed("free"), order))
 	})
 	t.Run("20 at once create one order", func(t *testing.T) {
-		before := a.store.totals().accepted
+		before := a.store.publishedTotals().accepted
 		answers := make(chan answer)
 		for range 20 {
 			go func() {
@@ -1974,7 +1974,7 @@ func TestIdempotencyKey(t *testing.T) {
 		}
 		require.Len(t, bodies, 1)
 		require.Equal(t, 19, replayed)
-		require.Equal(t, before+1, a.store.totals().accepted)
+		require.Equal(t, before+1, a.store.publishedTotals().accepted)
 	})
 	t.Run("every key is kept once", func(t *testing.T) {
 		var keys, orders int64
@@ -1982,7 +1982,7 @@ func TestIdempotencyKey(t *testing.T) {
 		defer db.Close()
 		require.NoError(t, db.QueryRow("SELECT count(DISTINCT key), count(*) FROM orders").Scan(&keys, &orders))
 		require.Equal(t, orders, keys)
-		require.Equal(t, orders, a.store.totals().accepted)
+		require.Equal(t, orders, a.store.publishedTotals().accepted)
 	})
 }
 
@@ -1990,7 +1990,7 @@ func TestGetOrder(t *testing.T) {
 	t.Parallel()
 	a, release, _ := heldApp(t, func(c *config) { c.pool.workers, c.store.cache = 1, 2 }, nil)
 	first, second, third := place(t, a, "u", "held"), place(t, a, "u", "held"), place(t, a, "u", "i")
-	until(t, func() bool { return a.store.totals().processing == 1 })
+	until(t, func() bool { return a.store.publishedTotals().processing == 1 })
 	for _, cached := range []string{"in memory or on disk", "after the first was read from disk"} {
 		for id, status := range map[string]string{first: "Processing", second: "Pending", third: "Pending"} {
 			t.Run(status+" "+cached, func(t *testing.T) {
@@ -2003,7 +2003,7 @@ func TestGetOrder(t *testing.T) {
 		}
 	}
 	release()
-	until(t, func() bool { return a.store.totals().completed == 3 })
+	until(t, func() bool { return a.store.publishedTotals().completed == 3 })
 	for _, id := range []string{first, second, third} {
 		require.Equal(t, "Completed", statusOf(t, a, id))
 	}
@@ -2136,8 +2136,8 @@ func TestWait(t *testing.T) {
 		release()
 		got := arrived(t, answers)
 		require.Equal(t, "wait=60", got.header.Get("Preference-Applied"))
-		require.Equal(t, list(t, a, "?limit=1").Orders[0], decoded[listedOrder](t, got.body))
-		require.Equal(t, "Completed", decoded[listedOrder](t, got.body).Status)
+		require.Equal(t, list(t, a, "?limit=1").Orders[0], decoded[orderDocument](t, got.body))
+		require.Equal(t, "Completed", decoded[orderDocument](t, got.body).Status)
 	})
 	t.Run("ends with its time", func(t *testing.T) {
 		t.Parallel()
@@ -2146,7 +2146,7 @@ func TestWait(t *testing.T) {
 		a.server.http.ReadTimeout = 50 * time.Millisecond // shorter than the wait
 		serveTestApp(t, a)
 		id := place(t, a, "u", "held")
-		until(t, func() bool { return a.store.totals().processing == 1 })
+		until(t, func() bool { return a.store.publishedTotals().processing == 1 })
 		for _, wait := range []int{0, 1} {
 			began := time.Now()
 			got := call(t, a, http.MethodGet, "/orders/"+id, prefer(fmt.Sprintf("wait=%d", wait)), "")
@@ -2160,14 +2160,14 @@ func TestWait(t *testing.T) {
 		t.Parallel()
 		a, release, stop := heldApp(t, nil, nil)
 		id := place(t, a, "u", "held")
-		until(t, func() bool { return a.store.totals().processing == 1 })
+		until(t, func() bool { return a.store.publishedTotals().processing == 1 })
 		answers := later(t.Context(), a, id, "60")
 		until(t, func() bool { return waiting(a) == 1 })
 		go stop()
 		require.Equal(t, "Processing", decoded[map[string]string](t, arrived(t, answers).body)["status"])
 		release()
 		stop()
-		require.EqualValues(t, 1, a.store.totals().completed, "what ran was let to its end")
+		require.EqualValues(t, 1, a.store.publishedTotals().completed, "what ran was let to its end")
 	})
 	t.Run("ends with its client", func(t *testing.T) {
 		t.Parallel()
@@ -2267,7 +2267,7 @@ func TestPreferHeader(t *testing.T) {
 }
 
 type shownPage struct {
-	Orders []listedOrder
+	Orders []orderDocument
 	Next   *string
 }
 
@@ -2286,7 +2286,7 @@ func mixedOrders(t *testing.T, a *app) (ids []string) {
 	for i, itemIDs := range strings.Fields("c c c held c c c c c held c c held c c held c c c") {
 		ids = append(ids, place(t, a, []string{"ann", "bob", "ann"}[i%3], itemIDs))
 	}
-	until(t, func() bool { t := a.store.totals(); return t.processing == 3 && t.completed == 10 }, "3 workers are held")
+	until(t, func() bool { t := a.store.publishedTotals(); return t.processing == 3 && t.completed == 10 }, "3 workers are held")
 	slices.Reverse(ids)
 	return ids
 }
@@ -2377,7 +2377,7 @@ func TestListPages(t *testing.T) {
 		for _, userID := range []string{"", "ann", "bob", "nobody"} {
 			for _, limit := range []int{1, 2, 5} {
 				t.Run(fmt.Sprintf("of %d %s orders of %s", limit, cmp.Or(status, "all"), cmp.Or(userID, "everyone")), func(t *testing.T) {
-					var want, got []listedOrder
+					var want, got []orderDocument
 					for _, o := range list(t, a, "?limit=1000").Orders {
 						if (status == "" || o.Status == status) && (userID == "" || o.UserID == userID) {
 							want = append(want, o)
@@ -2407,9 +2407,9 @@ func TestListPages(t *testing.T) {
 	}
 	t.Run("of all orders once they are Completed", func(t *testing.T) {
 		release()
-		until(t, func() bool { t := a.store.totals(); return t.completed == t.accepted })
+		until(t, func() bool { t := a.store.publishedTotals(); return t.completed == t.accepted })
 		all := list(t, a, "?limit=1000")
-		require.EqualValues(t, a.store.totals().accepted, len(all.Orders))
+		require.EqualValues(t, a.store.publishedTotals().accepted, len(all.Orders))
 		require.Equal(t, all, list(t, a, "?limit=1000&status=Completed"))
 		require.Empty(t, list(t, a, "?status=Pending").Orders)
 		require.Empty(t, list(t, a, "?status=Processing").Orders)
@@ -2419,7 +2419,7 @@ func TestListPages(t *testing.T) {
 func TestListPagesEndAfterSoManyBytes(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	var creates []*create
+	var creates []*creation
 	for i := range 100 {
 		c := sampleOrder(i, "")
 		c.userID, c.itemIDs = []string{"ann", "bob"}[i%2], strings.Repeat("x", maxItemIDs)
@@ -2572,7 +2572,7 @@ func TestMetricsJSON(t *testing.T) {
 		return decoded[map[string]float64](t, get(t, a, "/metrics").body)
 	}
 	until(t, func() bool {
-		t := a.store.totals()
+		t := a.store.publishedTotals()
 		return t.processing == 1 && a.metrics.counted.Load().completed == 1
 	})
 	average := func() float64 {
@@ -2580,7 +2580,7 @@ func TestMetricsJSON(t *testing.T) {
 		db := openOrders(t, a)
 		defer db.Close()
 		require.NoError(t, db.QueryRow("SELECT sum(took) FROM orders WHERE status = 2").Scan(&took))
-		return float64(took) / float64(a.store.totals().completed) / 1e6
+		return float64(took) / float64(a.store.publishedTotals().completed) / 1e6
 	}
 	require.Equal(t, map[string]float64{"total_orders_processed": 1, "orders_pending": 2, "orders_processing": 1, "orders_completed": 1,
 		"average_processing_time": average()}, read())
@@ -2663,7 +2663,7 @@ func TestMetricsText(t *testing.T) {
 	until(t, func() bool { return a.pool.parked.len() == 1 })
 	place(t, a, "u", "held") // so that no worker tries the other again
 	until(t, func() bool {
-		return a.store.totals().processing == 2 && a.pool.active.Load() == 1 && a.pool.parked.len() == 1
+		return a.store.publishedTotals().processing == 2 && a.pool.active.Load() == 1 && a.pool.parked.len() == 1
 	})
 	var newest string
 	for range 5 {
@@ -2790,7 +2790,7 @@ func TestRoutes(t *testing.T) {
 			require.NotEmpty(t, got.body)
 		})
 		t.Run("HEAD "+r.path+" answers GET's header", func(t *testing.T) {
-			until(t, func() bool { return a.metrics.counted.Load().completed == a.store.totals().accepted }, "nothing changes in between")
+			until(t, func() bool { return a.metrics.counted.Load().completed == a.store.publishedTotals().accepted }, "nothing changes in between")
 			want, got := get(t, a, path), call(t, a, http.MethodHead, path, nil, "")
 			require.Equal(t, want.status, got.status)
 			require.Empty(t, got.body)
@@ -2930,7 +2930,7 @@ func TestBehindNginx(t *testing.T) {
 	gate := make(chan struct{})
 	dir, files := t.TempDir(), t.TempDir()
 	a, stop := openTestApp(t, dir, func(c *config) {
-		c.server.token, c.server.readToken, c.server.names, c.drain = "s3cret", "r3ad", []string{"orders.example.com"}, 0
+		c.server.token, c.server.readToken, c.server.proxyHosts, c.drain = "s3cret", "r3ad", []string{"orders.example.com"}, 0
 		c.pool.work = hold(gate)
 	}, nil)
 	release := sync.OnceFunc(func() { close(gate) })
@@ -3041,8 +3041,8 @@ func TestBehindNginx(t *testing.T) {
 func TestHost(t *testing.T) {
 	t.Parallel()
 	loopback := newTestApp(t, nil)
-	named := newTestApp(t, func(c *config) { c.server.names = []string{"orders.example", "example.com"} })
-	anywhere := newTestApp(t, func(c *config) { c.addr, c.server.names = "0.0.0.0:0", []string{"orders.example"} })
+	named := newTestApp(t, func(c *config) { c.server.proxyHosts = []string{"orders.example", "example.com"} })
+	anywhere := newTestApp(t, func(c *config) { c.addr, c.server.proxyHosts = "0.0.0.0:0", []string{"orders.example"} })
 	for _, test := range []struct {
 		host   string
 		status int  // on loopback
@@ -3092,13 +3092,36 @@ func TestWithoutALeader(t *testing.T) {
 	}
 	got := post(t, a, exampleOrder)
 	require.Equal(t, http.StatusServiceUnavailable, got.status)
-	require.Contains(t, got.body, "The order was not taken")
+	require.Contains(t, got.body, "This request was not taken")
 	for _, path := range []string{"/", "/openapi.json", "/livez"} {
 		require.Equal(t, http.StatusOK, send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, nil, "").status, path)
 	}
 	own := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
 	require.Equal(t, http.StatusOK, own.status)
 	require.NotContains(t, own.body, "orderd_orders{")
+}
+
+// TestAStoppingStandbyEndsWaits passes a wait on to a leader that does not answer.
+func TestAStoppingStandbyEndsWaits(t *testing.T) {
+	t.Parallel()
+	a, stop := openTestApp(t, t.TempDir(), nil, nil)
+	arrived := make(chan struct{})
+	leader := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		close(arrived)
+		<-r.Context().Done()
+	}))
+	t.Cleanup(leader.Close)
+	a.server.local.Store(nil)
+	a.server.forwarder.follow(leader.URL, "pass")
+	waited := make(chan answer, 1)
+	go func() {
+		waited <- send(t.Context(), a.listener.Addr().String(), http.MethodGet, "/orders/x", prefer("wait=60"), "")
+	}()
+	<-arrived
+	stop()
+	got := <-waited
+	require.Equal(t, http.StatusServiceUnavailable, got.status, got.body)
+	require.Equal(t, "1", got.header.Get("Retry-After"))
 }
 
 func TestToken(t *testing.T) {
@@ -3124,7 +3147,7 @@ func TestToken(t *testing.T) {
 				require.Regexp(t, `^Bearer\b`, got.header.Get("WWW-Authenticate"))
 				require.NotContains(t, got.body, "s3cret")
 			}
-			accepted := a.store.totals().accepted
+			accepted := a.store.publishedTotals().accepted
 			got := call(t, a, r.method, path, header("bearer r3ad"), r.body)
 			if r.method == http.MethodGet {
 				require.Equal(t, r.status, got.status)
@@ -3132,7 +3155,7 @@ func TestToken(t *testing.T) {
 			} else {
 				require.Equal(t, http.StatusForbidden, got.status)
 				require.Contains(t, got.body, "This token may only read")
-				require.Equal(t, accepted, a.store.totals().accepted)
+				require.Equal(t, accepted, a.store.publishedTotals().accepted)
 			}
 		})
 	}
@@ -3162,11 +3185,11 @@ func TestPagesOfOtherSites(t *testing.T) {
 		for site, refused := range map[string]bool{"cross-site": !r.open, "same-site": false, "same-origin": false, "none": false} {
 			t.Run(r.method+" "+r.path+" from "+site, func(t *testing.T) {
 				header := http.Header{"Content-Type": {"application/json"}, "Sec-Fetch-Site": {site}, "Sec-Fetch-Mode": {"no-cors"}}
-				accepted := a.store.totals().accepted
+				accepted := a.store.publishedTotals().accepted
 				got := call(t, a, r.method, strings.Replace(r.path, "ID", id, 1), header, r.body)
 				if refused {
 					require.Equal(t, http.StatusForbidden, got.status)
-					require.Equal(t, accepted, a.store.totals().accepted)
+					require.Equal(t, accepted, a.store.publishedTotals().accepted)
 				} else {
 					require.Equal(t, r.status, got.status)
 				}
@@ -3252,7 +3275,7 @@ func TestClientInTheRequestLog(t *testing.T) {
 		at := cmp.Or(test.addr, "127.0.0.1:0") + strings.Join(test.names, "")
 		if apps[at] == nil {
 			dir := t.TempDir()
-			a, stop := openTestApp(t, dir, func(c *config) { c.server.names, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
+			a, stop := openTestApp(t, dir, func(c *config) { c.server.proxyHosts, c.addr = test.names, cmp.Or(test.addr, c.addr) }, nil)
 			apps[at] = &asked{a: a, lines: func() []map[string]any {
 				stop()
 				return logged(t, dir, "request")
@@ -3356,7 +3379,7 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 	a, stop := openIdle(t, dir, nil, nil)
 	var voids []string
 	for _, inRow := range []status{pending, processing, completed} {
-		for _, st := range []step{
+		for _, st := range []transition{
 			{from: pending, to: processing, started: 2000},
 			{from: pending, to: completed, started: 2000, took: 7},
 			{from: processing, to: completed, started: 2000, took: 7},
@@ -3385,7 +3408,7 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 	}
 	t.Run("any on one that is not there", func(t *testing.T) {
 		stranger := ulid.Make()
-		require.True(t, move(a.store, step{id: stranger, from: pending, to: processing, started: 2000}).void)
+		require.True(t, move(a.store, transition{id: stranger, from: pending, to: processing, started: 2000}).void)
 		voids = append(voids, stranger.String())
 		_, ok := a.store.cache.get(stranger)
 		require.False(t, ok, "a void step does not reach the cache")
@@ -3408,27 +3431,27 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	s := a.store
 	ids := commitTogether(t, s, sampleOrders(3))
 	reached := held.arm()
-	s.step(step{id: ids[2], from: pending, to: processing, started: 1000})
+	s.step(transition{id: ids[2], from: pending, to: processing, started: 1000})
 	<-reached // that step's batch is with the writer; what follows shares the next one
 
-	s.step(step{id: ids[2], from: processing, to: completed, started: 1000, took: 30})
-	s.step(step{id: ids[0], from: pending, to: processing, started: 2000})
-	s.step(step{id: ids[1], from: pending, to: processing, started: 3000})
+	s.step(transition{id: ids[2], from: processing, to: completed, started: 1000, took: 30})
+	s.step(transition{id: ids[0], from: pending, to: processing, started: 2000})
+	s.step(transition{id: ids[1], from: pending, to: processing, started: 3000})
 	for took := range int64(100) {
-		s.step(step{id: ids[0], from: processing, to: completed, started: 2000, took: took})
+		s.step(transition{id: ids[0], from: processing, to: completed, started: 2000, took: took})
 	}
 	s.intake.mu.Lock()
 	next := s.intake.open
 	s.intake.mu.Unlock()
 	held.release()
 	<-next.done
-	require.Equal(t, []step{
+	require.Equal(t, []transition{
 		{id: ids[2], from: processing, to: completed, started: 1000, took: 30},
 		{id: ids[0], from: pending, to: completed, started: 2000, took: 99},
 		{id: ids[1], from: pending, to: processing, started: 3000},
 	}, next.steps)
 	checkInvariants(t, a)
-	require.Equal(t, []int64{3, 1, 2, 129}, []int64{s.totals().accepted, s.totals().processing, s.totals().completed, s.totals().took})
+	require.Equal(t, []int64{3, 1, 2, 129}, []int64{s.publishedTotals().accepted, s.publishedTotals().processing, s.publishedTotals().completed, s.publishedTotals().took})
 }
 
 func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
@@ -3444,7 +3467,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	answers := [2]chan error{make(chan error, 1), make(chan error, 1)}
 	go func() { answers[0] <- a.store.create(sampleOrder(0, "")) }()
 	<-reached
-	totals := a.store.totals()
+	totals := a.store.publishedTotals()
 	e.tell(func(b *batch) error { b.totals = totals; return errNotWritten }, nil) // its batch fails, and every one after it
 	go func() { answers[1] <- a.store.create(sampleOrder(1, "")) }()
 	until(t, func() bool {
@@ -3453,7 +3476,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 		return len(a.store.intake.open.creates) == 1
 	}, "the second create waits for the next batch")
 
-	a.store.step(step{id: before, from: pending, to: completed, started: 1, took: 1})
+	a.store.step(transition{id: before, from: pending, to: completed, started: 1, took: 1})
 	held.release()
 	for i, answer := range answers {
 		select {
@@ -3465,7 +3488,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 	}
 	e.tell(nil, nil)
 	until(t, func() bool { return a.store.create(sampleOrder(2, "")) == nil }, "orders are accepted again")
-	require.Equal(t, []int64{2, 1}, []int64{a.store.totals().accepted, a.store.totals().completed}, "the step was kept")
+	require.Equal(t, []int64{2, 1}, []int64{a.store.publishedTotals().accepted, a.store.publishedTotals().completed}, "the step was kept")
 	checkInvariants(t, a)
 }
 
@@ -3493,7 +3516,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()
 			r, dir := rand.New(rand.NewPCG(seed, 0)), t.TempDir()
-			var placed []*create
+			var placed []*creation
 			done, resumed := 0, 0 // orders; resumed at the last start
 			var a *app
 			var stop func()
@@ -3540,7 +3563,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 				checkInvariants(t, a)
 			}
 			place := func(n int) {
-				creates := make([]*create, n)
+				creates := make([]*creation, n)
 				for i := range creates {
 					key := ""
 					if r.IntN(3) == 0 {
@@ -3574,11 +3597,11 @@ func TestOrdersAgainstAModel(t *testing.T) {
 					}
 				case 4:
 					awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
-					before := a.metrics.summary(a.store.totals())
+					before := a.metrics.summarize(a.store.publishedTotals())
 					stop()
 					start()
-					require.Equal(t, before.TotalOrdersProcessed, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
-					require.Equal(t, before.AverageProcessingTime, a.metrics.summary(a.store.totals()).AverageProcessingTime)
+					require.Equal(t, before.TotalOrdersProcessed, a.metrics.summarize(a.store.publishedTotals()).TotalOrdersProcessed)
+					require.Equal(t, before.AverageProcessingTime, a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime)
 				}
 				compare()
 			}
@@ -3681,9 +3704,9 @@ func TestBatchesOfEverySizeKeepEveryOrder(t *testing.T) {
 						c.key = fmt.Sprintf("%s %d", t.Name(), i)
 					}
 				}
-				accepted := a.store.totals().accepted
+				accepted := a.store.publishedTotals().accepted
 				ids := commitTogether(t, a.store, creates)
-				require.Equal(t, accepted+int64(size), a.store.totals().accepted)
+				require.Equal(t, accepted+int64(size), a.store.publishedTotals().accepted)
 				for i, id := range ids {
 					require.True(t, i == 0 || ids[i-1].Compare(id) < 0)
 					o, err := a.store.get(id)
@@ -3702,10 +3725,10 @@ func TestBatchesOfEverySizeKeepEveryOrder(t *testing.T) {
 		}
 	}
 	t.Run("a key twice in one batch", func(t *testing.T) {
-		creates := []*create{sampleOrder(1, ""), sampleOrder(2, "twin"), sampleOrder(2, "twin"), sampleOrder(3, "twin"), sampleOrder(4, "")}
-		accepted := a.store.totals().accepted
+		creates := []*creation{sampleOrder(1, ""), sampleOrder(2, "twin"), sampleOrder(2, "twin"), sampleOrder(3, "twin"), sampleOrder(4, "")}
+		accepted := a.store.publishedTotals().accepted
 		ids := commitTogether(t, a.store, creates)
-		require.Equal(t, accepted+3, a.store.totals().accepted)
+		require.Equal(t, accepted+3, a.store.publishedTotals().accepted)
 		require.True(t, creates[2].replayed)
 		require.Equal(t, ids[1], ids[2])
 		require.Equal(t, errKeyReused, creates[3].err)
@@ -3736,13 +3759,13 @@ func TestListsOfAUser(t *testing.T) {
 		for i, id := range ids {
 			switch {
 			case n+i < orders-2000 && i%100 != 3:
-				a.store.step(step{id: id, from: pending, to: completed, started: 1000})
+				a.store.step(transition{id: id, from: pending, to: completed, started: 1000})
 			case n+i < orders-1900:
-				a.store.step(step{id: id, from: pending, to: processing, started: 1000})
+				a.store.step(transition{id: id, from: pending, to: processing, started: 1000})
 			}
 		}
 	}
-	until(t, func() bool { return a.store.totals().pending() == 1900 }, "all steps are taken")
+	until(t, func() bool { return a.store.publishedTotals().pending() == 1900 }, "all steps are taken")
 	checkInvariants(t, a)
 	indexed := func() (n int64) {
 		require.NoError(t, onSQLite(t, a).listReaders.QueryRow("SELECT count(*) FROM orders_by_user").Scan(&n))
@@ -3846,10 +3869,10 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 		_, err := db.Exec("INSERT INTO orders ("+insertColumns+", started, took) VALUES ($1, $2, CAST($3 AS smallint), $4, $5, $6, NULL, nullif(CAST($7 AS bigint), 0), CASE WHEN CAST($3 AS smallint) = 2 THEN CAST($8 AS bigint) END)",
 			high(id), low(id), int64(o.status), o.userID, o.itemIDs, o.cents, o.started, o.took)
 		require.NoError(t, err)
-		var shown listedOrder
+		var shown orderDocument
 		require.NoError(t, db.QueryRow("SELECT order_id, user_id, item_ids, total_amount, status, created_at, started_at, completed_at FROM orders_readable WHERE user_id = $1", o.userID).
 			Scan(&shown.OrderID, &shown.UserID, &shown.ItemIDs, &shown.TotalAmount, &shown.Status, &shown.CreatedAt, &shown.StartedAt, &shown.CompletedAt))
-		require.Equal(t, newListedOrder(o), shown)
+		require.Equal(t, newOrderDocument(o), shown)
 	}
 }
 
@@ -3914,7 +3937,7 @@ func TestCloseLosesNoConfirmedOrderAndLeavesNoWAL(t *testing.T) {
 			}
 		})
 	}
-	until(t, func() bool { return a.store.totals().accepted > 100 }, "some orders are in")
+	until(t, func() bool { return a.store.publishedTotals().accepted > 100 }, "some orders are in")
 	stop()
 	wg.Wait()
 	for range cap(refusals) {
@@ -4243,7 +4266,7 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 					tc.first(w, r)
 				}
 			})
-			before, began := a.store.totals().completed, time.Now()
+			before, began := a.store.publishedTotals().completed, time.Now()
 			id := commitTogether(t, a.store, sampleOrders(1))[0].String()
 			awaitRest(t, a, 0, before+1)
 			attempts := []string{id + " 1"}
@@ -4362,7 +4385,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			ids = append(ids, commitTogether(t, a.store, sampleOrders(feedRows))...)
 			until(t, func() bool { return a.pool.failed.Load() >= int64(workers)+5 }, "the endpoint is tried again and again")
 			require.Equal(t, 1.0, metric(t, base(a), "orderd_endpoint_down"))
-			require.LessOrEqual(t, a.store.totals().processing, int64(workers)+5, "only what was tried is Processing")
+			require.LessOrEqual(t, a.store.publishedTotals().processing, int64(workers)+5, "only what was tried is Processing")
 			require.LessOrEqual(t, a.pool.parked.len(), workers+5)
 			require.LessOrEqual(t, a.pool.active.Load(), int64(1))
 			require.Equal(t, http.StatusOK, get(t, a, "/readyz").status)
@@ -4607,8 +4630,8 @@ func TestTimesOfAConnection(t *testing.T) {
 				placed, listener := time.Now(), newPipes()
 				served := make(chan error, 1)
 				go func() { served <- a.server.serve(listener) }()
-				ids := commitTogether(t, a.store, []*create{{order: order{userID: "u", itemIDs: "long"}}, {order: order{userID: "u", itemIDs: "soon"}}})
-				until(t, func() bool { return a.store.totals().processing == 2 })
+				ids := commitTogether(t, a.store, []*creation{{order: order{userID: "u", itemIDs: "long"}}, {order: order{userID: "u", itemIDs: "soon"}}})
+				until(t, func() bool { return a.store.publishedTotals().processing == 2 })
 				require.Less(t, time.Since(placed), 100*time.Millisecond, "a step does not wait long for a create's fsync")
 				client, server := net.Pipe()
 				listener.accept <- server
@@ -4672,17 +4695,17 @@ func TestPausesBetweenAttempts(t *testing.T) {
 						if attempt <= attempts {
 							return fail()
 						}
-					case a.store.totals().accepted <= failing || attempt > 1 && attempt < 9:
+					case a.store.publishedTotals().accepted <= failing || attempt > 1 && attempt < 9:
 						return fail()
 					}
 					return nil
 				}
 			}, func(t *testing.T, a *app, stop func() string) {
 				ids := commitTogether(t, a.store, sampleOrders(failing))
-				until(t, func() bool { return a.store.totals().processing == failing }, "more than worker and queue have places for")
+				until(t, func() bool { return a.store.publishedTotals().processing == failing }, "more than worker and queue have places for")
 				for n := range int64(20) {
 					require.NoError(t, a.store.create(sampleOrder(1, "")))
-					until(t, func() bool { return a.store.totals().completed >= n+1 }, "another order is not held up")
+					until(t, func() bool { return a.store.publishedTotals().completed >= n+1 }, "another order is not held up")
 				}
 				time.Sleep(10 * time.Minute)
 				awaitRest(t, a, 0, 20+failing)
@@ -4733,7 +4756,7 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 	}, func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(100))
 		until(t, func() bool { return inTrouble(a) })
-		require.LessOrEqual(t, a.store.totals().processing, int64(workers))
+		require.LessOrEqual(t, a.store.publishedTotals().processing, int64(workers))
 		time.Sleep(150 * time.Second)
 		awaitRest(t, a, 0, 100)
 		pause := firstRetry
@@ -4854,8 +4877,8 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 	}, counted(e), func(t *testing.T, a *app, stop func() string) {
 		first := sampleOrder(1, "key")
 		require.NoError(t, a.store.create(first))
-		until(t, func() bool { return a.store.totals().processing == 1 })
-		before := a.store.totals()
+		until(t, func() bool { return a.store.publishedTotals().processing == 1 })
+		before := a.store.publishedTotals()
 		full := func(b *batch) error {
 			b.totals = before
 			return fmt.Errorf("%w: no space left on device", errNotWritten)
@@ -4905,9 +4928,9 @@ func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
 			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
 		}
 		e.mu.Unlock()
-		seq := a.store.totals().seq
+		seq := a.store.publishedTotals().seq
 		time.Sleep(time.Hour)
-		require.Equal(t, seq, a.store.totals().seq, "an idle service writes nothing")
+		require.Equal(t, seq, a.store.publishedTotals().seq, "an idle service writes nothing")
 		require.Len(t, linesOf(t, stop(), "the backlog cannot be read"), 3)
 	})
 }
@@ -4926,7 +4949,7 @@ func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
 		}
 		commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(5*retryPause + retryPause/2)
-		require.EqualValues(t, 5, a.store.totals().completed)
+		require.EqualValues(t, 5, a.store.publishedTotals().completed)
 		require.Zero(t, a.metrics.counted.Load().completed)
 		mu.Lock()
 		require.InDelta(t, 6, len(at), 1)
@@ -5038,7 +5061,7 @@ func TestParkedOrdersAreBounded(t *testing.T) {
 		ids := commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(time.Minute)
 		require.Zero(t, len(a.pool.channel))
-		require.EqualValues(t, 5, a.store.totals().pending())
+		require.EqualValues(t, 5, a.store.publishedTotals().pending())
 		a.pool.parked.mu.Lock()
 		a.pool.parked.jobs = jobHeap{}
 		a.pool.parked.mu.Unlock()
@@ -5059,19 +5082,19 @@ func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
 		time.Sleep(30*time.Minute + time.Second)
 		awaitRest(t, a, 0, 3*expiryRows)
 		time.Sleep(time.Hour - time.Minute)
-		require.Zero(t, a.store.totals().removed, "the time counts from the completion")
+		require.Zero(t, a.store.publishedTotals().removed, "the time counts from the completion")
 		time.Sleep(time.Minute)
 		time.Sleep(time.Minute + 2*time.Second)
-		require.EqualValues(t, 3*expiryRows, a.store.totals().removed)
+		require.EqualValues(t, 3*expiryRows, a.store.publishedTotals().removed)
 		commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(30*time.Minute + time.Second)
 		awaitRest(t, a, 0, 3*expiryRows+5)
 		ahead.Store(int64(25 * time.Hour))
 		time.Sleep(10 * time.Minute)
-		require.EqualValues(t, 3*expiryRows, a.store.totals().removed, "the clock's jump is not believed")
+		require.EqualValues(t, 3*expiryRows, a.store.publishedTotals().removed, "the clock's jump is not believed")
 		ahead.Store(int64(2 * time.Hour))
 		time.Sleep(10 * time.Minute)
-		require.EqualValues(t, 3*expiryRows+5, a.store.totals().removed)
+		require.EqualValues(t, 3*expiryRows+5, a.store.publishedTotals().removed)
 		require.Len(t, linesOf(t, stop(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"), 1)
 	})
 }
@@ -5131,12 +5154,12 @@ func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	for _, name := range []string{"orders.db", "metrics.db"} {
 		execOn(t, filepath.Join(a.cfg.data, name), "VACUUM INTO ?", filepath.Join(crashed, "data", name))
 	}
-	require.Equal(t, int64(1), a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
-	require.Equal(t, int64(2), a.metrics.summary(a.store.totals()).OrdersCompleted)
+	require.Equal(t, int64(1), a.metrics.summarize(a.store.publishedTotals()).TotalOrdersProcessed)
+	require.Equal(t, int64(2), a.metrics.summarize(a.store.publishedTotals()).OrdersCompleted)
 
 	for range 2 { // the second start finds nothing left to take over
 		b, stop := openIdle(t, crashed, nil, nil)
-		require.Equal(t, summary{TotalOrdersProcessed: 2, AverageProcessingTime: 150e-6, OrdersPending: 2, OrdersProcessing: 1, OrdersCompleted: 2}, b.metrics.summary(b.store.totals()))
+		require.Equal(t, summary{TotalOrdersProcessed: 2, AverageProcessingTime: 150e-6, OrdersPending: 2, OrdersProcessing: 1, OrdersCompleted: 2}, b.metrics.summarize(b.store.publishedTotals()))
 		checkInvariants(t, b)
 		stop()
 	}
@@ -5158,7 +5181,7 @@ func TestAverageIsOverCompletedOrders(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	require.Equal(t, summary{}, a.metrics.summary(a.store.totals()))
+	require.Equal(t, summary{}, a.metrics.summarize(a.store.publishedTotals()))
 	ids := commitTogether(t, a.store, sampleOrders(5))
 	moveTo(t, a.store, ids[4], processing, 0)
 	for i, tc := range []struct {
@@ -5167,12 +5190,12 @@ func TestAverageIsOverCompletedOrders(t *testing.T) {
 	}{{1_000_000, 1}, {2_000_000, 1.5}, {0, 1}, {6_000_000, 2.25}} {
 		moveTo(t, a.store, ids[i], completed, tc.took)
 		awaitRest(t, a, 1, int64(i)+1)
-		require.Equal(t, tc.want, a.metrics.summary(a.store.totals()).AverageProcessingTime)
+		require.Equal(t, tc.want, a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime)
 		checkInvariants(t, a)
 	}
 	stop()
 	a, _ = openIdle(t, dir, nil, nil)
-	require.Equal(t, 2.25, a.metrics.summary(a.store.totals()).AverageProcessingTime)
+	require.Equal(t, 2.25, a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime)
 	checkInvariants(t, a)
 }
 
@@ -5183,7 +5206,7 @@ func TestHistogramCountsByUpperBound(t *testing.T) {
 		h.observe(v)
 	}
 	var e exposition
-	e.histogram("x_seconds", "What it is.", &h)
+	e.buckets("x_seconds", "What it is.", &h)
 	require.Equal(t, `# HELP x_seconds What it is.
 # TYPE x_seconds histogram
 x_seconds_bucket{le="0.5"} 2
@@ -6070,7 +6093,7 @@ func fetchPage(client *http.Client, address string) (page shownPage, err error) 
 }
 
 // listAll reads every order of the service.
-func listAll(tb testing.TB, base string) (orders []listedOrder) {
+func listAll(tb testing.TB, base string) (orders []orderDocument) {
 	tb.Helper()
 	client, next := newClient(), "/orders?limit=1000"
 	defer client.CloseIdleConnections()
@@ -6145,12 +6168,12 @@ func (j *journal) check(tb testing.TB, base string) {
 }
 
 // verify compares the journal with all orders of a drained service.
-func (j *journal) verify(orders []listedOrder, sum summary) error {
+func (j *journal) verify(orders []orderDocument, sum summary) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	var wrong []string
 	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
-	found := map[string][]listedOrder{}
+	found := map[string][]orderDocument{}
 	for _, o := range orders {
 		found[o.UserID] = append(found[o.UserID], o)
 		if o.Status != completed.String() {
@@ -7044,7 +7067,7 @@ func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
 				moveTo(t, a.store, id, status(min(i, 2)), int64(i))
 			}
 			checkInvariants(t, a)
-			before := a.metrics.summary(a.store.totals())
+			before := a.metrics.summarize(a.store.publishedTotals())
 			stop()
 			switch damage {
 			case "":
@@ -7055,7 +7078,7 @@ func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
 				execOn(t, a.metrics.file.path, damage)
 			}
 			a, _ = openIdle(t, dir, nil, nil)
-			require.Equal(t, before, a.metrics.summary(a.store.totals()))
+			require.Equal(t, before, a.metrics.summarize(a.store.publishedTotals()))
 			checkInvariants(t, a)
 		})
 	}
@@ -7641,12 +7664,12 @@ func TestReaderHoldsTheWAL(t *testing.T) {
 			require.Less(t, time.Since(began), 10*time.Second)
 		}
 	}
-	fill(func() bool { return a.store.totals().accepted >= 64 })
+	fill(func() bool { return a.store.publishedTotals().accepted >= 64 })
 	count, end := holdSnapshot(t, onSQLite(t, a).file.path)
 	held := count()
 	fill(func() bool { return walBytes(a) > walKept*5/4 })
 	require.Equal(t, held, count())
-	require.Greater(t, a.store.totals().accepted, held+1000)
+	require.Greater(t, a.store.publishedTotals().accepted, held+1000)
 	end()
 	fill(func() bool { return walBytes(a) <= walKept })
 	checkInvariants(t, a)
@@ -7665,7 +7688,7 @@ func TestOverload(t *testing.T) {
 	var failed atomic.Int64
 	place := func() {
 		wg.Go(func() {
-			if a.store.create(&create{order: order{userID: "u", itemIDs: "x"}}) != nil {
+			if a.store.create(&creation{order: order{userID: "u", itemIDs: "x"}}) != nil {
 				failed.Add(1)
 			}
 		})
@@ -7707,9 +7730,9 @@ func TestTheOpenBatchIsBounded(t *testing.T) {
 	require.ErrorIs(t, err, errBusy)
 	require.ErrorIs(t, in.ready(), errBusy)
 	for i := range maxSteps {
-		require.Nil(t, in.addStep(step{id: numbered(i), to: processing}))
+		require.Nil(t, in.addStep(transition{id: numbered(i), to: processing}))
 	}
-	require.Equal(t, in.open, in.addStep(step{id: numbered(maxSteps), to: processing}))
+	require.Equal(t, in.open, in.addStep(transition{id: numbered(maxSteps), to: processing}))
 }
 
 // TestAMillionPending starts on a backlog far longer than the channel.
@@ -7771,7 +7794,7 @@ func TestNothingFollowsWhatIsInDoubt(t *testing.T) {
 	})
 	require.ErrorIs(t, a.store.create(sampleOrder(1, "")), errOutcomeUnknown)
 	until(t, func() bool { return a.store.ready() != nil })
-	a.store.step(step{id: ulid.Make(), from: pending, to: processing, started: 1})
+	a.store.step(transition{id: ulid.Make(), from: pending, to: processing, started: 1})
 	before := e.others.Load()
 	stop()
 	require.Equal(t, before, e.others.Load(), "another batch would be taken for it")
@@ -7808,7 +7831,7 @@ func TestWhatIsInDoubtIsNotCalledRefused(t *testing.T) {
 			again := sampleOrder(1, "cart")
 			require.NoError(t, a.store.create(again))
 			require.True(t, again.replayed, "it was there")
-			require.EqualValues(t, 1, a.store.totals().accepted)
+			require.EqualValues(t, 1, a.store.publishedTotals().accepted)
 			st, err := a.store.status(again.id)
 			require.NoError(t, err)
 			require.Equal(t, pending, st)
@@ -7843,7 +7866,7 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 		clients.Go(func() {
 			user := fmt.Sprintf("user%d", client)
 			for range many(300) {
-				c := &create{order: order{userID: user, itemIDs: "item"}}
+				c := &creation{order: order{userID: user, itemIDs: "item"}}
 				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
 					wrong.Store(new("an order was refused"))
 					return
@@ -7872,7 +7895,7 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	}
 	clients.Go(func() { // nor is a whole order ahead of the status alone
 		for range many(300) {
-			c := &create{order: order{userID: "user", itemIDs: "item"}}
+			c := &creation{order: order{userID: "user", itemIDs: "item"}}
 			if a.store.create(c) != nil {
 				wrong.Store(new("an order was refused"))
 				return
@@ -8077,8 +8100,8 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	stop()
 	tamper(t, a, "UPDATE orders SET status = 0, started = NULL"+newest)
 	a, stop = openIdle(t, dir, nil, nil)
-	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summary(a.store.totals()).AverageProcessingTime},
-		a.metrics.summary(a.store.totals()))
+	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime},
+		a.metrics.summarize(a.store.publishedTotals()))
 	stop()
 	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 2)
 	a, _ = openTestApp(t, dir, nil, nil)
@@ -8306,13 +8329,13 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 			}
 			a, stop := openIdle(t, dir, nil, nil)
 			checkInvariants(t, a)
-			require.Equal(t, totals{accepted: 4, processing: 1, completed: 2, took: 6000000, newest: 1700000000004 << 16, newestStarted: 1700000000003 << 16, identity: a.store.totals().identity}, counts(a))
+			require.Equal(t, totals{accepted: 4, processing: 1, completed: 2, took: 6000000, newest: 1700000000004 << 16, newestStarted: 1700000000003 << 16, identity: a.store.publishedTotals().identity}, counts(a))
 			found := allOrders(t, a.store)
 			require.Equal(t, order{id: joinID(1700000000001<<16, 11), userID: "ann", itemIDs: "a,b", cents: 150, status: completed, started: 1700000000100, took: 2000000}, found[3])
 			require.Equal(t, order{id: joinID(1700000000003<<16, 13), userID: "ann", itemIDs: "d", cents: 350, status: processing, started: 1700000000300}, found[1])
 			ofAnn, _ := walk(t, a.store, filter{userID: "ann", limit: 2})
 			require.Equal(t, []order{found[0], found[1], found[3]}, ofAnn)
-			again := &create{order: order{userID: "bob", itemIDs: "c", cents: 250}, key: "cart"}
+			again := &creation{order: order{userID: "bob", itemIDs: "c", cents: 250}, key: "cart"}
 			require.NoError(t, a.store.create(again))
 			require.True(t, again.replayed)
 			require.Equal(t, found[2].id, again.id)
@@ -8363,18 +8386,18 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 		cached = commitTogether(t, a.store, sampleOrders(size))
 	}
 	placed := int64(batches*size + 2)
-	newest := a.store.totals().newest
-	until(t, func() bool { return a.store.totals().removed == placed-1 }, "all but the one at work are removed")
+	newest := a.store.publishedTotals().newest
+	until(t, func() bool { return a.store.publishedTotals().removed == placed-1 }, "all but the one at work are removed")
 
 	for _, location := range []string{first.header.Get("Location"), "/orders/" + cached[0].String()} {
 		require.Equal(t, http.StatusNotFound, get(t, a, location).status)
 	}
 	require.Equal(t, "Processing", statusOf(t, a, held))
-	require.Equal(t, placed-1, a.metrics.summary(a.store.totals()).TotalOrdersProcessed)
-	require.Zero(t, a.metrics.summary(a.store.totals()).OrdersCompleted)
+	require.Equal(t, placed-1, a.metrics.summarize(a.store.publishedTotals()).TotalOrdersProcessed)
+	require.Zero(t, a.metrics.summarize(a.store.publishedTotals()).OrdersCompleted)
 	again := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
-	until(t, func() bool { return a.store.totals().removed == placed }, "the next one too")
+	until(t, func() bool { return a.store.publishedTotals().removed == placed }, "the next one too")
 	stop()
 	stored := func(table string) (rows int) {
 		db := openOrders(t, a)
@@ -8391,7 +8414,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	release()
 	a, _ = openTestApp(t, dir, keep, nil)
 	require.Greater(t, high(ulid.MustParse(place(t, a, "user", "item"))), newest, "an ID is never used again")
-	until(t, func() bool { return a.store.totals().removed == placed+2 }, "the one that was at work is completed and removed")
+	until(t, func() bool { return a.store.publishedTotals().removed == placed+2 }, "the one that was at work is completed and removed")
 	require.Zero(t, counts(a).pending()+counts(a).processing)
 	found, _ := walk(t, a.store, filter{userID: "user", limit: 10})
 	require.Empty(t, found)
@@ -8422,7 +8445,7 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	stop()
 	execOn(t, path, "DROP TRIGGER held")
 	a, _ = openTestApp(t, dir, keep, nil)
-	until(t, func() bool { return a.store.totals().removed == 2 }, "a later pass removes both")
+	until(t, func() bool { return a.store.publishedTotals().removed == 2 }, "a later pass removes both")
 }
 
 // fullEngine has no room for a commit that removes orders.
@@ -8473,7 +8496,7 @@ func TestFreedPagesAreUsedAgain(t *testing.T) {
 			b.creates = sampleOrders(maxCreates)
 			a.store.writer.number(b.creates)
 			for _, c := range b.creates {
-				b.move(step{id: c.id, from: pending, to: completed, started: 1, took: 1})
+				b.move(transition{id: c.id, from: pending, to: completed, started: 1, took: 1})
 			}
 			commit(b)
 		}
@@ -8860,7 +8883,7 @@ func FuzzCreateBody(f *testing.F) {
 		stored, err := a.store.get(n.id)
 		require.NoError(t, err)
 		require.Equal(t, n.order, stored)
-		shown := newListedOrder(stored)
+		shown := newOrderDocument(stored)
 		require.Equal(t, []any{n.userID, n.itemIDs}, []any{shown.UserID, shown.ItemIDs})
 		again, ok := exactCents(shown.TotalAmount.String())
 		require.True(t, ok)
@@ -9603,7 +9626,7 @@ func leadOn(tb testing.TB, p *replica) *postgresEngine {
 var newestSample atomic.Int64
 
 // batchOf are orders with their IDs, as the writer hands them to an engine.
-func batchOf(creates ...*create) *batch {
+func batchOf(creates ...*creation) *batch {
 	b := newBatch(nil)
 	for _, c := range creates {
 		n := max(newestSample.Add(1), time.Now().UnixMilli()<<16)
@@ -9616,10 +9639,10 @@ func batchOf(creates ...*create) *batch {
 }
 
 // stepsOf move orders that were stored.
-func stepsOf(from, to status, took int64, creates ...*create) (steps []step) {
+func stepsOf(from, to status, took int64, creates ...*creation) (steps []transition) {
 	for _, c := range creates {
 		if c.stored() {
-			steps = append(steps, step{id: c.id, from: from, to: to, started: int64(c.id.Time()) + 5, took: took})
+			steps = append(steps, transition{id: c.id, from: from, to: to, started: int64(c.id.Time()) + 5, took: took})
 		}
 	}
 	return steps
@@ -9747,7 +9770,7 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 
 	differs, again = sampleOrder(3, "k1"), sampleOrder(1, "k1")
 	second := batchOf(differs, again)
-	second.steps = append(stepsOf(pending, processing, 0, a, b), step{id: ulid.Make(), from: pending, to: processing, started: 1})
+	second.steps = append(stepsOf(pending, processing, 0, a, b), transition{id: ulid.Make(), from: pending, to: processing, started: 1})
 	require.NoError(t, l.commit(second))
 	require.ErrorIs(t, differs.err, errKeyReused)
 	require.True(t, again.replayed)
@@ -9966,7 +9989,7 @@ func (d *dropper) url() string {
 // many orders were stored.
 func pound(t *testing.T, l *postgresEngine, batches int) (stored int) {
 	t.Helper()
-	var last []*create
+	var last []*creation
 	for i := range batches {
 		creates := sampleOrders(20)
 		for j := range 5 {

@@ -188,8 +188,8 @@ type summary struct {
 	OrdersCompleted       int64   `json:"orders_completed"` // of those still stored
 }
 
-// summary joins what was counted with the totals t of the orders.
-func (m *metrics) summary(t totals) summary {
+// summarize joins what was counted with the totals t of the orders.
+func (m *metrics) summarize(t totals) summary {
 	counted := m.counted.Load()
 	sum := summary{
 		TotalOrdersProcessed: counted.completed,
@@ -249,7 +249,7 @@ func (e *exposition) single(name, kind, help string, value float64) {
 	e.sample(name, "", value)
 }
 
-func (e *exposition) histogram(name, help string, h *histogram) {
+func (e *exposition) buckets(name, help string, h *histogram) {
 	e.family(name, "histogram", help)
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -394,10 +394,16 @@ type postgresEngine struct {
 	reads   *pgxpool.Pool
 
 	// The writer's:
-	conn        *pgx.Conn
-	failure     error // why this engine leads no more
-	inDoubt     bool  // what was sent last may or may not be in the table, or still arrive
-	unconfirmed bool  // the commit is visible, but perhaps on the primary alone: a confirmed beat proves it
+	conn    *pgx.Conn
+	failure error // why this engine leads no more
+	// What is known of the statement that was sent last:
+	//
+	//	inDoubt  unconfirmed
+	//	false    false        it is durable: the next batch may follow
+	//	true     false        it is in the table, or not, or still to arrive: send the same again
+	//	false    true         it is in the table, but perhaps on the primary alone: a confirmed beat proves it durable
+	//	true     true         the same, and that beat is in doubt: send it again
+	inDoubt, unconfirmed bool
 
 	confirmedSeq atomic.Int64              // the highest seq that PostgreSQL has confirmed
 	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
@@ -433,11 +439,11 @@ WITH held AS MATERIALIZED (
 ), done AS (
 	UPDATE leader l SET seq = l.seq + 1, proven = $3, ended = $4,
 		accepted = l.accepted + n.count, newest = greatest(l.newest, n.newest),
-		processing = l.processing + m.started - m.ended, completed = l.completed + m.completed, took = l.took + m.took,
+		processing = l.processing + m.entered - m.finished, completed = l.completed + m.completed, took = l.took + m.took,
 		newest_started = greatest(l.newest_started, m.newest), removed = l.removed + g.count
 	FROM held,
 		(SELECT count(*), max(id_high) AS newest FROM new) n,
-		(SELECT count(*) FILTER (WHERE next = 1) AS started, count(*) FILTER (WHERE previous = 1) AS ended, count(*) FILTER (WHERE next = 2) AS completed,
+		(SELECT count(*) FILTER (WHERE next = 1) AS entered, count(*) FILTER (WHERE previous = 1) AS finished, count(*) FILTER (WHERE next = 2) AS completed,
 			coalesce(sum(took) FILTER (WHERE next = 2), 0)::bigint AS took, max(id_high) AS newest FROM moved) m,
 		(SELECT count(*) FROM gone) g
 	WHERE l.one
@@ -614,7 +620,7 @@ func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	refused := map[*create]error{}
+	refused := map[*creation]error{}
 	for _, c := range p.batch.creates {
 		_, err := l.conn.Exec(ctx, "BEGIN")
 		if err == nil {
@@ -634,7 +640,7 @@ func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 		}
 	}
 	rest := *p.batch
-	rest.creates = slices.DeleteFunc(slices.Clone(rest.creates), func(c *create) bool { return refused[c] != nil })
+	rest.creates = slices.DeleteFunc(slices.Clone(rest.creates), func(c *creation) bool { return refused[c] != nil })
 	next := pack(&rest)
 	next.batch, next.tried = p.batch, true
 	for c, err := range refused {

@@ -67,8 +67,8 @@ type serverOptions struct {
 	token       string       // bearer token that requests must carry; empty asks for none
 	readToken   string       // another one, which only reads; or empty
 	certificate *certificate // to serve HTTPS with, or nil
-	names       []string     // Host names from -host, in lower case; if there are any, a peer on loopback is a proxy
-	hosts       []string     // all Host names that are ours; empty takes any
+	proxyHosts  []string     // Host names from -host, in lower case; if there are any, a peer on loopback is a proxy
+	ownHosts    []string     // all Host names that are ours; empty takes any
 	gauges      func() []gauge
 }
 
@@ -204,6 +204,7 @@ func (s *server) serve(l net.Listener) error {
 func (s *server) shutdown(deadline time.Time) {
 	ctx, cancel := context.WithTimeout(context.Background(), max(answerTime, time.Until(deadline)))
 	defer cancel()
+	s.forwarder.stop()
 	if err := s.http.Shutdown(ctx); err != nil {
 		s.log.Warn("requests were cut off at shutdown", "error", err)
 		s.http.Close()
@@ -271,7 +272,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		if r.latency != nil && response.Header()["Preference-Applied"] == nil {
 			r.latency.observe(took.Seconds())
 		}
-		s.logRequest(id, began, took, request, response)
+		s.logRequest(id, began, took, request, response, err)
 		if errors.Is(err, http.ErrAbortHandler) {
 			panic(http.ErrAbortHandler) // net/http cuts the connection, or the answer would look whole
 		}
@@ -282,7 +283,8 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 // traceparent is the form of W3C's header: https://www.w3.org/TR/trace-context/.
 var traceparent = regexp.MustCompile(`^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$`)
 
-func (s *server) logRequest(id string, began time.Time, took time.Duration, request *http.Request, response *echo.Response) {
+// logRequest tells of a 503 the cause, too: its client is not told all of it.
+func (s *server) logRequest(id string, began time.Time, took time.Duration, request *http.Request, response *echo.Response, err error) {
 	handler := s.log.Handler()
 	if !handler.Enabled(context.Background(), slog.LevelInfo) {
 		return
@@ -293,6 +295,9 @@ func (s *server) logRequest(id string, began time.Time, took time.Duration, requ
 		slog.Int("status", response.Status), slog.Int64("us", took.Microseconds()), slog.Int64("bytes", response.Size))
 	if parent := request.Header["Traceparent"]; len(parent) == 1 && traceparent.MatchString(parent[0]) {
 		line.AddAttrs(slog.String("traceparent", parent[0]))
+	}
+	if err != nil && response.Status == http.StatusServiceUnavailable {
+		line.AddAttrs(slog.String("error", err.Error()))
 	}
 	handler.Handle(context.Background(), line)
 }
@@ -305,7 +310,7 @@ func (s *server) client(r *http.Request) string {
 		return r.RemoteAddr
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
-	byProxy := len(s.names) > 0 && peer.Addr().Unmap().IsLoopback()
+	byProxy := len(s.proxyHosts) > 0 && peer.Addr().Unmap().IsLoopback()
 	if !byProxy && !s.passedOn(r) {
 		return r.RemoteAddr
 	}
@@ -366,11 +371,11 @@ func (s *server) admit(c echo.Context) error {
 
 // ours reports whether a Host header names this server.
 func (s *server) ours(host string) bool {
-	if len(s.hosts) == 0 || host == "" {
+	if len(s.ownHosts) == 0 || host == "" {
 		return true
 	}
 	name := (&url.URL{Host: strings.ToLower(host)}).Hostname() // without port and brackets
-	return slices.Contains(s.hosts, name)
+	return slices.Contains(s.ownHosts, name)
 }
 
 // harmless are the methods that the read token allows.
@@ -471,13 +476,13 @@ func idempotencyKey(values []string) (string, error) {
 
 // decodeCreate reads a body into an order. A body that is no single JSON object
 // is a 400; all that is wrong with its fields is one 422.
-func decodeCreate(body []byte) (*create, error) {
+func decodeCreate(body []byte) (*creation, error) {
 	var members map[string]json.RawMessage // exact names, unlike a struct's
 	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
 		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
 			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
 	}
-	n := &create{}
+	n := &creation{}
 	known := [...]struct {
 		name  string
 		parse func(json.RawMessage, complain)
@@ -546,7 +551,7 @@ func unquote(value json.RawMessage) (text string, whole bool) {
 // complain notes what is wrong with a field.
 type complain func(format string, args ...any)
 
-func (n *create) parseUserID(value json.RawMessage, bad complain) {
+func (n *creation) parseUserID(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
 	n.userID = strings.TrimSpace(text)
 	if ok && (n.userID == "" || len(n.userID) > maxUserID) {
@@ -554,7 +559,7 @@ func (n *create) parseUserID(value json.RawMessage, bad complain) {
 	}
 }
 
-func (n *create) parseItemIDs(value json.RawMessage, bad complain) {
+func (n *creation) parseItemIDs(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
 	if !ok {
 		return
@@ -575,7 +580,7 @@ func (n *create) parseItemIDs(value json.RawMessage, bad complain) {
 	n.itemIDs = strings.Join(items, ",")
 }
 
-func (n *create) parseAmount(value json.RawMessage, bad complain) {
+func (n *creation) parseAmount(value json.RawMessage, bad complain) {
 	if kind := kindOf(value); kind != "a number" {
 		bad("must be a number, not %s", kind)
 		return
@@ -703,7 +708,7 @@ func wholeOrder(c echo.Context, s *store, id ulid.ULID) error {
 		return err
 	}
 	c.Response().Header()[echo.HeaderCacheControl] = noStore
-	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, newListedOrder(o))
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, newOrderDocument(o))
 }
 
 // The elements of a header that is a list (a comma in quotes belongs to its
@@ -725,8 +730,8 @@ func preferredWait(values []string) (wait time.Duration, ok bool) {
 	return 0, false
 }
 
-// listedOrder is a whole order as the API shows it.
-type listedOrder struct {
+// orderDocument is a whole order as the API shows it.
+type orderDocument struct {
 	OrderID     string      `json:"order_id"`
 	UserID      string      `json:"user_id"`
 	ItemIDs     string      `json:"item_ids"`
@@ -737,11 +742,11 @@ type listedOrder struct {
 	CompletedAt *string     `json:"completed_at"`
 }
 
-func newListedOrder(o order) listedOrder {
+func newOrderDocument(o order) orderDocument {
 	at := func(ms int64) *string {
 		return new(timestamp(ms))
 	}
-	l := listedOrder{
+	l := orderDocument{
 		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
 		TotalAmount: o.amount(), Status: o.status.String(), CreatedAt: at(int64(o.id.Time())),
 	}
@@ -770,15 +775,15 @@ func (s *server) listOrders(c echo.Context, l *localOrders) error {
 		return err
 	}
 	answer := struct {
-		Orders []listedOrder `json:"orders"`
-		Next   *string       `json:"next"`
-	}{Orders: make([]listedOrder, 0, len(found.orders))}
+		Orders []orderDocument `json:"orders"`
+		Next   *string         `json:"next"`
+	}{Orders: make([]orderDocument, 0, len(found.orders))}
 	if !found.next.IsZero() {
 		query.Set("before", found.next.String())
 		answer.Next = new("/orders?" + query.Encode())
 	}
 	for _, o := range found.orders {
-		answer.Orders = append(answer.Orders, newListedOrder(o))
+		answer.Orders = append(answer.Orders, newOrderDocument(o))
 	}
 	c.Response().Header()[echo.HeaderCacheControl] = noStore
 	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, answer)
@@ -853,7 +858,7 @@ func (s *server) summary(c echo.Context, l *localOrders) error {
 	if err != nil {
 		return err
 	}
-	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summary(t))
+	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, s.metrics.summarize(t))
 }
 
 // prefersText reports whether an Accept header ranks Prometheus's text format
@@ -888,8 +893,8 @@ func (s *server) prometheus() []byte {
 	if l := s.local.Load(); l != nil {
 		s.ordersMetrics(&e, l)
 	}
-	e.histogram("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
-	e.histogram("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
+	e.buckets("orderd_create_seconds", "Time to answer POST /orders.", &s.creates)
+	e.buckets("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.reads)
 	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
 	for _, r := range s.routes {
 		for code := range r.statuses {
@@ -908,8 +913,8 @@ func (s *server) prometheus() []byte {
 
 // ordersMetrics tells of the orders and the work on them.
 func (s *server) ordersMetrics(e *exposition, l *localOrders) {
-	t, cache := l.store.totals(), l.store.cache
-	sum := s.metrics.summary(t)
+	t, cache := l.store.publishedTotals(), l.store.cache
+	sum := s.metrics.summarize(t)
 	e.single("orderd_orders_processed_total", "counter", "Orders ever processed, as counted in metrics.db.", float64(sum.TotalOrdersProcessed))
 	e.single("orderd_orders_accepted_total", "counter", "Orders ever accepted.", float64(t.accepted))
 	e.single("orderd_orders_removed_total", "counter", "Completed orders removed by -keep.", float64(t.removed))
@@ -917,7 +922,7 @@ func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
 		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
 	}
-	e.histogram("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.took)
+	e.buckets("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.took)
 	e.single("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where the orders cannot be read.", oldestPending(l.store))
 	e.single("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(l.pool.channel)))
 	e.single("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(l.pool.channel)))
@@ -930,8 +935,8 @@ func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	e.single("orderd_cache_entries", "gauge", "Order statuses in memory.", float64(cache.len()))
 	e.single("orderd_cache_hits_total", "counter", "Status reads answered from memory.", float64(cache.hits.Load()))
 	e.single("orderd_cache_misses_total", "counter", "Status reads that went to the table.", float64(cache.misses.Load()))
-	e.histogram("orderd_commit_operations", "Creates and steps in one commit of orders.", &s.metrics.commitSizes)
-	e.histogram("orderd_commit_seconds", "Time of one commit of orders, until it is durable.", &s.metrics.commitTimes)
+	e.buckets("orderd_commit_operations", "Creates and steps in one commit of orders.", &s.metrics.commitSizes)
+	e.buckets("orderd_commit_seconds", "Time of one commit of orders, until it is durable.", &s.metrics.commitTimes)
 	e.single("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
 }
 
@@ -1005,6 +1010,8 @@ type forwarder struct {
 	transport *http.Transport
 	buffers   sync.Pool
 	target    atomic.Pointer[destination] // nil where there is none
+	stopping  context.Context             // done when this replica stops: waits are given up
+	stop      context.CancelFunc
 }
 
 // destination is a leader during its term.
@@ -1017,16 +1024,20 @@ type destination struct {
 }
 
 func newForwarder() *forwarder {
-	return &forwarder{
+	f := &forwarder{
 		transport: &http.Transport{
 			DialContext:         (&net.Dialer{Timeout: time.Second}).DialContext,
 			TLSHandshakeTimeout: time.Second,
-			MaxIdleConnsPerHost: 1024,
-			IdleConnTimeout:     time.Minute, // below the server's: no request meets a connection that it is closing
-			DisableCompression:  true,
+			// Above the longest wait: only a leader whose packets are lost takes longer.
+			ResponseHeaderTimeout: maxWait + 10*time.Second,
+			MaxIdleConnsPerHost:   1024,
+			IdleConnTimeout:       time.Minute, // below the server's: no request meets a connection that it is closing
+			DisableCompression:    true,
 		},
 		buffers: sync.Pool{New: func() any { return new([32 << 10]byte) }},
 	}
+	f.stopping, f.stop = context.WithCancel(context.Background())
+	return f
 }
 
 // Get and Put make it a httputil.BufferPool.
@@ -1068,6 +1079,9 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(leader.gone, cancel)()
+	if r.Method == http.MethodGet && len(r.Header["Prefer"]) > 0 {
+		defer context.AfterFunc(f.stopping, cancel)()
+	}
 	var sent atomic.Bool
 	var failed error
 	proxy := httputil.ReverseProxy{
@@ -1140,11 +1154,11 @@ func faultOf(err error, c echo.Context) *fault {
 		f.Type = "urn:orderd:problem:outcome-unknown"
 		return f
 	case errors.Is(err, errNoLeader) && c.Request().Method == http.MethodPost:
-		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", errNoLeader)
+		return newFault(http.StatusServiceUnavailable, "This request was not taken: %v. Try again later.", errNoLeader)
 	case errors.Is(err, errNoLeader):
 		return newFault(http.StatusServiceUnavailable, "There is no answer now: %v. Try again later.", errNoLeader)
 	case errors.Is(err, errBusy), errors.Is(err, errUnwritable), errors.Is(err, errClosed), errors.Is(err, errInDoubt):
-		return newFault(http.StatusServiceUnavailable, "The order was not taken: %v. Try again later.", err)
+		return newFault(http.StatusServiceUnavailable, "This request was not taken: %v. Try again later.", err)
 	case errors.Is(err, errBehind), errors.Is(err, errSilent), errors.Is(err, errDeposed):
 		return newFault(http.StatusServiceUnavailable, "The answer is not certain now: the database has not confirmed it. Try again later.")
 	case errors.Is(err, echo.ErrNotFound):

@@ -62,8 +62,8 @@ func joinID(high, low int64) (id ulid.ULID) {
 	return id
 }
 
-// create is an order on its way into the table.
-type create struct {
+// creation is an order on its way into the table.
+type creation struct {
 	order
 	key      string    // idempotency key, or empty
 	assigned ulid.ULID // set by the writer: the ID if this create stores an order
@@ -73,7 +73,7 @@ type create struct {
 
 // replay resolves c with the order that its key created earlier: that order if
 // the content is the same, else errKeyReused.
-func (c *create) replay(earlier order) {
+func (c *creation) replay(earlier order) {
 	c.err = errKeyReused
 	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
 		c.order, c.replayed, c.err = earlier, true, nil
@@ -81,13 +81,13 @@ func (c *create) replay(earlier order) {
 }
 
 // reset undoes what an attempt that was rolled back has set.
-func (c *create) reset() { c.id, c.replayed, c.err = c.assigned, false, nil }
+func (c *creation) reset() { c.id, c.replayed, c.err = c.assigned, false, nil }
 
 // stored reports whether c made a new order. Ask after the commit.
-func (c *create) stored() bool { return !c.replayed && c.err == nil }
+func (c *creation) stored() bool { return !c.replayed && c.err == nil }
 
-// step is one order's move to a later status.
-type step struct {
+// transition is one order's move to a later status.
+type transition struct {
 	id            ulid.ULID
 	from, to      status
 	started, took int64 // as in order
@@ -338,7 +338,7 @@ func (s *store) start(onCommit func(commitReport)) error {
 // create puts an order into the open batch and returns once that batch is on
 // disk. The writer gives c.order its ID. A key that has already created an order
 // is answered with that order, even while creates are refused.
-func (s *store) create(c *create) error {
+func (s *store) create(c *creation) error {
 	b, err := s.intake.add(c)
 	if err == nil {
 		<-b.done
@@ -357,7 +357,7 @@ func (s *store) create(c *create) error {
 
 // step adds a step to the open batch. It does not wait for the commit, only
 // while the batch is full.
-func (s *store) step(st step) {
+func (s *store) step(st transition) {
 	for {
 		full := s.intake.addStep(st)
 		if full == nil {
@@ -419,7 +419,7 @@ func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 // moment before the cache does: after an answer in between, the next one, from
 // the cache, would be older.
 func (s *store) await(seq int64) error {
-	for began := time.Now(); s.totals().seq < seq; time.Sleep(publishPause) {
+	for began := time.Now(); s.publishedTotals().seq < seq; time.Sleep(publishPause) {
 		if time.Since(began) > maxBehind {
 			return errBehind
 		}
@@ -435,15 +435,15 @@ func (s *store) backlog(after int64, limit int) ([]queued, error) {
 // oldest: see engine.
 func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.oldest(st) }
 
-// totals are those of the last published commit.
-func (s *store) totals() totals { return *s.published.Load() }
+// publishedTotals are those of the last published commit.
+func (s *store) publishedTotals() totals { return *s.published.Load() }
 
 // showableTotals are the totals, unless they may not be shown now.
-func (s *store) showableTotals() (totals, error) { return s.totals(), s.engine.current() }
+func (s *store) showableTotals() (totals, error) { return s.publishedTotals(), s.engine.current() }
 
 // clockBehind is how far the newest order's time is ahead of the clock, or 0.
 func (s *store) clockBehind() time.Duration {
-	return max(0, time.UnixMilli(s.totals().newest>>16).Sub(s.writer.now()))
+	return max(0, time.UnixMilli(s.publishedTotals().newest>>16).Sub(s.writer.now()))
 }
 
 // ready tells why a create would be refused now, or wait too long.
@@ -470,8 +470,8 @@ func (s *store) close() error {
 // batch is what one commit holds. It belongs to the intake while it is open, then
 // to the writer until done is closed, and after that to those who waited.
 type batch struct {
-	creates []*create
-	steps   []step
+	creates []*creation
+	steps   []transition
 	bytes   int               // of text in creates
 	stepOf  map[ulid.ULID]int // an order's index in steps
 	expiry  *expiry           // or nil
@@ -483,7 +483,7 @@ type batch struct {
 	next    *batch      // the same for another attempt, where the outcome is in doubt
 }
 
-func newBatch(steps []step) *batch {
+func newBatch(steps []transition) *batch {
 	b := &batch{steps: steps, stepOf: map[ulid.ULID]int{}, done: make(chan struct{})}
 	for i, st := range steps {
 		b.stepOf[st.id] = i
@@ -511,7 +511,7 @@ func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.
 
 // move adds a step. A second step of the same order is merged into the first: a
 // commit moves an order once.
-func (b *batch) move(st step) {
+func (b *batch) move(st transition) {
 	if i, ok := b.stepOf[st.id]; ok {
 		st.from = b.steps[i].from
 		b.steps[i] = st
@@ -544,7 +544,7 @@ func newIntake() *intake {
 }
 
 // add puts a create into the open batch and returns that, for the caller to wait.
-func (in *intake) add(c *create) (*batch, error) {
+func (in *intake) add(c *creation) (*batch, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if err := in.refusal(); err != nil {
@@ -557,7 +557,7 @@ func (in *intake) add(c *create) (*batch, error) {
 }
 
 // addStep puts a step into the open batch, or returns that batch if it is full.
-func (in *intake) addStep(st step) (full *batch) {
+func (in *intake) addStep(st transition) (full *batch) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.open.steps) == maxSteps {
@@ -701,9 +701,9 @@ func (w *writer) awaitCreate() {
 // gather yields until the batch stops growing. Under load that fills it with
 // the creates of everyone who is ready to run; when idle it costs no time.
 func (w *writer) gather() {
-	for previous, now := -1, 0; previous < now; {
+	for previous, gathered := -1, 0; previous < gathered; {
 		runtime.Gosched()
-		previous, now = now, w.intake.creates()
+		previous, gathered = gathered, w.intake.creates()
 	}
 }
 
@@ -783,7 +783,7 @@ func refusalFor(err error) error {
 
 // number gives new orders their IDs, each above every earlier one, also when the
 // clock is set back.
-func (w *writer) number(creates []*create) {
+func (w *writer) number(creates []*creation) {
 	ms := w.now().UnixMilli()
 	for _, c := range creates {
 		w.newest = max(w.newest+1, ms<<16)
@@ -1013,7 +1013,7 @@ const (
 	insertRows    = 16 // most rows of one INSERT: they share the price of running a statement
 )
 
-func appendOrder(args []any, c *create) []any {
+func appendOrder(args []any, c *creation) []any {
 	var key any // NULL without one
 	if c.key != "" {
 		key = c.key
@@ -1277,7 +1277,7 @@ func (e *sqliteEngine) commit(b *batch) error {
 	return err
 }
 
-func (e *sqliteEngine) transaction(b *batch, insert func([]*create) error) error {
+func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) error {
 	if err := e.inPlace(); err != nil {
 		return err
 	}
@@ -1301,7 +1301,7 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*create) error) error
 }
 
 // fill runs every statement of a batch except COMMIT.
-func (e *sqliteEngine) fill(b *batch, insert func([]*create) error) error {
+func (e *sqliteEngine) fill(b *batch, insert func([]*creation) error) error {
 	if _, err := e.write.begin.exec(); err != nil {
 		return err
 	}
@@ -1401,7 +1401,7 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 
 // insertTogether inserts many orders a statement. It fails with errRejected if
 // the table refuses one of them.
-func (e *sqliteEngine) insertTogether(creates []*create) error {
+func (e *sqliteEngine) insertTogether(creates []*creation) error {
 	for some := range slices.Chunk(creates, insertRows) {
 		if err := e.insert(&e.write.insert[len(some)], some); err != nil {
 			return rejected(err)
@@ -1412,7 +1412,7 @@ func (e *sqliteEngine) insertTogether(creates []*create) error {
 
 // insertEach inserts one order a statement, so that one that the table refuses
 // fails alone.
-func (e *sqliteEngine) insertEach(creates []*create) error {
+func (e *sqliteEngine) insertEach(creates []*creation) error {
 	for one := range slices.Chunk(creates, 1) {
 		err := rejected(e.insert(&e.write.insertOne, one))
 		if errors.Is(err, errRejected) {
@@ -1427,7 +1427,7 @@ func (e *sqliteEngine) insertEach(creates []*create) error {
 
 // insert inserts orders, and finds those that their keys created earlier. First
 // it resets what a rolled back attempt has set.
-func (e *sqliteEngine) insert(stmt *statement, creates []*create) error {
+func (e *sqliteEngine) insert(stmt *statement, creates []*creation) error {
 	args := make([]any, 0, insertRows*insertArgs)
 	for _, c := range creates {
 		c.reset()
@@ -1461,7 +1461,7 @@ func rejected(err error) error {
 }
 
 // applyStep moves an order, if it is in st.from.
-func (e *sqliteEngine) applyStep(st *step) error {
+func (e *sqliteEngine) applyStep(st *transition) error {
 	var took any // NULL until final
 	if st.to.final() {
 		took = st.took

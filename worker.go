@@ -186,7 +186,7 @@ func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 func (p *pool) begin(o queued) job {
 	j := job{id: o.id, started: p.now().UnixMilli(), began: time.Since(p.made)}
 	if o.status == pending {
-		p.store.step(step{id: o.id, from: pending, to: processing, started: j.started})
+		p.store.step(transition{id: o.id, from: pending, to: processing, started: j.started})
 	}
 	return j
 }
@@ -222,7 +222,7 @@ func (p *pool) runSafely(j job) (err error) {
 func (p *pool) complete(j job) {
 	took := time.Since(p.made) - j.began
 	p.took.observe(took.Seconds())
-	p.store.step(step{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
+	p.store.step(transition{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
 }
 
 // postpone parks an order after an attempt that failed, and logs the failure;
@@ -354,12 +354,12 @@ func newParking() *parking {
 	return p
 }
 
-func (p *parking) tick(t time.Time) tick { return tick(t.Sub(p.made) / tickLength) }
+func (p *parking) tickAt(t time.Time) tick { return tick(t.Sub(p.made) / tickLength) }
 
 func (p *parking) park(j job, due time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	j.due = p.tick(due) + 1 // rounded up
+	j.due = p.tickAt(due) + 1 // rounded up
 	heap.Push(&p.jobs, j)
 	p.arm()
 }
@@ -368,7 +368,7 @@ func (p *parking) park(j job, due time.Time) {
 func (p *parking) unpark(now time.Time) (j job, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.jobs.n > 0 && p.jobs.at(0).due.after(p.tick(now)) <= 0 {
+	if p.jobs.n > 0 && p.jobs.at(0).due.after(p.tickAt(now)) <= 0 {
 		j, ok = heap.Pop(&p.jobs).(job), true
 	}
 	p.arm()
@@ -380,7 +380,7 @@ func (p *parking) arm() {
 	if p.jobs.n == 0 {
 		return
 	}
-	if wait := p.jobs.at(0).due.after(p.tick(time.Now())); wait > 0 {
+	if wait := p.jobs.at(0).due.after(p.tickAt(time.Now())); wait > 0 {
 		p.timer.Reset(wait)
 	} else {
 		nudge(p.ready)
