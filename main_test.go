@@ -9814,6 +9814,25 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 	require.NoError(t, err, "an order is not removed by the commit that answers with it")
 }
 
+// TestAnUnconfirmedCommitIsGone has another server go on without a commit that
+// was never confirmed: that is no loss, but the end of a term.
+func TestAnUnconfirmedCommitIsGone(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	l := leadOn(t, newReplica(t, c.url("")))
+	t.Cleanup(func() { l.close() })
+	b := batchOf(sampleOrder(1, ""))
+	require.NoError(t, l.commit(b))
+	l.unconfirmed = true
+	l.replica.highestConfirmed.seq--
+	c.exec(t, "DELETE FROM orders", "UPDATE leader SET seq = seq - 1, accepted = 0")
+	err := l.commit(b)
+	require.ErrorIs(t, err, errOutcomeUnknown)
+	require.ErrorIs(t, err, errUnconfirmedIsGone)
+	require.NotErrorIs(t, err, errBroken)
+	require.ErrorIs(t, l.current(), errDeposed, "nothing is shown by it any more")
+}
+
 // TestWhatPostgreSQLRefuses has somebody's constraints forbid an order, and the
 // removal of others.
 func TestWhatPostgreSQLRefuses(t *testing.T) {
