@@ -10111,6 +10111,17 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 		require.NoError(t, l.close())
 		requirePounded(t, c, stored)
 	})
+	t.Run("a row that somebody has changed", func(t *testing.T) {
+		t.Parallel()
+		c := newCluster(t)
+		l := leadOn(t, newReplica(t, c.url("")))
+		t.Cleanup(func() { l.close() })
+		l.inDoubt = true
+		c.exec(t, "UPDATE leader SET seq = seq + 2")
+		err := l.commit(batchOf(sampleOrder(1, "")))
+		require.ErrorIs(t, err, errOutcomeUnknown)
+		require.ErrorContains(t, err, "something other than orderd has changed the row")
+	})
 }
 
 // TestOriginalAndResend has a batch arrive at the row before or after its own
@@ -10161,6 +10172,7 @@ func TestTakeOver(t *testing.T) {
 	began := time.Now()
 	b := leadOn(t, second) // a commits nothing meanwhile
 	require.Greater(t, time.Since(began), takeOverAfter)
+	require.Less(t, time.Since(began), 3*takeOverAfter)
 	require.ErrorIs(t, a.current(), errSilent)
 	late := batchOf(sampleOrder(1, ""))
 	err := a.commit(late)

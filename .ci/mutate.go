@@ -3,9 +3,9 @@
 // Mutate breaks one line of the service at a time and sees whether the tests
 // that could notice do.
 //
-//	go run .ci/mutate.go           all of it: half an hour on two cores
+//	go run .ci/mutate.go           all of it: half an hour on two cores; postgres.go where ORDERD_TEST_POSTGRES is set
 //	go run .ci/mutate.go 40 60     the entries from 40 on that come before 60
-//	go run .ci/mutate.go worker.go the entries of a file
+//	go run .ci/mutate.go worker    the entries of worker.go
 //
 // It works on copies, and needs nothing but Go; what the tests need besides
 // (strace) they say where they are skipped. It ends with 1 where a mutation
@@ -242,10 +242,21 @@ var mutations = []mutation{
 	{"main.go", `if r.creates > 0 {`, `if r.creates > 1 {`, "TestGetOrder"},
 	{"main.go", `defer os.Remove(c.path + ".part")`, `defer os.Remove(c.path + ".parts")`, "TestBackupThatIsInterrupted"},
 
+	{"server.go", `	s.forwarder.stop()
+`, ``, "TestAStoppingStandbyEndsWaits"},
 	{"postgres.go", `if r.term > p.highestConfirmed.term ||`, `if r.term > p.highestConfirmed.term+1 ||`, "TestLossBehind|TestLostCommits"},
 	{"postgres.go", `time.Since(changed) < takeOverAfter {`, `time.Since(changed) < 10*takeOverAfter {`, "TestTakeOver"},
-	{"postgres.go", `now.Sub(*sent) > leaseTime || `, `now.Sub(*sent) > 10*leaseTime || `, "TestTheFence|TestTakeOver"},
-	{"postgres.go", `version < "140000"`, `version < "130000"`, "TestUnfitServers"},
+	{"postgres.go", `leaseTime      = 2500 *`, `leaseTime      = 25000 *`, "TestTakeOver"},
+	{"postgres.go", `fsync != "on" || pages != "on"`, `fsync != "on"`, "TestUnfitServers"},
+	{"postgres.go", `case r.totals.seq < left:`, `case r.totals.seq+1 < left:`, "TestAnUnconfirmedCommitIsGone"},
+	{"postgres.go", `left = min(left, r.since-1)`, `left = min(left, r.since)`, "TestLossBehind|TestLostCommits"},
+	{"postgres.go", `highestConfirmed.seq, p.ended, p.ids`, `highestConfirmed.seq, false, p.ids`, "TestTakeOver|TestAStandbyPassesOn"},
+	{"postgres.go", `case r.totals.seq != before.totals.seq+1:`, `case r.totals.seq < before.totals.seq+1:`, "TestTheFence|TestUnknownOutcomes|TestOriginalAndResend"},
+	{"postgres.go", `l.inDoubt, l.unconfirmed = false, l.replica.warned`, `l.inDoubt, l.unconfirmed = false, false`, "TestASynchronousStandby|TestUnknownOutcomes"},
+	{"postgres.go", `if c.key != "" {
+			if keys[c.key] {`, `if c.key == "never" {
+			if keys[c.key] {`, "TestCommitOnPostgreSQL"},
+	{"postgres.go", `if term != l.term || seq < least {`, `if seq < least {`, "TestTheFence|TestTakeOver"},
 }
 
 func main() {
@@ -294,7 +305,7 @@ func choose(args []string) (chosen []int) {
 		end, _ = strconv.Atoi(args[1])
 	}
 	for i := first; i < min(end, len(mutations)); i++ {
-		if file == "" || mutations[i].file == file {
+		if file == "" || mutations[i].file == file+".go" {
 			chosen = append(chosen, i)
 		}
 	}
