@@ -787,8 +787,10 @@ func launch(tb testing.TB, wrapper []string, dir string, env []string, args ...s
 	tb.Helper()
 	self, err := os.Executable()
 	require.NoError(tb, err)
-	command := append(slices.Clone(wrapper), self, "-cache", "10000", // the usual million would cost 16 MB to clear
-		"-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
+	command := append(slices.Clone(wrapper), self, "-addr", "127.0.0.1:0", "-data", filepath.Join(dir, "data"), "-log", filepath.Join(dir, "logs", "orderd.log"))
+	if _, test := tb.(*testing.T); test {
+		command = append(command, "-cache", "10000") // the usual million, which benchmarks have, would cost 16 MB to clear
+	}
 	if url := ordersURL(dir); url != "" {
 		command = append(command, "-orders", url, "-advertise", "http://127.0.0.1:1")
 	}
