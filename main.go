@@ -137,13 +137,16 @@ func backup(ctx context.Context, data, directory string) error {
 	if entries, err := os.ReadDir(directory); len(entries) > 0 {
 		return fmt.Errorf("%s is not empty: name a new directory for the backup", directory)
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("cannot back up to %s: %w", directory, err)
+		return fmt.Errorf("cannot back up to %s: %w; name a new directory", directory, err)
 	}
 	if _, err := os.Stat(data); err != nil {
 		return fmt.Errorf("cannot read the data directory: %w; name the service's with -data", err)
 	}
 	engine := newSQLiteEngine(data, nil)
 	_, err := engine.look()
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("cannot read the databases: %w; run as the user of the service", err)
+	}
 	if err != nil {
 		return err
 	}
@@ -593,19 +596,19 @@ func (c *config) flags() *flag.FlagSet {
 		c.server.proxyHosts, err = parseHosts(s)
 		return err
 	})
-	fs.StringVar(&c.tokenFile, "token-file", "", "file with the bearer token that requests must carry")
-	fs.StringVar(&c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order")
-	fs.StringVar(&c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM")
-	fs.StringVar(&c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM")
+	define(fs, &c.tokenFile, "token-file", "", "file with the bearer token that requests must carry", parseName)
+	define(fs, &c.readTokenFile, "read-token-file", "", "file with another token, which may read but place no order", parseName)
+	define(fs, &c.certFile, "tls-cert", "", "file with the certificate chain to serve HTTPS with, in PEM", parseName)
+	define(fs, &c.keyFile, "tls-key", "", "file with the certificate's private key, in PEM", parseName)
 	define(fs, &c.drain, "drain", 10*time.Second, "longest wait for running work at shutdown, 0 to 24h", duration)
 	define(fs, &c.data, "data", "data", "directory of orders.db and metrics.db, made if missing", parseName)
-	fs.StringVar(&c.orders, "orders", "", "URL of a PostgreSQL database that keeps the orders, for several replicas; instead of orders.db")
+	define(fs, &c.orders, "orders", "", "URL of a PostgreSQL database that keeps the orders, for several replicas; instead of orders.db", parseName)
 	define(fs, &c.advertise, "advertise", "", "URL at which the other replicas on -orders reach this one; by default that of -addr", parseAdvertised)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
 	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
 	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
-	fs.StringVar(&c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry")
+	define(fs, &c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry", parseName)
 	define(fs, &c.pool.places, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
@@ -614,7 +617,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.log.backups, "log-backups", 5, "old log files kept, compressed, 1 to 1,000", number(1, 1_000))
 	define(fs, &c.log.days, "log-days", 28, "days that old log files are kept, 0 (no limit) to 36,500", number(0, 36_500))
 	define(fs, &c.log.level, "log-level", slog.LevelInfo, "least level that is logged: debug, info, warn or error", parseLevel)
-	fs.StringVar(&c.backup, "backup", "", "new directory to copy both databases into, of a service that runs or not; then exit")
+	define(fs, &c.backup, "backup", "", "new directory to copy both databases into, of a service that runs or not; then exit", parseName)
 	fs.BoolVar(&c.version, "version", false, "print module version, commit and Go version")
 	fs.BoolVar(&c.help, "h", false, "print this help")
 	return fs
@@ -783,15 +786,16 @@ func (c config) contradiction(workAndDelay bool) error {
 
 // secret is where a bearer token comes from, and whose it is.
 type secret struct {
-	variable, file string
+	flag, variable string
+	file           string // the flag's value, or empty
 	into           *string
 }
 
 func (c *config) secrets() []secret {
 	return []secret{
-		{"ORDERD_TOKEN", c.tokenFile, &c.server.token},
-		{"ORDERD_READ_TOKEN", c.readTokenFile, &c.server.readToken},
-		{"ORDERD_WORK_TOKEN", c.workTokenFile, &c.pool.endpoint.token},
+		{"-token-file", "ORDERD_TOKEN", c.tokenFile, &c.server.token},
+		{"-read-token-file", "ORDERD_READ_TOKEN", c.readTokenFile, &c.server.readToken},
+		{"-work-token-file", "ORDERD_WORK_TOKEN", c.workTokenFile, &c.pool.endpoint.token},
 	}
 }
 
@@ -803,13 +807,16 @@ func (s secret) read(variables map[string]string) error {
 	if s.file != "" {
 		content, err := os.ReadFile(s.file)
 		if err != nil {
-			return fmt.Errorf("cannot read the token file: %w", err)
+			return fmt.Errorf("cannot read the token of %s: %w", s.flag, err)
 		}
-		text, ok, source = string(content), true, "the token file "+s.file
+		text, ok, source = string(content), true, "the file of "+s.flag+", "+s.file+","
 	}
 	*s.into = strings.TrimSpace(text)
 	if ok && *s.into == "" {
 		return usageError{fmt.Errorf("%s is empty: put the token into it, or unset it to do without one", source)}
+	}
+	if strings.ContainsFunc(*s.into, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return usageError{fmt.Errorf("%s holds a line break, a space or a character beyond ASCII inside the token: none can be in a bearer token", source)}
 	}
 	return nil
 }

@@ -1260,7 +1260,8 @@ func (stubs) Import(path string) (*types.Package, error) {
 }
 
 // flagTable says of each flag all that can be said of it. Accepted values are
-// written as fmt prints them; the first and the last are the limits.
+// written as fmt prints them; the first and the last are the limits. The files
+// {dir}/a, b and c hold tokens.
 var flagTable = []struct {
 	name              string
 	initial           string
@@ -1275,9 +1276,9 @@ var flagTable = []struct {
 	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.proxyHosts, ",") },
 		accepted: []string{"orders.example", "a,b-c.example,d_e"}, refused: []string{"", "a,", ",a", "a, b", "a:80", "https://a", "*.example", "[::1]"},
 		limits: "names without scheme and port"},
-	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"go.mod", "go.sum"}},
-	{name: "read-token-file", initial: "", get: func(c config) any { return c.readTokenFile }, accepted: []string{"go.mod", "go.sum"},
-		beside: []string{"-token-file", "LICENSE"}},
+	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
+	{name: "read-token-file", initial: "", get: func(c config) any { return c.readTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty",
+		beside: []string{"-token-file", "{dir}/c"}},
 	{name: "tls-cert", initial: "", get: func(c config) any { return c.certFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-key", "k"}},
 	{name: "tls-key", initial: "", get: func(c config) any { return c.keyFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-cert", "c"}},
 	{name: "drain", initial: "10s", get: func(c config) any { return c.drain },
@@ -1297,7 +1298,7 @@ var flagTable = []struct {
 		limits: "an http or https URL with a host"},
 	{name: "work-timeout", initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
 		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
-	{name: "work-token-file", initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"go.mod", "go.sum"}},
+	{name: "work-token-file", initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
 	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.places },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
@@ -1327,7 +1328,18 @@ func exited(t *testing.T, err error) (code int, sentence string) {
 
 func TestFlags(t *testing.T) {
 	t.Parallel()
+	dir := t.TempDir()
+	for _, token := range []string{"a", "b", "c"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, token), []byte(token), 0o600))
+	}
+	inDir := func(texts []string) (inDir []string) {
+		for _, text := range texts {
+			inDir = append(inDir, strings.Replace(text, "{dir}", dir, 1))
+		}
+		return inDir
+	}
 	for _, f := range flagTable {
+		f.accepted, f.beside = inDir(f.accepted), inDir(f.beside)
 		t.Run("-"+f.name, func(t *testing.T) {
 			name := "ORDERD_" + strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
 			parse := func(variables map[string]string, args ...string) (string, error) {
@@ -1409,7 +1421,11 @@ func TestWrongArguments(t *testing.T) {
 		{name: "a certificate without its key", args: []string{"-tls-cert", "c"}, named: "-tls-cert and -tls-key"},
 		{name: "a key without its certificate", environ: []string{"ORDERD_TLS_KEY=k"}, named: "-tls-cert and -tls-key"},
 		{name: "a read token alone", environ: []string{"ORDERD_READ_TOKEN=r"}, named: "ORDERD_TOKEN or -token-file"},
-		{name: "a read token file alone", args: []string{"-read-token-file", "go.mod"}, named: "ORDERD_TOKEN or -token-file"},
+		{name: "a token of two lines", environ: []string{"ORDERD_WORK_TOKEN=a\nb"}, args: []string{"-work", "http://a"}, named: "ORDERD_WORK_TOKEN holds a line break"},
+		{name: "a file that is no token", args: []string{"-token-file", "go.mod"}, named: "file of -token-file, go.mod, holds a line break"},
+		{name: "a backup to nowhere", args: []string{"-backup", ""}, named: "-backup.*must not be empty"},
+		{name: "a token file without a name", environ: []string{"ORDERD_TOKEN_FILE="}, named: "ORDERD_TOKEN_FILE.*must not be empty"},
+		{name: "orders nowhere", args: []string{"-orders", ""}, named: "-orders.*must not be empty"},
 		{name: "one token for both", environ: []string{"ORDERD_TOKEN=s", "ORDERD_READ_TOKEN=s"}, named: "read token"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -4185,7 +4201,7 @@ const refusedUntil = "orders are refused until the store can be written"
 // The messages about an endpoint.
 const (
 	troubleBegins = "the endpoint is in trouble: orders wait until it answers"
-	troubleEnds   = "the endpoint answers again: orders go on"
+	troubleEnds   = "the endpoint takes orders again: they go on"
 	attemptFailed = "an attempt at an order failed"
 )
 
@@ -4776,6 +4792,32 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 		require.Len(t, linesOf(t, log, troubleBegins), 1)
 		require.Len(t, linesOf(t, log, troubleEnds), 1)
 		require.InDelta(t, 2, len(linesOf(t, log, "the endpoint is still in trouble")), 1, "one a minute")
+	})
+}
+
+// TestASlowTrialHoldsNobody has the endpoint come back, and be long busy with the
+// order by which that is found out.
+func TestASlowTrialHoldsNobody(t *testing.T) {
+	t.Parallel()
+	var attempts atomic.Int64
+	timed(t, nil, func(a *app) {
+		a.pool.work = func(ctx context.Context, _ ulid.ULID, _ int) error {
+			switch attempts.Add(1) {
+			case 1:
+				return &trouble{error: errors.New("down"), since: time.Now()}
+			case 2:
+				sleep(ctx, 10*longestTrial)
+			}
+			return nil
+		}
+	}, func(t *testing.T, a *app, stop func() string) {
+		commitTogether(t, a.store, sampleOrders(100))
+		time.Sleep(longestPause + longestTrial)
+		awaitRest(t, a, 1, 99)
+		time.Sleep(10 * longestTrial)
+		awaitRest(t, a, 0, 100)
+		checkInvariants(t, a)
+		require.Len(t, linesOf(t, stop(), troubleEnds), 1)
 	})
 }
 
@@ -7478,6 +7520,27 @@ func holdSnapshot(tb testing.TB, path string) (count func() int64, end func()) {
 	}
 	count() // the first read makes the snapshot
 	return count, end
+}
+
+// TestAnotherProgramLocksTheDatabase holds SQLite's write lock beside the service.
+func TestAnotherProgramLocksTheDatabase(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	other, err := openSQLite(onSQLite(t, a).file.path, "_txlock=immediate")
+	require.NoError(t, err)
+	t.Cleanup(func() { other.Close() })
+	lock, err := other.Begin()
+	require.NoError(t, err)
+	got := post(t, a, exampleOrder)
+	require.Equal(t, http.StatusServiceUnavailable, got.status)
+	require.Contains(t, got.body, "not taken")
+	require.NoError(t, lock.Rollback())
+	until(t, func() bool {
+		return send(t.Context(), a.listener.Addr().String(), http.MethodGet, "/readyz", nil, "").status == http.StatusOK
+	})
+	place(t, a, "user", "item")
+	awaitRest(t, a, 0, 1)
+	checkInvariants(t, a)
 }
 
 // TestReaderUnderLoad holds a transaction open beside the real process. With

@@ -935,13 +935,13 @@ func (l *postgresEngine) query(source string, args ...any) (orders []order, more
 }
 
 func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
-	least, room := l.confirmedSeq.Load(), readBytes
+	least, room, answered := l.confirmedSeq.Load(), readBytes, false
 	rows, err := l.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
 	if err != nil {
 		return nil, false, 0, err
 	}
 	defer rows.Close()
-	for room > 0 && rows.Next() {
+	for ; room > 0 && rows.Next(); answered = true {
 		var term int64
 		o, err := scanOrder(rows.Scan, &term, &seq)
 		if err != nil {
@@ -956,7 +956,13 @@ func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any
 		}
 	}
 	rows.Close()
-	return orders, room <= 0, seq, rows.Err()
+	if err := rows.Err(); err != nil {
+		return nil, false, 0, err
+	}
+	if !answered { // the leader's row is gone
+		return nil, false, 0, errDeposed
+	}
+	return orders, room <= 0, seq, nil
 }
 
 func (l *postgresEngine) readOne(source string, args ...any) (o order, seq int64, err error) {

@@ -431,7 +431,9 @@ func (s *server) createOrder(c echo.Context, l *localOrders) error {
 func readBody(c echo.Context) ([]byte, error) {
 	request := c.Request()
 	if request.ContentLength > maxBody {
-		c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
+		if request.ProtoMajor == 1 {
+			c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
+		}
 		return nil, unreadable(&http.MaxBytesError{Limit: maxBody})
 	}
 	// MaxBytesReader closes the connection only through net/http's own writer.
@@ -645,10 +647,12 @@ func parseCents(number string) (int64, error) {
 		return 0, errors.New("must be 0 or more")
 	case zeros < 0:
 		return 0, errors.New("must have at most two decimals")
-	case len(digits)+zeros > len("999999999999999"):
-		return 0, errors.New("must be at most 9999999999999.99")
 	}
-	return strconv.ParseInt(digits+strings.Repeat("0", zeros), 10, 64)
+	cents, err := strconv.ParseInt(digits+strings.Repeat("0", zeros), 10, 64)
+	if err != nil || cents > maxCents {
+		return 0, fmt.Errorf("must be at most %s", (&order{cents: maxCents}).amount())
+	}
+	return cents, nil
 }
 
 // getOrder answers from memory, or on a miss from one indexed row; with
@@ -1079,7 +1083,7 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(leader.gone, cancel)()
-	if r.Method == http.MethodGet && len(r.Header["Prefer"]) > 0 {
+	if r.Method != http.MethodPost && len(r.Header["Prefer"]) > 0 {
 		defer context.AfterFunc(f.stopping, cancel)()
 	}
 	var sent atomic.Bool
@@ -1100,7 +1104,9 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 			p.Out.Host = p.In.Host
 		},
 		ModifyResponse: func(answer *http.Response) error {
-			answer.Header.Del(echo.HeaderXRequestID) // this replica's own is set already
+			for name := range w.Header() {
+				answer.Header.Del(name) // this replica has set it already
+			}
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {

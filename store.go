@@ -2255,8 +2255,11 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 			err = cmp.Or(err, syncFile(path), ctx.Err())
 			time.Sleep(2 * time.Since(began))
 		}
-		return errors.Join(err, b.Finish())
+		return cmp.Or(err, b.Finish())
 	})
+	if ctx.Err() != nil {
+		return errors.New("it was interrupted")
+	}
 	if err != nil {
 		return fmt.Errorf("cannot copy %s to %s: %w", d.path, path, err)
 	}

@@ -26,6 +26,7 @@ const (
 	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
 	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
 	longestPause = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
+	longestTrial = 5 * time.Second        // of an endpoint in trouble: one that takes an order and is silent for so long is busy with it
 	givesWay     = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
 	maxParked    = 1_000_000              // orders in a pause; beyond them the feeder waits
 )
@@ -245,31 +246,39 @@ func doubled(failures int32, longest time.Duration) time.Duration {
 }
 
 // endure probes an endpoint in trouble, one order at a time, while the others
-// pause, until an attempt is answered. A time-out is no answer.
+// pause, until an attempt is answered, or lasts longer than longestTrial. An
+// attempt that times out before is no answer.
 func (p *pool) endure(t *trouble, id ulid.ULID) {
 	p.troubles.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
-	said := began
+	lastWarned := began
+	goOn := func() {
+		p.gate.set(false)
+		p.troubles.warn("the endpoint takes orders again: they go on", "after", time.Since(began).String())
+	}
 	for trials := int32(0); ; trials++ {
 		pauseEnd := t.pauseEnd(trials)
 		if !sleep(p.stopping, time.Until(pauseEnd)) {
 			return
 		}
-		if time.Since(said) >= time.Minute {
-			said = time.Now()
-			p.troubles.warn("the endpoint is still in trouble", "for", said.Sub(began).String(), "trials", trials, "error", t)
+		if time.Since(lastWarned) >= time.Minute {
+			lastWarned = time.Now()
+			p.troubles.warn("the endpoint is still in trouble", "for", lastWarned.Sub(began).String(), "trials", trials, "error", t)
 		}
 		j, ok := p.nextTrial(pauseEnd)
 		if !ok {
 			return
 		}
+		lasting := time.AfterFunc(longestTrial, goOn)
 		err := p.attempt(j)
+		if !lasting.Stop() {
+			return // what it met in the end, others meet by themselves
+		}
 		if t, ok = errors.AsType[*trouble](err); ok {
 			continue
 		}
 		if err == nil || errors.Is(err, errAnswered) {
-			p.gate.set(false)
-			p.troubles.warn("the endpoint answers again: orders go on", "after", time.Since(began).String())
+			goOn()
 			return
 		}
 		t = &trouble{error: err, since: time.Now()}
@@ -483,7 +492,7 @@ func (t *trouble) pauseEnd(failures int32) time.Time {
 var errAnswered = errors.New("the endpoint answered")
 
 const (
-	dialTimeout   = 5 * time.Second // for a connection to the endpoint
+	dialTimeout   = 3 * time.Second // for a connection to the endpoint; below longestTrial
 	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
 	maxAnswerTime = time.Second     // for reading them
 )
@@ -516,20 +525,21 @@ func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order
 // post sends an order to the endpoint and waits for the answer. A time-out is a
 // failure of this order; without a connection it is trouble.
 func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
-	began, connected := time.Now(), false
+	began := time.Now()
+	var connected atomic.Bool
 	ctx, cancel := context.WithTimeout(ctx, e.timeout)
 	defer cancel()
 	request, err := e.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connected = true },
+		GotConn: func(httptrace.GotConnInfo) { connected.Store(true) },
 	}), id, attempt)
 	if err != nil {
 		return err
 	}
 	answer, err := e.client.Do(request)
 	switch {
-	case err != nil && connected && ctx.Err() != nil:
+	case err != nil && connected.Load() && ctx.Err() != nil:
 		return fmt.Errorf("no answer within %s", e.timeout)
-	case err != nil && connected:
+	case err != nil && connected.Load():
 		return &trouble{error: err, since: time.Now()}
 	case err != nil:
 		return &trouble{error: err, since: began}

@@ -51,7 +51,7 @@ async function open(page) {
 }
 
 // metrics answers in the server's stead, with Prometheus's text.
-const metrics = (page, { pending = 0, processing = 0, completed = 0, parked = 0, down }) =>
+const metrics = (page, { pending = 0, processing = 0, completed = 0, removed = 0, parked = 0, down }) =>
   page.route('**/metrics*', route => route.fulfill({ contentType: 'text/plain; version=0.0.4; charset=utf-8', body: `
 # TYPE orderd_processing_seconds histogram
 orderd_processing_seconds_sum ${completed * 2.0012}
@@ -59,6 +59,7 @@ orderd_processing_seconds_count ${completed}
 orderd_orders{status="Pending"} ${pending}
 orderd_orders{status="Processing"} ${processing}
 orderd_orders{status="Completed"} ${completed}
+orderd_orders_removed_total ${removed}
 orderd_orders_parked ${parked}
 ${down === undefined ? '' : `orderd_endpoint_down ${down}\n`}` }));
 
