@@ -33,12 +33,12 @@ type change struct {
 // pointers, so the garbage collector never scans it (16-byte keys, 1-byte
 // values, and a 16-byte ring slot each). A status in it only moves forward.
 type cache struct {
-	mu        sync.RWMutex // guards the next five fields
-	statuses  map[ulid.ULID]status
-	ring      []ulid.ULID // keys in order of arrival; once it is full, next is the oldest
-	next      int
-	watchers  map[ulid.ULID]*watcher
-	forgotten int64 // seq of the last commit that removed orders
+	mu          sync.RWMutex // guards the next five fields
+	statuses    map[ulid.ULID]status
+	ring        []ulid.ULID // keys in order of arrival; once it is full, next is the oldest
+	next        int
+	watchers    map[ulid.ULID]*watcher
+	lastRemoval int64 // seq of the last commit that removed orders
 
 	hits, misses atomic.Int64
 }
@@ -91,7 +91,7 @@ func (c *cache) apply(changes []change) {
 func (c *cache) learn(id ulid.ULID, s status, seq int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s.final() && seq >= c.forgotten {
+	if s.final() && seq >= c.lastRemoval {
 		c.set(id, s)
 	}
 }
@@ -100,7 +100,7 @@ func (c *cache) learn(id ulid.ULID, s status, seq int64) {
 func (c *cache) forget(ids []ulid.ULID, seq int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.forgotten = seq
+	c.lastRemoval = seq
 	for _, id := range ids {
 		delete(c.statuses, id) // its ring slot stays until it is overwritten
 	}

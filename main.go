@@ -16,7 +16,7 @@
 //	postgres.go the store's engine for more than one machine, and who of them leads
 //	store.go    orders: the domain, the store with its writer, the SQLite engine
 //	cache.go    status, and the bounded map of statuses
-//	log.go      slog over lumberjack
+//	log.go      slog over lumberjack; locks on files, and the paths that SQLite takes
 package main
 
 import (
@@ -317,7 +317,7 @@ func (a *app) serve(ctx context.Context) error {
 		served <- a.server.serve(a.listener)
 		stop()
 	}()
-	err := a.keepLeading(ctx)
+	err := a.untilStopped(ctx)
 	select {
 	case acceptErr := <-served:
 		a.log.Error("cannot accept connections any more", "error", acceptErr)
@@ -327,9 +327,9 @@ func (a *app) serve(ctx context.Context) error {
 	return errors.Join(err, a.close())
 }
 
-// keepLeading returns when ctx is done, or with the reason why the orders cannot
+// untilStopped returns when ctx is done, or with the reason why the orders cannot
 // be kept any longer.
-func (a *app) keepLeading(ctx context.Context) error {
+func (a *app) untilStopped(ctx context.Context) error {
 	if a.replica != nil {
 		return a.takeTurns(ctx)
 	}
@@ -393,7 +393,7 @@ func (a *app) stepDown() error {
 	return err
 }
 
-const sayAfter = 100 * time.Millisecond // a stop that takes longer tells a person what it waits for
+const noticeAfter = 100 * time.Millisecond // a stop that takes longer tells a person what it waits for
 
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come
@@ -405,7 +405,7 @@ func (a *app) close() error {
 	}
 	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", atWork)
 	deadline := time.Now().Add(a.cfg.drain)
-	say := time.AfterFunc(sayAfter, func() {
+	notice := time.AfterFunc(noticeAfter, func() {
 		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
 			max(a.cfg.drain, answerTime), atWork)
 	})
@@ -414,7 +414,7 @@ func (a *app) close() error {
 		a.pool.drain(deadline)
 	}
 	a.server.shutdown(deadline)
-	say.Stop()
+	notice.Stop()
 	err := a.closeFiles()
 	if err != nil {
 		a.log.Error("stopped", "error", err)
@@ -566,19 +566,16 @@ func (c config) advertised() (string, error) {
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
-// insteadOfServing is the group of flags that are no settings: they have no
-// variable.
-const insteadOfServing = "Instead of serving"
-
 // flagGroups orders the help.
 var flagGroups = []struct {
-	title string
-	names []string
+	title     string
+	noSetting bool // these have no variable
+	names     []string
 }{
-	{"Serving", []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
-	{"Orders", []string{"data", "orders", "advertise", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
-	{"Logs", []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
-	{insteadOfServing, []string{"backup", "version", "h"}},
+	{"Serving", false, []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
+	{"Orders", false, []string{"data", "orders", "advertise", "workers", "delay", "work", "work-timeout", "work-token-file", "queue", "cache", "keep"}},
+	{"Logs", false, []string{"log", "log-size", "log-backups", "log-days", "log-level"}},
+	{"Instead of serving", true, []string{"backup", "version", "h"}},
 }
 
 // flags defines every flag on a new set and gives c the defaults. A value out
@@ -737,20 +734,21 @@ func (c *config) setFromVariables(fs *flag.FlagSet, variables map[string]string)
 	for _, s := range c.secrets() {
 		known[s.variable] = true
 	}
-	fs.VisitAll(func(f *flag.Flag) {
-		if slices.Contains(flagGroups[len(flagGroups)-1].names, f.Name) {
-			return // insteadOfServing
+	for _, group := range flagGroups {
+		for _, name := range group.names {
+			if group.noSetting {
+				continue
+			}
+			known[variable(name)] = true
+			value, ok := variables[variable(name)]
+			if !ok {
+				continue
+			}
+			if refused := fs.Set(name, value); refused != nil {
+				err = cmp.Or(err, fmt.Errorf("invalid value %q for %s: %w", value, variable(name), refused))
+			}
 		}
-		name := variable(f.Name)
-		value, ok := variables[name]
-		known[name] = true
-		if !ok {
-			return
-		}
-		if refused := fs.Set(f.Name, value); refused != nil {
-			err = cmp.Or(err, fmt.Errorf("invalid value %q for %s: %w", value, name, refused))
-		}
-	})
+	}
 	for name := range variables {
 		// Kubernetes sets ORDERD_PORT… and ORDERD_SERVICE… for a Service called orderd.
 		if strings.HasPrefix(name, "ORDERD_") && !known[name] && !strings.HasPrefix(name, "ORDERD_PORT") && !strings.HasPrefix(name, "ORDERD_SERVICE_") {
@@ -836,7 +834,7 @@ func help() string {
 		fmt.Fprintf(&b, "\n%s:\n", group.title)
 		for _, name := range group.names {
 			f := fs.Lookup(name)
-			if group.title == insteadOfServing {
+			if group.noSetting {
 				fmt.Fprintf(&b, "  -%-16s %s\n", name, f.Usage)
 				continue
 			}

@@ -4767,7 +4767,7 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 			case n == workers+trials+2:
 				return errors.New("no answer within 30s")
 			case n == workers+trials+3:
-				return errAnswered
+				return refusal{errors.New("no stock")}
 			}
 			return nil
 		}
@@ -9802,7 +9802,7 @@ func TestOneOfManyReplicasMakesTheTables(t *testing.T) {
 				}
 			}
 			assert.NoError(t, err)
-			identities[i] = p.seen.totals.identity
+			identities[i] = p.row.totals.identity
 		})
 	}
 	group.Wait()
@@ -9959,8 +9959,8 @@ func TestTheFence(t *testing.T) {
 		other := newReplica(t, c.url(""))
 		conn, err := other.connect(t.Context())
 		require.NoError(t, err)
-		other.seen = l.replica.seen
-		other.seen.totals.seq += test.seq
+		other.row = l.replica.row
+		other.row.totals.seq += test.seq
 		late := &postgresEngine{replica: other, term: l.term + test.term, conn: conn}
 		require.NoError(t, late.prepareCommit(t.Context(), conn))
 		b := batchOf(sampleOrder(1, ""))
@@ -10311,7 +10311,7 @@ func TestASynchronousStandby(t *testing.T) {
 	t.Cleanup(func() { next.close() })
 	_, _, err := next.find(last.creates[5].id)
 	require.NoError(t, err)
-	require.EqualValues(t, placed+6, next.replica.seen.totals.accepted)
+	require.EqualValues(t, placed+6, next.replica.row.totals.accepted)
 	requireExact(t, s)
 }
 

@@ -80,7 +80,7 @@ const readSettings = `SELECT current_setting('server_version_num'), current_sett
 
 const (
 	beatEvery      = 400 * time.Millisecond  // an idle leader commits a beat once its last commit is older
-	leaseTime      = 2500 * time.Millisecond // a leader answers only this long after it sent its last confirmed commit
+	leaseTime      = 2500 * time.Millisecond // a leader answers only this long after it sent its last confirmed commit; below takeOverAfter, so that two never answer at once
 	takeOverAfter  = 4 * time.Second         // a standby takes over when seq has not changed for so long
 	pollEvery      = 100 * time.Millisecond  // between a standby's looks at the leader's row
 	connectTimeout = 2 * time.Second         // to one host of the URL
@@ -90,7 +90,7 @@ const (
 	commitTimeout  = 3 * time.Second
 	commitByte     = 50 * time.Nanosecond   // 20 MB/s
 	readTimeout    = 2 * time.Second        // of a read, with all its tries
-	countTimeout   = time.Minute            // of the whole table, where its totals must be mended
+	countTimeout   = time.Minute            // of the whole table, where its totals must be corrected
 	reconnectPause = 250 * time.Millisecond // between attempts to reach the database
 	postgresReads  = 8                      // connections that read
 	expiryLooks    = 1024                   // orders that an expiry looks at
@@ -104,7 +104,7 @@ type replica struct {
 	log       *logger
 
 	// standBy's, and the writer's while this replica leads:
-	seen             leaderRow // the last row seen
+	row              leaderRow // as a standby last read it, or as this leader left it
 	highestConfirmed mark      // the highest confirmed seq seen
 	warned           bool      // the last commit came with a WARNING: see send
 
@@ -141,7 +141,7 @@ func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger
 	config.ValidateConnect = setUpSession
 	p := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
-		p.seen.totals.identity, p.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
+		p.row.totals.identity, p.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
 	}
 	p.alive.Store(new(time.Now()))
 	return p, nil
@@ -266,27 +266,27 @@ func (p *replica) readRow(ctx context.Context, c *pgx.Conn) (r leaderRow, err er
 // compare holds a row against all that was confirmed before. Commits are lost
 // where seq went back, or where a later term began before the confirmed seq.
 func (p *replica) compare(r leaderRow) error {
-	if known := p.seen.totals.identity; known != 0 && known != r.totals.identity {
+	if known := p.row.totals.identity; known != 0 && known != r.totals.identity {
 		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.describe())
 	}
 	left := r.totals.seq
-	if r.term > p.highestConfirmed.term || p.seen.term == r.term && p.seen.since != r.since { // of two servers, each may have begun that term
+	if r.term > p.highestConfirmed.term || p.row.term == r.term && p.row.since != r.since { // of two servers, each may have begun that term
 		left = min(left, r.since-1)
 	}
 	if left < p.highestConfirmed.seq {
 		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
 			errBroken, p.describe(), p.highestConfirmed.seq, left, r.term)
 	}
-	if before := p.seen; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestConfirmed.seq {
+	if before := p.row; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestConfirmed.seq {
 		p.confirmed(before.totals)
 	}
 	if r.proven > p.highestConfirmed.seq {
 		p.highestConfirmed = mark{r.term, r.proven}
 	}
-	if r.totals.seq != p.seen.totals.seq {
+	if r.totals.seq != p.row.totals.seq {
 		p.alive.Store(new(time.Now()))
 	}
-	p.seen = r
+	p.row = r
 	p.term.Store(r.term)
 	return nil
 }
@@ -330,7 +330,7 @@ func (p *replica) followRow(ctx context.Context, follow func(url, pass string)) 
 		return nil, err
 	}
 	for changed := time.Now(); ctx.Err() == nil; sleep(ctx, pollEvery) {
-		seq := p.seen.totals.seq
+		seq := p.row.totals.seq
 		r, err := p.readRow(ctx, c)
 		if err != nil {
 			return nil, err
@@ -368,7 +368,7 @@ func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*post
 		return nil, err
 	}
 	r.term, r.since, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, r.totals.seq+1, p.url, pass
-	p.seen = r
+	p.row = r
 	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, unconfirmed: true}
 	if err := l.prepareCommit(ctx, c); err != nil {
 		return nil, err
@@ -388,7 +388,7 @@ func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*post
 
 // postgresEngine is the store's engine, for one term of the replica that leads.
 type postgresEngine struct {
-	replica *replica // its seen is the row as this leader left it
+	replica *replica
 	term    int64
 	pass    string
 	reads   *pgxpool.Pool
@@ -415,6 +415,9 @@ type postgresEngine struct {
 // waits for the row's lock checks it anew when it gets it. It answers an earlier
 // order and its key for every key that was used before, or else no order; then
 // the steps that did not find their order, and the new totals.
+//
+// $1 and $2 are term and seq of the row, $3 and $4 its new proven and ended, $5 to
+// $10 the orders, $11 to $15 the steps, and $16 the orders to remove.
 const commitBatch = `
 WITH held AS MATERIALIZED (
 	SELECT one FROM leader WHERE one AND term = $1 AND seq = $2 FOR UPDATE
@@ -471,23 +474,23 @@ func (l *postgresEngine) start() (totals, error) {
 		return totals{}, err
 	}
 	var c census
-	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.matches(l.replica.seen.totals) {
-		return l.replica.seen.totals, err
+	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.matches(l.replica.row.totals) {
+		return l.replica.row.totals, err
 	}
 	if err := l.count(countFinal, &c.final, &c.took, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
-	t := c.correct(l.replica.seen.totals)
-	logCorrection(l.replica.log, l.replica.seen.totals, t)
+	t := c.correct(l.replica.row.totals)
+	logCorrection(l.replica.log, l.replica.row.totals, t)
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
 	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
 		append(t.fields(), l.term)...); err != nil {
 		return totals{}, err
 	}
-	l.replica.seen.totals = t
+	l.replica.row.totals = t
 	err := l.commit(newBatch(nil)) // fails where the totals were not written
-	return l.replica.seen.totals, err
+	return l.replica.row.totals, err
 }
 
 // count reads one row, which may take long: beats go on meanwhile.
@@ -569,7 +572,7 @@ var (
 // commit tries until the outcome is known, or for commitTimeout. While an attempt
 // is in doubt only the same batch may be sent: the original may still arrive.
 func (l *postgresEngine) commit(b *batch) error {
-	b.totals = l.replica.seen.totals
+	b.totals = l.replica.row.totals
 	if l.failure != nil {
 		return l.failure
 	}
@@ -587,7 +590,7 @@ func (l *postgresEngine) commit(b *batch) error {
 		doubtful := l.inDoubt || l.unconfirmed
 		switch {
 		case err == nil:
-			b.totals = l.replica.seen.totals
+			b.totals = l.replica.row.totals
 			return nil
 		case errors.Is(err, errRejected) && !doubtful && !p.tried:
 			if p, err = l.without(p, err); err != nil {
@@ -682,8 +685,8 @@ func (l *postgresEngine) advance(p *parcel) error {
 	if l.unconfirmed {
 		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
 	}
-	l.replica.highestConfirmed = mark{l.term, l.replica.seen.totals.seq}
-	l.confirmedSeq.Store(l.replica.seen.totals.seq)
+	l.replica.highestConfirmed = mark{l.term, l.replica.row.totals.seq}
+	l.confirmedSeq.Store(l.replica.row.totals.seq)
 	l.lease.Store(&sent)
 	l.replica.alive.Store(&sent)
 	return nil
@@ -713,7 +716,7 @@ func (l *postgresEngine) reconnect() (err error) {
 
 // findOut looks in the row for what was sent last.
 func (l *postgresEngine) findOut(p *parcel) error {
-	before := l.replica.seen
+	before := l.replica.row
 	r, err := l.ownRow()
 	switch {
 	case err != nil:
@@ -726,7 +729,7 @@ func (l *postgresEngine) findOut(p *parcel) error {
 	if !l.unconfirmed {
 		earlier, err := l.ordersOfKeys(p.keys)
 		if err != nil {
-			l.replica.seen = before
+			l.replica.row = before
 			return err
 		}
 		p.answerKeys(earlier)
@@ -756,11 +759,11 @@ func (l *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 // send sends a batch once. An ERROR of the server has rolled it back; a FATAL
 // one, or a lost connection, tells nothing.
 func (l *postgresEngine) send(p *parcel) error {
-	seen := &l.replica.seen
+	row := &l.replica.row
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
 	l.replica.warned = false
-	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, seen.totals.seq, l.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, row.totals.seq, l.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
 		p.movedIDs, p.previous, p.next, p.started, p.took, p.removedIDs)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
@@ -779,7 +782,7 @@ func (l *postgresEngine) send(p *parcel) error {
 		l.inDoubt = l.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
 		return err
 	}
-	seen.totals = t
+	row.totals = t
 	l.inDoubt, l.unconfirmed = false, l.replica.warned // a cancelled wait for a synchronous standby is a warning and success
 	return nil
 }
@@ -797,7 +800,7 @@ func (l *postgresEngine) fenced(err error) error {
 // ownRow reads the row anew. Its error tells where that is another leader's, or
 // behind what this one has left.
 func (l *postgresEngine) ownRow() (leaderRow, error) {
-	left := l.replica.seen.totals.seq
+	left := l.replica.row.totals.seq
 	r, err := l.replica.readRow(context.Background(), l.conn)
 	switch {
 	case err != nil:
@@ -853,7 +856,7 @@ func (l *postgresEngine) expire(b *batch) error {
 	defer cancel()
 	rows, _ := l.conn.Query(ctx, `SELECT id_high, id_low, `+expiredBefore+`$2 FROM orders
 		WHERE id_high > $1 AND id_high < $2 << 16 AND id_high <= $3 ORDER BY id_high LIMIT $4`,
-		x.after, x.before, l.replica.seen.totals.newestStarted, expiryLooks)
+		x.after, x.before, l.replica.row.totals.newestStarted, expiryLooks)
 	defer rows.Close()
 	b.removed, x.through, x.looked = []ulid.ULID{}, 0, 0
 	for ; rows.Next(); x.looked++ {
@@ -879,12 +882,12 @@ func (l *postgresEngine) tidy() (totals, error) {
 	if sent := l.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
 		err = l.commit(newBatch(nil))
 	}
-	return l.replica.seen.totals, err
+	return l.replica.row.totals, err
 }
 
-// current tells why nothing may be shown now: too long ago, this leader last
-// knew that nobody had taken over. Both clocks count, as the monotonic one
-// stands still while the machine sleeps.
+// current refuses once the lease has run out: leaseTime after this leader sent its
+// last confirmed commit, another may have taken over. It asks both clocks, since
+// the monotonic one stands still while the machine sleeps.
 func (l *postgresEngine) current() error {
 	sent := l.lease.Load()
 	if sent == nil {
@@ -928,7 +931,7 @@ func (l *postgresEngine) query(source string, args ...any) (orders []order, more
 		if err == nil || errors.Is(err, errDeposed) {
 			return orders, more, seq, err
 		}
-		l.reads.Reset() // of the others, too
+		l.reads.Reset() // the other connections have died with this one
 		sleep(ctx, reconnectPause/10)
 	}
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)

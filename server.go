@@ -140,9 +140,9 @@ func (s *server) handler() http.Handler {
 		"/orders":           s.localOrForwarded(s.listOrders),
 		"/orders/:order_id": s.localOrForwarded(s.getOrder),
 		"/metrics":          s.getMetrics,
-		"/livez":            s.live,
-		"/healthz":          s.live,
-		"/readyz":           s.readyz,
+		"/livez":            s.getLive,
+		"/healthz":          s.getLive,
+		"/readyz":           s.getReady,
 	} {
 		e.Match([]string{http.MethodGet, http.MethodHead}, path, handler)
 	}
@@ -250,8 +250,8 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.pair, nil
 }
 
-// observe is around every request: it names it, answers its error, and counts,
-// times and logs it.
+// observe gives every request an ID, answers its error, and counts, times and
+// logs it.
 func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		began := time.Now()
@@ -953,10 +953,10 @@ func oldestPending(s *store) float64 {
 	return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())
 }
 
-// live says that the process answers.
-func (s *server) live(c echo.Context) error { return c.String(http.StatusOK, "ok\n") }
+// getLive says that the process answers.
+func (s *server) getLive(c echo.Context) error { return c.String(http.StatusOK, "ok\n") }
 
-func (s *server) readyz(c echo.Context) error {
+func (s *server) getReady(c echo.Context) error {
 	if err := s.ready(); err != nil {
 		return err
 	}

@@ -204,8 +204,8 @@ type queued struct {
 	status status
 }
 
-// Why the store does not take a create now. Except after errOutcomeUnknown,
-// nothing of the order is stored.
+// Why a create is refused; nothing of its order is stored. A fourth reason is
+// errInDoubt below: the outcome of an earlier commit is still open.
 var (
 	errBusy       = errors.New("too many orders wait to be written")
 	errUnwritable = errors.New("the store cannot be written")
@@ -225,7 +225,8 @@ var (
 	errSilent = errors.New("the database has not answered for too long")
 )
 
-// How a commit fails. Each wraps its cause.
+// How a commit fails. Each wraps its cause. A create that is refused with
+// errInDoubt came later than the commit in doubt.
 var (
 	errNotWritten     = errors.New("nothing was written")                      // try again
 	errInDoubt        = errors.New("the outcome of a commit is not known yet") // commit the same again, which finds out
@@ -305,6 +306,13 @@ type storeOptions struct {
 
 // store takes creates and steps, hands them to its writer in batches, and
 // answers reads from the cache or the engine.
+//
+// No read is behind an earlier answer. Commits are counted by seq. The writer
+// commits, then changes the cache, then publishes the commit's totals, and only
+// then has anybody answered; the table shows a commit a moment before. So a read
+// of the table returns the seq that it saw, await holds it until that seq is
+// published, and engine.current says whether this process may still show
+// anything: with PostgreSQL, another may lead by now.
 type store struct {
 	engine    engine
 	cache     *cache
@@ -406,11 +414,12 @@ func (s *store) get(id ulid.ULID) (order, error) {
 
 func (s *store) list(f filter) (page, error) {
 	p, seq, err := s.engine.list(f)
-	return p, cmp.Or(err, s.await(seq), s.engine.current())
+	return p, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
-// whenShowable waits until an order that was read may be shown, and says why it
-// may not.
+// whenShowable waits until what was read may be shown, and says why it may not.
+// A failed read saw seq 0, and waits for nothing. That there is no such order is
+// an answer like any other, which may be outdated: so err comes last.
 func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }
@@ -461,8 +470,8 @@ func (s *store) close() error {
 		<-s.writer.stopped
 	}
 	err := s.engine.close()
-	if errors.Is(s.writer.failure, err) {
-		err = nil // it is the same
+	if err != nil && errors.Is(s.writer.failure, err) {
+		err = nil // of a SQLite engine that closes nothing any more: the failure says so already
 	}
 	return errors.Join(s.writer.failure, err)
 }
@@ -816,10 +825,10 @@ func (w *writer) publish(b *batch) {
 
 func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
-// retry refuses creates and tries once a second to write the steps of a batch
-// that failed, or just the totals, until that succeeds; or the whole batch,
-// while its outcome is in doubt. It returns an error that no retry mends, or
-// errClosed.
+// retry commits once a second until a commit succeeds; creates are refused
+// meanwhile. Of a batch that was not written it commits the steps, since its
+// creates have been answered; of a batch in doubt all, since it may be in the
+// table. It returns an error that no retry mends, or errClosed.
 func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
@@ -1557,8 +1566,11 @@ func (e *sqliteEngine) gauges() []gauge {
 	return []gauge{{"orderd_wal_bytes", "Size of the write-ahead log of orders.db.", float64(size)}}
 }
 
-// userIndex maintains orders_by_user. It lags on purpose: indexEvery orders at
-// once, sorted, change few pages.
+// userIndex maintains orders_by_user. An ordinary index on user_id would change a
+// page of its own for each order. This one is cut into runs of consecutive orders,
+// each sorted by user, and extended by indexEvery orders at once, which change few
+// pages of the newest run. A list by user looks into the table for what is not
+// indexed yet, and then into one place of each run.
 type userIndex struct {
 	savepoint, release, revert, add, extend, begin, drop, dropRuns *sql.Stmt
 

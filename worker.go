@@ -35,15 +35,17 @@ const (
 type poolOptions struct {
 	workers  int
 	places   int              // in the channel
-	work     work             // used if there is no endpoint
+	work     work             // where there is no endpoint
 	endpoint endpointOptions  // without a url: no endpoint
 	now      func() time.Time // the wall clock
 }
 
-// work is what processing an order means. It may run more than once for one
-// order (after an error, a time-out, a stop or a crash), ends early when ctx is
-// done, and returns an error for what should be tried again. attempt counts from
-// 1 since the process started.
+// work is what processing an order means. nil completes the order. An error has
+// it tried again after a pause; a *trouble says that every order would fail now,
+// and pauses the whole pool. It may run more than once for one order (after an
+// error, a time-out, a stop or a crash), around a fail-over also on two replicas
+// at the same time. It ends soon after ctx is done. attempt counts from 1 since the
+// process started.
 type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
 // pool runs orders through Processing to Completed. The channel is a window on
@@ -229,20 +231,20 @@ func (p *pool) complete(j job) {
 // postpone parks an order after an attempt that failed, and logs the failure;
 // endure logs trouble.
 func (p *pool) postpone(j job, err error) {
+	j.attempts++
 	pause := doubled(j.attempts, longestRetry)
 	due := time.Now().Add(pause)
-	j.attempts++
 	if t, ok := errors.AsType[*trouble](err); ok {
-		due = t.pauseEnd(j.attempts - 1).Add(givesWay)
+		due = t.pauseEnd(j.attempts).Add(givesWay)
 	} else {
 		p.failures.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
 	}
 	p.parked.park(j, due)
 }
 
-// doubled is the pause after failures+1 failures in a row.
+// doubled is the pause after so many failures in a row, of which there is one at least.
 func doubled(failures int32, longest time.Duration) time.Duration {
-	return min(firstRetry<<min(failures, 16), longest)
+	return min(firstRetry<<min(failures-1, 16), longest)
 }
 
 // endure probes an endpoint in trouble, one order at a time, while the others
@@ -257,7 +259,7 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 		p.troubles.warn("the endpoint takes orders again: they go on", "after", time.Since(began).String())
 	}
 	for trials := int32(0); ; trials++ {
-		pauseEnd := t.pauseEnd(trials)
+		pauseEnd := t.pauseEnd(trials + 1)
 		if !sleep(p.stopping, time.Until(pauseEnd)) {
 			return
 		}
@@ -277,7 +279,7 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 		if t, ok = errors.AsType[*trouble](err); ok {
 			continue
 		}
-		if err == nil || errors.Is(err, errAnswered) {
+		if err == nil || errors.As(err, new(refusal)) {
 			goOn()
 			return
 		}
@@ -483,13 +485,13 @@ type trouble struct {
 	retryAfter time.Duration // that the endpoint asks for, or 0
 }
 
-// pauseEnd is when the pause ends that follows failures+1 failures in a row.
+// pauseEnd is when the pause ends that follows so many failures in a row.
 func (t *trouble) pauseEnd(failures int32) time.Time {
 	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
 }
 
-// errAnswered is an answer that neither completes an order nor tells of trouble.
-var errAnswered = errors.New("the endpoint answered")
+// refusal is an answer that neither completes an order nor tells of trouble.
+type refusal struct{ error }
 
 const (
 	dialTimeout   = 3 * time.Second // for a connection to the endpoint; below longestTrial
@@ -556,12 +558,12 @@ func verdict(answer *http.Response) error {
 	if code >= 200 && code <= 299 {
 		return nil
 	}
-	err := fmt.Errorf("%w %d %s", errAnswered, code, http.StatusText(code))
+	err := fmt.Errorf("the endpoint answered %d %s", code, http.StatusText(code))
 	switch code {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 		return &trouble{err, time.Now(), retryAfter(answer.Header.Get("Retry-After"))}
 	}
-	return err
+	return refusal{err}
 }
 
 // request reads the order and makes the POST that carries it.
