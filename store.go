@@ -2272,6 +2272,9 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	if ctx.Err() != nil {
 		return errors.New("it was interrupted")
 	}
+	if sqliteCode(err)&0xff == sqlite3.SQLITE_FULL { // it is the copy's disk
+		return explain(path, err)
+	}
 	if err != nil {
 		return fmt.Errorf("cannot copy %s to %s: %w", d.path, path, err)
 	}
