@@ -159,6 +159,15 @@ await check('the page tells of orders that are retried, and of an endpoint that 
   await trouble('', 'The endpoint that does the work is down; orders wait.');
 });
 
+await check('removed orders do not count against the throughput', async page => {
+  await metrics(page, { completed: 100 });
+  await open(page);
+  await hasText(page, '#states', /100/);
+  await metrics(page, { completed: 60, removed: 90 });
+  await hasText(page, '#states', /60/);
+  await hasText(page, '#rate-now', /^[1-9]/);
+});
+
 await check('what moves by itself can be paused', async page => {
   let requests = 0;
   await page.route('**/orders?*', route => { requests++; return route.continue(); });
