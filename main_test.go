@@ -4427,7 +4427,7 @@ func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 	t.Parallel()
 	since := time.Now()
 	for i, want := range []time.Duration{100, 200, 400, 800, 1600, 3200, 5000, 5000} {
-		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).pauseEnd(int32(i + 1)).Sub(since))
+		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).pauseEnd(int32(i+1)).Sub(since))
 	}
 	require.Equal(t, longestPause, (&trouble{since: since}).pauseEnd(math.MaxInt32).Sub(since))
 	date := func(after time.Duration) string { return time.Now().Add(after).UTC().Format(http.TimeFormat) }
