@@ -9819,12 +9819,15 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 	c := newCluster(t)
 	queries := []string{"CREATE SCHEMA shop"}
 	for _, setting := range []string{"jit = on", "jit_above_cost = 0", "plan_cache_mode = force_custom_plan", "default_transaction_isolation = 'serializable'",
-		"enable_nestloop = off", "enable_indexscan = off", "idle_session_timeout = 200", "search_path = shop", "DateStyle = 'German'", "timezone = 'Asia/Kathmandu'", "bytea_output = escape", "default_transaction_read_only = on"} {
+		"enable_nestloop = off", "enable_indexscan = off", "idle_session_timeout = 60000", "search_path = shop", "DateStyle = 'German'", "timezone = 'Asia/Kathmandu'", "bytea_output = escape", "default_transaction_read_only = on"} {
 		queries = append(queries, "ALTER ROLE orderd SET "+setting)
 	}
 	c.exec(t, queries...) // in one session, which they do not change yet
 	l := leadOn(t, newReplica(t, c.url("")))
 	t.Cleanup(func() { l.close() })
+	var idle string
+	require.NoError(t, l.conn.QueryRow(t.Context(), "SHOW idle_session_timeout").Scan(&idle))
+	require.Equal(t, "0", idle)
 
 	a, b := sampleOrder(1, "k1"), sampleOrder(2, "")
 	again, differs := sampleOrder(1, "k1"), sampleOrder(3, "k1")
