@@ -239,7 +239,7 @@ func (a *app) openFiles() (err error) {
 		a.sqlite = engine
 		return a.metrics.check(held, engine.file.path)
 	}
-	if a.replica, err = newPostgres(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
+	if a.replica, err = newReplica(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
 		return err
 	}
 	a.replica.url, err = a.cfg.advertised()

@@ -73,7 +73,7 @@ func openMetrics(directory string, log *logger) (*metrics, error) {
 		commitSizes: newHistogram(commitSizeBounds), commitTimes: newHistogram(latencyBounds),
 	}
 	counted := new(totals)
-	if err := m.file.inspect(lookAtCounts, &counted.accepted, &counted.completed, &counted.took, &counted.seq, &counted.identity); err != nil {
+	if err := m.file.inspect(lookAtCounts, &counted.accepted, &counted.completed, &counted.sumTook, &counted.seq, &counted.identity); err != nil {
 		return nil, err
 	}
 	m.counted.Store(counted)
@@ -116,7 +116,7 @@ func (m *metrics) start(t totals) error {
 // committed notes a commit of the orders.
 func (m *metrics) committed(r commitReport) {
 	m.commitSizes.observe(float64(r.creates + r.steps))
-	m.commitTimes.observe(r.took.Seconds())
+	m.commitTimes.observe(r.duration.Seconds())
 	m.latest.Store(&r.totals)
 	nudge(m.changed)
 }
@@ -162,7 +162,7 @@ func (m *metrics) write(t totals) error {
 		m.beforeProject()
 	}
 	if _, err := m.file.Exec("UPDATE totals SET accepted = ?, completed = ?, took = ?, seq = ?, identity = ?",
-		t.accepted, t.completed, t.took, t.seq, t.identity); err != nil {
+		t.accepted, t.completed, t.sumTook, t.seq, t.identity); err != nil {
 		return explain(m.file.path, err)
 	}
 	m.counted.Store(&t)
@@ -198,7 +198,7 @@ func (m *metrics) summarize(t totals) summary {
 		OrdersCompleted:      t.completed - t.removed,
 	}
 	if counted.completed > 0 {
-		sum.AverageProcessingTime = float64(counted.took) / float64(counted.completed) / 1e6
+		sum.AverageProcessingTime = float64(counted.sumTook) / float64(counted.completed) / 1e6
 	}
 	return sum
 }

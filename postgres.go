@@ -127,9 +127,9 @@ type leaderRow struct {
 
 const selectRow = "SELECT version, term, since, proven, ended, url, pass, " + totalsColumns + " FROM leader WHERE one"
 
-// newPostgres connects to nothing yet. counted is what metrics.db has counted:
+// newReplica connects to nothing yet. counted is what metrics.db has counted:
 // a database with less has lost orders.
-func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger) (*replica, error) {
+func newReplica(dsn string, counted totals, confirmed func(totals), log *logger) (*replica, error) {
 	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
 		return nil, errors.New("-orders must be the URL of a PostgreSQL database, such as postgres://orderd@db1/orderd")
 	}
@@ -148,15 +148,15 @@ func newPostgres(dsn string, counted totals, confirmed func(totals), log *logger
 }
 
 // describe names the database without user and password.
-func (p *replica) describe() string {
-	return fmt.Sprintf("the PostgreSQL database %s on %s:%d", p.config.Database, p.config.Host, p.config.Port)
+func (r *replica) describe() string {
+	return fmt.Sprintf("the PostgreSQL database %s on %s:%d", r.config.Database, r.config.Host, r.config.Port)
 }
 
-func (p *replica) gauges() []gauge {
+func (r *replica) gauges() []gauge {
 	return []gauge{
-		{"orderd_leader", "1 while this replica leads, else 0.", oneIf(p.leading.Load())},
-		{"orderd_term", "Term of the leader that this replica follows or is.", float64(p.term.Load())},
-		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*p.alive.Load()).Seconds()},
+		{"orderd_leader", "1 while this replica leads, else 0.", oneIf(r.leading.Load())},
+		{"orderd_term", "Term of the leader that this replica follows or is.", float64(r.term.Load())},
+		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*r.alive.Load()).Seconds()},
 	}
 }
 
@@ -192,12 +192,12 @@ func setUpSession(ctx context.Context, c *pgconn.PgConn) error {
 }
 
 // connect opens a session.
-func (p *replica) connect(ctx context.Context) (*pgx.Conn, error) {
-	config := p.config.Copy()
+func (r *replica) connect(ctx context.Context) (*pgx.Conn, error) {
+	config := r.config.Copy()
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(1+len(config.Fallbacks))*connectTimeout)
 	defer cancel()
 	config.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
-		p.warned = p.warned || n.SeverityUnlocalized == "WARNING" // whatever the language
+		r.warned = r.warned || n.SeverityUnlocalized == "WARNING" // whatever the language
 	}
 	c, err := pgx.ConnectConfig(ctx, config)
 	if refused, ok := errors.AsType[unfit](err); ok {
@@ -218,12 +218,12 @@ var remedies = map[string]string{
 }
 
 // permanent turns an error that no waiting mends into one sentence; others are nil.
-func (p *replica) permanent(err error) error {
+func (r *replica) permanent(err error) error {
 	if u, ok := errors.AsType[unfit](err); ok {
 		return u
 	}
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code != "XX000" && remedies[e.Code[:2]] != "" {
-		return fmt.Errorf("%s cannot be used: %s: %s", p.describe(), e.Message, remedies[e.Code[:2]])
+		return fmt.Errorf("%s cannot be used: %s: %s", r.describe(), e.Message, remedies[e.Code[:2]])
 	}
 	return nil
 }
@@ -231,7 +231,7 @@ func (p *replica) permanent(err error) error {
 // makeTables makes the tables in an empty database. Where several replicas start
 // at once, one makes them: the others' transactions fail on the catalogue's own
 // uniqueness.
-func (p *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
+func (r *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	var ours, orders bool
@@ -250,101 +250,101 @@ func (p *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 }
 
 // readRow reads the leader's row and notices a loss.
-func (p *replica) readRow(ctx context.Context, c *pgx.Conn) (r leaderRow, err error) {
+func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	var version int64
-	if err := c.QueryRow(ctx, selectRow).Scan(append([]any{&version, &r.term, &r.since, &r.proven, &r.ended, &r.url, &r.pass}, r.totals.fields()...)...); err != nil {
-		return r, err
+	if err := c.QueryRow(ctx, selectRow).Scan(append([]any{&version, &row.term, &row.since, &row.proven, &row.ended, &row.url, &row.pass}, row.totals.fields()...)...); err != nil {
+		return row, err
 	}
 	if version != postgresVersion {
-		return r, unfit(fmt.Sprintf("the tables have schema version %d and this orderd knows %d: use the orderd that made them", version, postgresVersion))
+		return row, unfit(fmt.Sprintf("the tables have schema version %d and this orderd knows %d: use the orderd that made them", version, postgresVersion))
 	}
-	return r, p.compare(r)
+	return row, r.compare(row)
 }
 
 // compare holds a row against all that was confirmed before. Commits are lost
 // where seq went back, or where a later term began before the confirmed seq.
-func (p *replica) compare(r leaderRow) error {
-	if known := p.row.totals.identity; known != 0 && known != r.totals.identity {
-		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, p.describe())
+func (r *replica) compare(row leaderRow) error {
+	if known := r.row.totals.identity; known != 0 && known != row.totals.identity {
+		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, r.describe())
 	}
-	left := r.totals.seq
-	if r.term > p.highestConfirmed.term || p.row.term == r.term && p.row.since != r.since { // of two servers, each may have begun that term
-		left = min(left, r.since-1)
+	left := row.totals.seq
+	if row.term > r.highestConfirmed.term || r.row.term == row.term && r.row.since != row.since { // of two servers, each may have begun that term
+		left = min(left, row.since-1)
 	}
-	if left < p.highestConfirmed.seq {
+	if left < r.highestConfirmed.seq {
 		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
-			errBroken, p.describe(), p.highestConfirmed.seq, left, r.term)
+			errBroken, r.describe(), r.highestConfirmed.seq, left, row.term)
 	}
-	if before := p.row; before.term == r.term && before.totals.seq <= r.proven && before.totals.seq > p.highestConfirmed.seq {
-		p.confirmed(before.totals)
+	if before := r.row; before.term == row.term && before.totals.seq <= row.proven && before.totals.seq > r.highestConfirmed.seq {
+		r.confirmed(before.totals)
 	}
-	if r.proven > p.highestConfirmed.seq {
-		p.highestConfirmed = mark{r.term, r.proven}
+	if row.proven > r.highestConfirmed.seq {
+		r.highestConfirmed = mark{row.term, row.proven}
 	}
-	if r.totals.seq != p.row.totals.seq {
-		p.alive.Store(new(time.Now()))
+	if row.totals.seq != r.row.totals.seq {
+		r.alive.Store(new(time.Now()))
 	}
-	p.row = r
-	p.term.Store(r.term)
+	r.row = row
+	r.term.Store(row.term)
 	return nil
 }
 
 // standBy returns once this replica leads. follow is told who leads, "" for
 // nobody. A database that cannot be reached is waited for.
-func (p *replica) standBy(ctx context.Context, follow func(url, pass string)) (*postgresEngine, error) {
+func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*postgresEngine, error) {
 	for {
-		l, err := p.followRow(ctx, follow)
+		e, err := r.followRow(ctx, follow)
 		switch {
 		case err == nil:
-			return l, nil
+			return e, nil
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, errBroken):
 			return nil, err
-		case p.permanent(err) != nil && (p.term.Load() == 0 || errors.As(err, new(unfit))): // after the first row, wait: a server that is being replaced may refuse for a while
-			return nil, p.permanent(err)
+		case r.permanent(err) != nil && (r.term.Load() == 0 || errors.As(err, new(unfit))): // after the first row, wait: a server that is being replaced may refuse for a while
+			return nil, r.permanent(err)
 		}
-		if time.Since(*p.alive.Load()) > takeOverAfter { // else the leader may have its own connection still
+		if time.Since(*r.alive.Load()) > takeOverAfter { // else the leader may have its own connection still
 			follow("", "")
 		}
-		p.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
+		r.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
 		sleep(ctx, retryPause)
 	}
 }
 
 // followRow looks at the row, on one connection, until this replica leads or the
 // connection fails.
-func (p *replica) followRow(ctx context.Context, follow func(url, pass string)) (l *postgresEngine, err error) {
-	c, err := p.connect(ctx)
+func (r *replica) followRow(ctx context.Context, follow func(url, pass string)) (e *postgresEngine, err error) {
+	c, err := r.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
-		if l == nil {
+		if e == nil {
 			c.Close(context.Background())
 		}
 	}()
-	if err := p.makeTables(ctx, c); err != nil {
+	if err := r.makeTables(ctx, c); err != nil {
 		return nil, err
 	}
 	for changed := time.Now(); ctx.Err() == nil; sleep(ctx, pollEvery) {
-		seq := p.row.totals.seq
-		r, err := p.readRow(ctx, c)
+		seq := r.row.totals.seq
+		row, err := r.readRow(ctx, c)
 		if err != nil {
 			return nil, err
 		}
-		if r.totals.seq != seq {
+		if row.totals.seq != seq {
 			changed = time.Now()
 		}
-		if !r.ended && time.Since(changed) < takeOverAfter {
-			follow(r.url, r.pass)
+		if !row.ended && time.Since(changed) < takeOverAfter {
+			follow(row.url, row.pass)
 			continue
 		}
 		follow("", "")
-		if l, err := p.takeOver(ctx, c, r); !errors.Is(err, errDeposed) {
-			return l, err
+		if e, err := r.takeOver(ctx, c, row); !errors.Is(err, errDeposed) {
+			return e, err
 		}
 		changed = time.Now()
 	}
@@ -356,34 +356,34 @@ WHERE one AND term = $1 AND seq = $2`
 
 // takeOver begins a term where the row is still as it was seen. Where that was
 // done and its answer was lost, the term ends as any other whose leader is gone.
-func (p *replica) takeOver(ctx context.Context, c *pgx.Conn, r leaderRow) (*postgresEngine, error) {
+func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*postgresEngine, error) {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	pass := cryptorand.Text()
-	tag, err := c.Exec(ctx, beginTerm, r.term, r.totals.seq, p.url, pass)
+	tag, err := c.Exec(ctx, beginTerm, row.term, row.totals.seq, r.url, pass)
 	if err == nil && tag.RowsAffected() == 0 {
 		return nil, errDeposed
 	}
 	if err != nil {
 		return nil, err
 	}
-	r.term, r.since, r.totals.seq, r.url, r.pass = r.term+1, r.totals.seq+1, r.totals.seq+1, p.url, pass
-	p.row = r
-	l := &postgresEngine{replica: p, term: r.term, pass: pass, conn: c, unconfirmed: true}
-	if err := l.prepareCommit(ctx, c); err != nil {
+	row.term, row.since, row.totals.seq, row.url, row.pass = row.term+1, row.totals.seq+1, row.totals.seq+1, r.url, pass
+	r.row = row
+	e := &postgresEngine{replica: r, term: row.term, pass: pass, conn: c, unconfirmed: true}
+	if err := e.prepareCommit(ctx, c); err != nil {
 		return nil, err
 	}
-	pool, err := pgxpool.ParseConfig(p.config.ConnString())
+	pool, err := pgxpool.ParseConfig(r.config.ConnString())
 	if err != nil {
 		return nil, err
 	}
-	pool.ConnConfig, pool.MaxConns = p.config.Copy(), postgresReads
-	if l.reads, err = pgxpool.NewWithConfig(context.Background(), pool); err != nil {
+	pool.ConnConfig, pool.MaxConns = r.config.Copy(), postgresReads
+	if e.reads, err = pgxpool.NewWithConfig(context.Background(), pool); err != nil {
 		return nil, err
 	}
-	p.term.Store(r.term)
-	p.leading.Store(true)
-	return l, nil
+	r.term.Store(row.term)
+	r.leading.Store(true)
+	return e, nil
 }
 
 // postgresEngine is the store's engine, for one term of the replica that leads.
@@ -462,50 +462,50 @@ const maybeOrder = "coalesce(o.id_high, 0), coalesce(o.id_low, 0), coalesce(o.st
 const preparedCommit = "orderd_commit"
 
 // prepareCommit has commitBatch parsed on the writer's connection.
-func (l *postgresEngine) prepareCommit(ctx context.Context, c *pgx.Conn) error {
+func (e *postgresEngine) prepareCommit(ctx context.Context, c *pgx.Conn) error {
 	_, err := c.Prepare(ctx, preparedCommit, commitBatch)
 	return err
 }
 
 // start confirms the take-over with a first beat, and mends the totals where
 // somebody has changed the table by hand.
-func (l *postgresEngine) start() (totals, error) {
-	if err := l.commit(newBatch(nil)); err != nil {
+func (e *postgresEngine) start() (totals, error) {
+	if err := e.commit(newBatch(nil)); err != nil {
 		return totals{}, err
 	}
 	var c census
-	if err := l.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.matches(l.replica.row.totals) {
-		return l.replica.row.totals, err
+	if err := e.count(countUnfinished+"WHERE status < 2", &c.pending, &c.processing, &c.newest); err != nil || c.matches(e.replica.row.totals) {
+		return e.replica.row.totals, err
 	}
-	if err := l.count(countFinal, &c.final, &c.took, &c.newestStarted); err != nil {
+	if err := e.count(countFinal, &c.final, &c.sumTook, &c.newestStarted); err != nil {
 		return totals{}, err
 	}
-	t := c.correct(l.replica.row.totals)
-	logCorrection(l.replica.log, l.replica.row.totals, t)
+	t := c.correct(e.replica.row.totals)
+	logCorrection(e.replica.log, e.replica.row.totals, t)
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	if _, err := l.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
-		append(t.fields(), l.term)...); err != nil {
+	if _, err := e.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
+		append(t.fields(), e.term)...); err != nil {
 		return totals{}, err
 	}
-	l.replica.row.totals = t
-	err := l.commit(newBatch(nil)) // fails where the totals were not written
-	return l.replica.row.totals, err
+	e.replica.row.totals = t
+	err := e.commit(newBatch(nil)) // fails where the totals were not written
+	return e.replica.row.totals, err
 }
 
 // count reads one row, which may take long: beats go on meanwhile.
-func (l *postgresEngine) count(query string, into ...any) error {
+func (e *postgresEngine) count(query string, into ...any) error {
 	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
 	defer cancel()
 	counted := make(chan error, 1)
-	go func() { counted <- l.reads.QueryRow(ctx, query).Scan(into...) }()
+	go func() { counted <- e.reads.QueryRow(ctx, query).Scan(into...) }()
 	for {
 		select {
 		case err := <-counted:
 			return err
 		case <-time.After(beatEvery):
 		}
-		if err := l.commit(newBatch(nil)); err != nil {
+		if err := e.commit(newBatch(nil)); err != nil {
 			return err
 		}
 	}
@@ -571,41 +571,41 @@ var (
 
 // commit tries until the outcome is known, or for commitTimeout. While an attempt
 // is in doubt only the same batch may be sent: the original may still arrive.
-func (l *postgresEngine) commit(b *batch) error {
-	b.totals = l.replica.row.totals
-	if l.failure != nil {
-		return l.failure
+func (e *postgresEngine) commit(b *batch) error {
+	b.totals = e.replica.row.totals
+	if e.failure != nil {
+		return e.failure
 	}
-	if err := l.expire(b); err != nil {
-		b.skipExpiry(l.replica.log, err)
+	if err := e.expire(b); err != nil {
+		b.skipExpiry(e.replica.log, err)
 	}
-	if !l.unconfirmed { // else it is in the table, and what its keys have created is known
+	if !e.unconfirmed { // else it is in the table, and what its keys have created is known
 		for _, c := range b.creates {
 			c.reset()
 		}
 	}
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
-		err := l.advance(p)
-		doubtful := l.inDoubt || l.unconfirmed
+		err := e.advance(p)
+		doubtful := e.inDoubt || e.unconfirmed
 		switch {
 		case err == nil:
-			b.totals = l.replica.row.totals
+			b.totals = e.replica.row.totals
 			return nil
 		case errors.Is(err, errRejected) && !doubtful && !p.tried:
-			if p, err = l.without(p, err); err != nil {
+			if p, err = e.without(p, err); err != nil {
 				return fmt.Errorf("%w: %w", errNotWritten, err)
 			}
 		case errors.Is(err, errDeposed), errors.Is(err, errBroken), errors.Is(err, errRejected):
-			l.replica.leading.Store(false)
-			l.lease.Store(nil)
-			if l.failure = err; errors.Is(err, errRejected) {
-				l.failure = fmt.Errorf("%w: %w", errBroken, err)
+			e.replica.leading.Store(false)
+			e.lease.Store(nil)
+			if e.failure = err; errors.Is(err, errRejected) {
+				e.failure = fmt.Errorf("%w: %w", errBroken, err)
 			}
 			if doubtful {
-				return fmt.Errorf("%w: %w", errOutcomeUnknown, l.failure)
+				return fmt.Errorf("%w: %w", errOutcomeUnknown, e.failure)
 			}
-			return l.failure
+			return e.failure
 		case !doubtful:
 			return fmt.Errorf("%w: %w", errNotWritten, err)
 		case time.Now().After(end):
@@ -616,29 +616,29 @@ func (l *postgresEngine) commit(b *batch) error {
 
 // without returns a refused batch again, less what the tables refuse: its expiry,
 // or else those creates whose INSERT, tried alone and rolled back, fails.
-func (l *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
+func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	if len(p.removedIDs) > 0 {
-		p.batch.skipExpiry(l.replica.log, cause)
+		p.batch.skipExpiry(e.replica.log, cause)
 		return pack(p.batch), nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
 	refused := map[*creation]error{}
 	for _, c := range p.batch.creates {
-		_, err := l.conn.Exec(ctx, "BEGIN")
+		_, err := e.conn.Exec(ctx, "BEGIN")
 		if err == nil {
-			_, err = l.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
+			_, err = e.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
 				high(c.assigned), low(c.assigned), c.cents, c.userID, c.itemIDs)
 		}
 		if isRejection(err) {
-			l.replica.log.Error("an order was refused by the table", "error", err)
+			e.replica.log.Error("an order was refused by the table", "error", err)
 			refused[c], err = fmt.Errorf("%w: %w", errRejected, err), nil
 		}
 		if err == nil {
-			_, err = l.conn.Exec(ctx, "ROLLBACK")
+			_, err = e.conn.Exec(ctx, "ROLLBACK")
 		}
 		if err != nil {
-			l.conn.Close(ctx)
+			e.conn.Close(ctx)
 			return nil, err
 		}
 	}
@@ -661,89 +661,89 @@ func isRejection(err error) bool {
 
 // advance finds out what became of the last attempt, and makes the next: sends
 // the batch, or the beat that confirms it.
-func (l *postgresEngine) advance(p *parcel) error {
-	if err := l.reconnect(); err != nil {
+func (e *postgresEngine) advance(p *parcel) error {
+	if err := e.reconnect(); err != nil {
 		return err
 	}
-	if l.inDoubt {
-		if err := l.findOut(p); err != nil {
+	if e.inDoubt {
+		if err := e.findOut(p); err != nil {
 			return err
 		}
 	}
 	sent := time.Now()
-	if !l.unconfirmed {
-		if err := l.send(p); err != nil {
+	if !e.unconfirmed {
+		if err := e.send(p); err != nil {
 			return err
 		}
 	}
-	if l.unconfirmed {
+	if e.unconfirmed {
 		sent = time.Now()
-		if err := l.send(pack(newBatch(nil))); err != nil {
+		if err := e.send(pack(newBatch(nil))); err != nil {
 			return err
 		}
 	}
-	if l.unconfirmed {
+	if e.unconfirmed {
 		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
 	}
-	l.replica.highestConfirmed = mark{l.term, l.replica.row.totals.seq}
-	l.confirmedSeq.Store(l.replica.row.totals.seq)
-	l.lease.Store(&sent)
-	l.replica.alive.Store(&sent)
+	e.replica.highestConfirmed = mark{e.term, e.replica.row.totals.seq}
+	e.confirmedSeq.Store(e.replica.row.totals.seq)
+	e.lease.Store(&sent)
+	e.replica.alive.Store(&sent)
 	return nil
 }
 
 // reconnect makes the writer's connection anew where it is gone.
-func (l *postgresEngine) reconnect() (err error) {
-	if l.conn != nil && !l.conn.IsClosed() {
+func (e *postgresEngine) reconnect() (err error) {
+	if e.conn != nil && !e.conn.IsClosed() {
 		return nil
 	}
-	if l.conn, err = l.replica.connect(context.Background()); errors.As(err, new(unfit)) {
+	if e.conn, err = e.replica.connect(context.Background()); errors.As(err, new(unfit)) {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	} else if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	if err = l.prepareCommit(ctx, l.conn); err == nil {
+	if err = e.prepareCommit(ctx, e.conn); err == nil {
 		return nil
 	}
-	l.conn.Close(ctx)
-	if permanent := l.replica.permanent(err); permanent != nil { // a table is gone
+	e.conn.Close(ctx)
+	if permanent := e.replica.permanent(err); permanent != nil { // a table is gone
 		return fmt.Errorf("%w: %w", errBroken, permanent)
 	}
 	return err
 }
 
 // findOut looks in the row for what was sent last.
-func (l *postgresEngine) findOut(p *parcel) error {
-	before := l.replica.row
-	r, err := l.ownRow()
+func (e *postgresEngine) findOut(p *parcel) error {
+	before := e.replica.row
+	row, err := e.ownRow()
 	switch {
 	case err != nil:
 		return err
-	case r.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
+	case row.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
 		return nil
-	case r.totals.seq != before.totals.seq+1:
+	case row.totals.seq != before.totals.seq+1:
 		return errTampered
 	}
-	if !l.unconfirmed {
-		earlier, err := l.ordersOfKeys(p.keys)
+	if !e.unconfirmed {
+		earlier, err := e.ordersOfKeys(p.keys)
 		if err != nil {
-			l.replica.row = before
+			e.replica.row = before
 			return err
 		}
 		p.answerKeys(earlier)
 	}
-	l.inDoubt, l.unconfirmed = false, true
+	e.inDoubt, e.unconfirmed = false, true
 	return nil
 }
 
 // ordersOfKeys reads, for the writer, the orders that keys have created.
-func (l *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
+func (e *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	found := map[string]order{}
-	rows, _ := l.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys)
+	rows, _ := e.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys)
 	defer rows.Close()
 	for rows.Next() {
 		var key string
@@ -758,59 +758,59 @@ func (l *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 
 // send sends a batch once. An ERROR of the server has rolled it back; a FATAL
 // one, or a lost connection, tells nothing.
-func (l *postgresEngine) send(p *parcel) error {
-	row := &l.replica.row
+func (e *postgresEngine) send(p *parcel) error {
+	row := &e.replica.row
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
-	l.replica.warned = false
-	rows, _ := l.conn.Query(ctx, preparedCommit, l.term, row.totals.seq, l.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+	e.replica.warned = false
+	rows, _ := e.conn.Query(ctx, preparedCommit, e.term, row.totals.seq, e.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
 		p.movedIDs, p.previous, p.next, p.started, p.took, p.removedIDs)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
-		return l.fenced(err)
+		return e.fenced(err)
 	}
 	if isRejection(err) {
 		return fmt.Errorf("%w: %w", errRejected, err)
 	}
 	if err != nil {
-		l.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
-		e, rolledBack := errors.AsType[*pgconn.PgError](err)
-		rolledBack = rolledBack && e.SeverityUnlocalized == "ERROR"
-		if rolledBack && l.replica.permanent(err) != nil && e.Code != "0A000" { // the prepared plan became invalid
-			return fmt.Errorf("%w: %w", errBroken, l.replica.permanent(err))
+		e.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
+		pgErr, rolledBack := errors.AsType[*pgconn.PgError](err)
+		rolledBack = rolledBack && pgErr.SeverityUnlocalized == "ERROR"
+		if rolledBack && e.replica.permanent(err) != nil && pgErr.Code != "0A000" { // the prepared plan became invalid
+			return fmt.Errorf("%w: %w", errBroken, e.replica.permanent(err))
 		}
-		l.inDoubt = l.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
+		e.inDoubt = e.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
 		return err
 	}
 	row.totals = t
-	l.inDoubt, l.unconfirmed = false, l.replica.warned // a cancelled wait for a synchronous standby is a warning and success
+	e.inDoubt, e.unconfirmed = false, e.replica.warned // a cancelled wait for a synchronous standby is a warning and success
 	return nil
 }
 
 // fenced explains errFenced: our own earlier attempt while in doubt, else another
 // leader, or somebody who has changed the row.
-func (l *postgresEngine) fenced(err error) error {
-	if l.inDoubt {
+func (e *postgresEngine) fenced(err error) error {
+	if e.inDoubt {
 		return err
 	}
-	_, readErr := l.ownRow()
+	_, readErr := e.ownRow()
 	return cmp.Or(readErr, errTampered)
 }
 
 // ownRow reads the row anew. Its error tells where that is another leader's, or
 // behind what this one has left.
-func (l *postgresEngine) ownRow() (leaderRow, error) {
-	left := l.replica.row.totals.seq
-	r, err := l.replica.readRow(context.Background(), l.conn)
+func (e *postgresEngine) ownRow() (leaderRow, error) {
+	left := e.replica.row.totals.seq
+	row, err := e.replica.readRow(context.Background(), e.conn)
 	switch {
 	case err != nil:
-		return r, err
-	case r.term != l.term:
-		return r, errDeposed
-	case r.totals.seq < left:
-		return r, errUnconfirmedIsGone
+		return row, err
+	case row.term != e.term:
+		return row, errDeposed
+	case row.totals.seq < left:
+		return row, errUnconfirmedIsGone
 	}
-	return r, nil
+	return row, nil
 }
 
 // absorb reads the answer of commitBatch.
@@ -844,21 +844,21 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 // expire looks up what the batch is to remove. Completed orders never change,
 // and only this writer removes them, so the list stays right however often it
 // is sent.
-func (l *postgresEngine) expire(b *batch) error {
+func (e *postgresEngine) expire(b *batch) error {
 	x := b.expiry
-	if x == nil || b.removed != nil || l.inDoubt || l.unconfirmed {
+	if x == nil || b.removed != nil || e.inDoubt || e.unconfirmed {
 		return nil
 	}
-	if err := l.reconnect(); err != nil {
+	if err := e.reconnect(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
-	rows, _ := l.conn.Query(ctx, `SELECT id_high, id_low, `+expiredBefore+`$2 FROM orders
+	rows, _ := e.conn.Query(ctx, `SELECT id_high, id_low, `+expiredBefore+`$2 FROM orders
 		WHERE id_high > $1 AND id_high < $2 << 16 AND id_high <= $3 ORDER BY id_high LIMIT $4`,
-		x.after, x.before, l.replica.row.totals.newestStarted, expiryLooks)
+		x.after, x.before, e.replica.row.totals.newestStarted, expiryLooks)
 	defer rows.Close()
-	b.removed, x.through, x.looked = []ulid.ULID{}, 0, 0
+	b.removed, x.looked = []ulid.ULID{}, 0
 	for ; rows.Next(); x.looked++ {
 		var idLow int64
 		var expired *bool // NULL where somebody else completed it
@@ -869,27 +869,25 @@ func (l *postgresEngine) expire(b *batch) error {
 			b.removed = append(b.removed, joinID(x.through, idLow))
 		}
 	}
-	if x.looked < expiryLooks {
-		x.through = 0
-	}
+	x.ended = x.looked < expiryLooks
 	return rows.Err()
 }
 
 // tidy commits a beat where the last commit is long enough ago: standbys see by
 // it that the leader is there.
-func (l *postgresEngine) tidy() (totals, error) {
+func (e *postgresEngine) tidy() (totals, error) {
 	var err error
-	if sent := l.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
-		err = l.commit(newBatch(nil))
+	if sent := e.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
+		err = e.commit(newBatch(nil))
 	}
-	return l.replica.row.totals, err
+	return e.replica.row.totals, err
 }
 
 // current refuses once the lease has run out: leaseTime after this leader sent its
 // last confirmed commit, another may have taken over. It asks both clocks, since
 // the monotonic one stands still while the machine sleeps.
-func (l *postgresEngine) current() error {
-	sent := l.lease.Load()
+func (e *postgresEngine) current() error {
+	sent := e.lease.Load()
 	if sent == nil {
 		return errDeposed
 	}
@@ -901,21 +899,21 @@ func (l *postgresEngine) current() error {
 }
 
 // close hands over: standbys need not wait. Nothing is shown from here on.
-func (l *postgresEngine) close() error {
-	l.lease.Store(nil)
-	l.replica.leading.Store(false)
-	if l.failure == nil && !l.inDoubt && !l.unconfirmed && l.reconnect() == nil {
+func (e *postgresEngine) close() error {
+	e.lease.Store(nil)
+	e.replica.leading.Store(false)
+	if e.failure == nil && !e.inDoubt && !e.unconfirmed && e.reconnect() == nil {
 		last := pack(newBatch(nil))
 		last.ended = true
-		if err := l.send(last); err != nil {
-			l.replica.log.Warn("the other replicas will wait: no hand-over", "error", err)
+		if err := e.send(last); err != nil {
+			e.replica.log.Warn("the other replicas will wait: no hand-over", "error", err)
 		}
 	}
-	l.reads.Close()
+	e.reads.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	if l.conn != nil {
-		l.conn.Close(ctx)
+	if e.conn != nil {
+		e.conn.Close(ctx)
 	}
 	return nil
 }
@@ -923,23 +921,23 @@ func (l *postgresEngine) close() error {
 // query reads what source finds, in one snapshot with the leader's row, and
 // returns that row's seq. It ends after readBytes of text, and then more is true.
 // A connection that has died says so only when it is used: then a new one is tried.
-func (l *postgresEngine) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
+func (e *postgresEngine) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	for range 3 {
-		orders, more, seq, err = l.tryQuery(ctx, source, args)
+		orders, more, seq, err = e.tryQuery(ctx, source, args)
 		if err == nil || errors.Is(err, errDeposed) {
 			return orders, more, seq, err
 		}
-		l.reads.Reset() // the other connections have died with this one
+		e.reads.Reset() // the other connections have died with this one
 		sleep(ctx, reconnectPause/10)
 	}
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
 }
 
-func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
-	least, room, answered := l.confirmedSeq.Load(), readBytes, false
-	rows, err := l.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
+func (e *postgresEngine) tryQuery(ctx context.Context, source string, args []any) (orders []order, more bool, seq int64, err error) {
+	least, room, answered := e.confirmedSeq.Load(), readBytes, false
+	rows, err := e.reads.Query(ctx, "SELECT "+maybeOrder+", l.term, l.seq FROM leader l LEFT JOIN LATERAL ("+source+") o ON true WHERE l.one", args...)
 	if err != nil {
 		return nil, false, 0, err
 	}
@@ -950,7 +948,7 @@ func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any
 		if err != nil {
 			return nil, false, 0, err
 		}
-		if term != l.term || seq < least { // seq < least: a server that lags behind
+		if term != e.term || seq < least { // seq < least: a server that lags behind
 			return nil, false, 0, errDeposed
 		}
 		if !o.id.IsZero() {
@@ -968,8 +966,8 @@ func (l *postgresEngine) tryQuery(ctx context.Context, source string, args []any
 	return orders, room <= 0, seq, nil
 }
 
-func (l *postgresEngine) readOne(source string, args ...any) (o order, seq int64, err error) {
-	orders, _, seq, err := l.query(source, args...)
+func (e *postgresEngine) readOne(source string, args ...any) (o order, seq int64, err error) {
+	orders, _, seq, err := e.query(source, args...)
 	if err == nil && len(orders) == 0 {
 		return o, seq, errNotFound
 	}
@@ -979,18 +977,18 @@ func (l *postgresEngine) readOne(source string, args ...any) (o order, seq int64
 	return orders[0], seq, nil
 }
 
-func (l *postgresEngine) find(id ulid.ULID) (order, int64, error) {
-	return l.readOne("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
+func (e *postgresEngine) find(id ulid.ULID) (order, int64, error) {
+	return e.readOne("SELECT * FROM orders WHERE id_high = $1 AND id_low = $2", high(id), low(id))
 }
 
-func (l *postgresEngine) findKey(key string) (order, int64, error) {
-	return l.readOne("SELECT * FROM orders WHERE key = $1", key)
+func (e *postgresEngine) findKey(key string) (order, int64, error) {
+	return e.readOne("SELECT * FROM orders WHERE key = $1", key)
 }
 
 // list bounds the cost of a page by its length, not by the table's: Pending and
 // Processing orders have an index of their own, and no Completed order is newer
 // than the newest that was started.
-func (l *postgresEngine) list(f filter) (p page, seq int64, err error) {
+func (e *postgresEngine) list(f filter) (p page, seq int64, err error) {
 	where, args := "id_high < $1", []any{f.before, f.limit + 1}
 	add := func(condition string, arg any) {
 		args = append(args, arg)
@@ -1007,7 +1005,7 @@ func (l *postgresEngine) list(f filter) (p page, seq int64, err error) {
 			where += " AND status < 2"
 		}
 	}
-	orders, more, seq, err := l.query("SELECT * FROM orders WHERE "+where+" ORDER BY id_high DESC LIMIT $2", args...)
+	orders, more, seq, err := e.query("SELECT * FROM orders WHERE "+where+" ORDER BY id_high DESC LIMIT $2", args...)
 	p.orders = orders[:min(len(orders), f.limit)]
 	if more || len(orders) > f.limit {
 		p.next = p.orders[len(p.orders)-1].id
@@ -1017,13 +1015,13 @@ func (l *postgresEngine) list(f filter) (p page, seq int64, err error) {
 
 // backlog reads both unfinished statuses by their index; most of it is Pending.
 // It waits until what it has read is confirmed: no order is worked on before.
-func (l *postgresEngine) backlog(after int64, limit int) (found []queued, err error) {
+func (e *postgresEngine) backlog(after int64, limit int) (found []queued, err error) {
 	// Without text, of which a page holds only so much.
 	const part = "(SELECT id_high, id_low, status, '' AS user_id, '' AS item_ids, cents, started, took FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
-	orders, _, seq, err := l.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
-	for err == nil && l.confirmedSeq.Load() < seq {
+	orders, _, seq, err := e.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
+	for err == nil && e.confirmedSeq.Load() < seq {
 		time.Sleep(publishPause)
-		err = l.current()
+		err = e.current()
 	}
 	if err != nil {
 		return nil, err
@@ -1034,8 +1032,8 @@ func (l *postgresEngine) backlog(after int64, limit int) (found []queued, err er
 	return found, nil
 }
 
-func (l *postgresEngine) oldest(st status) (int64, error) {
-	o, _, err := l.readOne("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
+func (e *postgresEngine) oldest(st status) (int64, error) {
+	o, _, err := e.readOne("SELECT * FROM orders WHERE status < 2 AND status = $1 ORDER BY id_high LIMIT 1", int16(st))
 	if errors.Is(err, errNotFound) {
 		return math.MaxInt64, nil
 	}

@@ -926,7 +926,7 @@ func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	for st, n := range []int64{sum.OrdersPending, sum.OrdersProcessing, sum.OrdersCompleted} {
 		e.sample("orderd_orders", fmt.Sprintf(`{status="%s"}`, status(st)), float64(n))
 	}
-	e.buckets("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.took)
+	e.buckets("orderd_processing_seconds", "Time from start to completion, of orders since this start.", &l.pool.durations)
 	e.single("orderd_oldest_pending_seconds", "gauge", "Age of the oldest Pending order, 0 without one, NaN where the orders cannot be read.", oldestPending(l.store))
 	e.single("orderd_queue_length", "gauge", "Orders in the channel between feeder and pool.", float64(len(l.pool.channel)))
 	e.single("orderd_queue_capacity", "gauge", "Places in that channel.", float64(cap(l.pool.channel)))

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -103,7 +102,7 @@ type totals struct {
 	accepted      int64 // orders ever
 	processing    int64 // orders now
 	completed     int64 // orders ever
-	took          int64 // µs, sum over the completed
+	sumTook       int64 // µs, sum over the completed
 	removed       int64 // completed orders that are no longer in the table
 	newest        int64 // id_high of the newest order ever
 	newestStarted int64 // id_high of the newest order that ever left Pending
@@ -139,7 +138,7 @@ func (t totals) with(b *batch) totals {
 			t.processing++
 		} else {
 			t.completed++
-			t.took += st.took
+			t.sumTook += st.took
 		}
 	}
 	t.removed += int64(len(b.removed))
@@ -149,7 +148,7 @@ func (t totals) with(b *batch) totals {
 // census is a count of the table itself, to check the totals against.
 type census struct {
 	pending, processing, final int64 // orders
-	took                       int64 // µs, sum over the final
+	sumTook                    int64 // µs, sum over the final
 	newest, newestStarted      int64 // as in totals
 }
 
@@ -168,7 +167,7 @@ func (c census) correct(t totals) totals {
 	t.processing = c.processing
 	t.newest, t.newestStarted = max(t.newest, c.newest), max(t.newestStarted, c.newestStarted)
 	if t.removed == 0 {
-		t.took = c.took
+		t.sumTook = c.sumTook
 	}
 	return t
 }
@@ -179,8 +178,10 @@ type expiry struct {
 	after  int64 // id_high; only newer orders
 	before int64 // Unix ms; only orders created and completed earlier
 
-	looked  int   // set by the engine: orders that it looked at
-	through int64 // set by the engine: id_high of the last order looked at; 0 ends the sweep, also one that failed
+	// Set by the engine:
+	looked  int   // orders that it looked at
+	through int64 // id_high of the last of them
+	ended   bool  // the sweep is over: nothing newer can have expired, or it failed
 }
 
 // filter is what a list asks for.
@@ -336,7 +337,7 @@ func (s *store) start(onCommit func(commitReport)) error {
 		return err
 	}
 	s.published.Store(&t)
-	s.writer.newest, s.writer.onCommit = t.newest, onCommit
+	s.writer.lastID, s.writer.onCommit = t.newest, onCommit
 	s.writer.retention.start()
 	s.writer.quit, s.writer.stopped = make(chan struct{}), make(chan struct{})
 	go s.writer.run()
@@ -353,14 +354,23 @@ func (s *store) create(c *creation) error {
 		err = b.err
 	}
 	if err != nil && c.key != "" {
-		if earlier, findErr := s.whenShowable(s.engine.findKey(c.key)); findErr == nil {
-			c.replay(earlier)
-			err = nil
-		} else if errors.Is(err, errInDoubt) { // the key's first create may be in that commit
-			err = errOutcomeUnknown
-		}
+		err = s.answerByKey(c, err)
 	}
 	return cmp.Or(err, c.err)
+}
+
+// answerByKey answers a create that has failed with err by the order that its key
+// has created earlier.
+func (s *store) answerByKey(c *creation, err error) error {
+	earlier, findErr := s.whenShowable(s.engine.findKey(c.key))
+	switch {
+	case findErr == nil:
+		c.replay(earlier)
+		return nil
+	case errors.Is(err, errInDoubt): // the key's first create may be in that commit
+		return errOutcomeUnknown
+	}
+	return err
 }
 
 // step adds a step to the open batch. It does not wait for the commit, only
@@ -513,7 +523,7 @@ func (b *batch) retryCopy() *batch {
 // skipExpiry leaves the orders of an expiry that failed to a later sweep.
 func (b *batch) skipExpiry(log *logger, cause error) {
 	log.Warn("orders that were kept long enough could not be removed", "error", cause)
-	b.expiry.through, b.expiry, b.removed = 0, nil, nil
+	b.expiry.ended, b.expiry, b.removed = true, nil, nil
 }
 
 func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
@@ -648,7 +658,7 @@ func (in *intake) close() {
 // commitReport is what the writer tells of a commit.
 type commitReport struct {
 	creates, steps int
-	took           time.Duration
+	duration       time.Duration
 	totals         totals
 }
 
@@ -664,7 +674,7 @@ type writer struct {
 	now       func() time.Time
 	onCommit  func(commitReport)
 
-	newest  int64    // id_high of the newest ID given to an order
+	lastID  int64    // id_high of the newest ID given to an order
 	changes []change // of the last commit; reused
 
 	quit    chan struct{} // closed by store.close
@@ -742,7 +752,7 @@ func (w *writer) commit(b *batch) error {
 	err := w.engine.commit(b)
 	if x != nil {
 		if err != nil { // the removal may not fit on the disk: begin the sweep again after its pause, so that orders go first
-			x.through = 0
+			x.ended = true
 		}
 		w.retention.record(x, time.Since(began))
 	}
@@ -771,7 +781,7 @@ func (w *writer) succeed(b *batch, began time.Time) {
 	if w.intake.refuse(nil) {
 		w.log.Warn("orders are accepted again")
 	}
-	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), took: time.Since(began), totals: b.totals})
+	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), duration: time.Since(began), totals: b.totals})
 }
 
 // answerFor returns what the creates of a failed commit are answered.
@@ -795,8 +805,8 @@ func refusalFor(err error) error {
 func (w *writer) number(creates []*creation) {
 	ms := w.now().UnixMilli()
 	for _, c := range creates {
-		w.newest = max(w.newest+1, ms<<16)
-		c.assigned = joinID(w.newest, int64(rand.Uint64()))
+		w.lastID = max(w.lastID+1, ms<<16)
+		c.assigned = joinID(w.lastID, int64(rand.Uint64()))
 		c.id = c.assigned
 	}
 }
@@ -871,13 +881,14 @@ type retention struct {
 	now  func() time.Time
 	log  *logger
 
-	began  time.Time        // when the writer started, by the monotonic clock
-	wall   time.Time        // the same, by the wall clock
-	cursor int64            // id_high of the last order that this sweep has looked at
-	due    time.Time        // of the next expiry
-	wake   <-chan time.Time // fires then
-	credit int              // creates left before an expiry is due at once; starts at the orders that the last one looked at, math.MaxInt between sweeps
-	warned bool             // of a jump of the clock
+	began  time.Time // when the writer started, by the monotonic clock
+	wall   time.Time // the same, by the wall clock
+	warned bool      // of a jump of the clock
+
+	last    expiry           // of this sweep; ended between two sweeps
+	created int              // orders since then
+	due     time.Time        // of the next expiry
+	wake    <-chan time.Time // fires then
 }
 
 const (
@@ -891,17 +902,22 @@ func (r *retention) start() {
 		return
 	}
 	r.began, r.wall = time.Now(), r.now().Round(0) // the wall clock alone
-	r.record(&expiry{}, 0)
+	r.record(&expiry{ended: true}, 0)
 }
 
-// next returns an expiry when one is due: after a pause, or when credit is used
-// up, so that the table stops growing.
+// next returns an expiry when one is due: after a pause, or at once where the
+// table grows, since as many orders were created as the last expiry looked at.
 func (r *retention) next(created int) *expiry {
-	r.credit -= created
-	if r.keep == 0 || r.credit > 0 && time.Now().Before(r.due) || r.clockJumped() {
+	r.created += created
+	grows := !r.last.ended && r.created >= r.last.looked
+	if r.keep == 0 || !grows && time.Now().Before(r.due) || r.clockJumped() {
 		return nil
 	}
-	return &expiry{after: r.cursor, before: r.now().Add(-r.keep).UnixMilli()}
+	x := &expiry{before: r.now().Add(-r.keep).UnixMilli()}
+	if !r.last.ended {
+		x.after = r.last.through
+	}
+	return x
 }
 
 // clockJumped reports whether the wall clock has gone ahead of the monotonic one
@@ -918,10 +934,10 @@ func (r *retention) clockJumped() bool {
 // record notes how far an expiry came, and sets when the next is due.
 func (r *retention) record(x *expiry, took time.Duration) {
 	pause := expiryPauseFactor * took
-	r.cursor, r.credit = x.through, x.looked
-	if x.through == 0 {
-		pause, r.credit = max(pause, min(sweepPause, r.keep/10)), math.MaxInt
+	if x.ended {
+		pause = max(pause, min(sweepPause, r.keep/10))
 	}
+	r.last, r.created = *x, 0
 	r.due, r.wake = time.Now().Add(pause), time.After(pause)
 }
 
@@ -997,7 +1013,7 @@ UPDATE totals SET newest = (SELECT coalesce(max(id_high), 0) FROM orders), ident
 const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
 
 func (t *totals) fields() []any {
-	return []any{&t.accepted, &t.processing, &t.completed, &t.took, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
+	return []any{&t.accepted, &t.processing, &t.completed, &t.sumTook, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
 }
 
 func (t *totals) values() (values []any) {
@@ -1085,7 +1101,7 @@ type sqliteEngine struct {
 	last     totals // as of the last commit
 	users    *userIndex
 	wal      *checkpointer
-	handsOff error // why the files must be left alone: an outcome is unknown, or they are not in place
+	handsOff error // why the files must be left alone: an outcome is unknown
 
 	beforeCommit func(*batch) // set by tests: called just before COMMIT
 }
@@ -1147,7 +1163,7 @@ func (e *sqliteEngine) recount() error {
 		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.matches(e.last) {
 		return err
 	}
-	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.took, &c.newestStarted); err != nil {
+	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.sumTook, &c.newestStarted); err != nil {
 		return err
 	}
 	corrected := c.correct(e.last)
@@ -1287,8 +1303,8 @@ func (e *sqliteEngine) commit(b *batch) error {
 }
 
 func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) error {
-	if err := e.inPlace(); err != nil {
-		return err
+	if err := e.file.inPlace(); err != nil {
+		return fmt.Errorf("%w: %w", errNotWritten, err)
 	}
 	before := e.last
 	err := e.fill(b, insert)
@@ -1363,9 +1379,7 @@ func (e *sqliteEngine) expire(b *batch) error {
 			return fmt.Errorf("%w: %w", errNotRemoved, err)
 		}
 	}
-	if !more {
-		x.through = 0
-	}
+	x.ended = !more
 	return nil
 }
 
@@ -1528,17 +1542,9 @@ func (e *sqliteEngine) unknown(err error) error {
 	return e.handsOff
 }
 
-// inPlace makes sure that the files are still those that a restart would open.
-func (e *sqliteEngine) inPlace() error {
-	if e.handsOff = e.file.inPlace(); e.handsOff != nil {
-		return fmt.Errorf("%w: %w", errNotWritten, e.handsOff)
-	}
-	return nil
-}
-
 func (e *sqliteEngine) tidy() (totals, error) {
-	if err := e.inPlace(); err != nil {
-		return e.last, err
+	if err := e.file.inPlace(); err != nil {
+		return e.last, fmt.Errorf("%w: %w", errNotWritten, err)
 	}
 	if err := e.wal.run(); sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)
@@ -1550,10 +1556,11 @@ func (e *sqliteEngine) tidy() (totals, error) {
 func (e *sqliteEngine) current() error { return nil }
 
 // close closes the readers first, so that the writer's connection is the last
-// and removes the WAL.
+// and removes the WAL. Files that are not in place are left alone: closing them
+// would remove the -wal of others in their place.
 func (e *sqliteEngine) close() error {
-	if e.handsOff != nil {
-		return e.handsOff
+	if err := cmp.Or(e.handsOff, e.file.inPlace()); err != nil {
+		return err
 	}
 	return errors.Join(e.rowReaders.close(), e.listReaders.close(), e.write.close(), e.file.close())
 }
@@ -1868,9 +1875,9 @@ func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
 		Scan(&seq, &b.newestStarted, &b.newestIndexed, &b.oldestPending); err != nil {
 		return p, 0, err
 	}
-	l := &listing{tx: tx, limit: f.limit, room: readBytes}
-	searched, err := l.search(f, b)
-	return l.result(searched), seq, err
+	l := &listing{tx: tx, filter: f, room: readBytes}
+	stoppedAt, err := l.search(b)
+	return l.result(stoppedAt), seq, err
 }
 
 // listBounds are id_high values that bound the cost of a page by its length, not
@@ -1881,22 +1888,79 @@ type listBounds struct {
 	newestIndexed int64 // later orders are not in the index of users
 }
 
+// window bounds the orders that a filter can find: from oldest, before before.
+func (b listBounds) window(f filter) (oldest, before int64) {
+	before = f.before
+	if f.status != nil && *f.status == pending {
+		oldest = b.oldestPending
+	}
+	if f.status != nil && f.status.final() {
+		before = min(before, b.newestStarted+1)
+	}
+	return oldest, before
+}
+
+// Where the orders of a page are read from, newest first.
+const (
+	fromTable      = "orders NOT INDEXED WHERE id_high >= @oldest AND id_high < @before"
+	fromUnfinished = "orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high < @before"
+	fromUserIndex  = "user_runs CROSS JOIN orders_by_user ON run = first CROSS JOIN orders USING (id_high)" +
+		" WHERE first >= @oldest_run AND first < @before AND user = @user AND id_high >= @oldest AND id_high < @before"
+)
+
 // listing collects a page from the results of several queries.
 type listing struct {
 	tx     *sql.Tx
-	limit  int
+	filter filter
 	room   int // bytes of text that still fit
 	orders []order
 }
 
-// read appends what a query finds, newest first, up to one order more than the
+// search runs the queries of a page. stoppedAt is the id_high at which it gave
+// up looking further back; 0 at the end of the table.
+func (l *listing) search(b listBounds) (stoppedAt int64, err error) {
+	oldest, before := b.window(l.filter)
+	switch {
+	case l.filter.status != nil && *l.filter.status == processing:
+		return 0, l.read(fromUnfinished, "id_high DESC", oldest, before)
+	case l.filter.userID == "":
+		return 0, l.read(fromTable, "id_high DESC", oldest, before)
+	}
+	if err := l.read(fromTable, "id_high DESC", max(oldest, b.newestIndexed+1), before); err != nil {
+		return 0, err
+	}
+	return l.searchUserIndex(oldest, min(before, b.newestIndexed+1))
+}
+
+// searchUserIndex searches pageRuns runs at most, back to the run that holds oldest.
+func (l *listing) searchUserIndex(oldest, before int64) (stoppedAt int64, err error) {
+	var run int64
+	if err := l.tx.QueryRow(`SELECT max(coalesce((SELECT max(first) FROM user_runs WHERE first <= @oldest), 0),
+		coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
+		sql.Named("oldest", oldest), sql.Named("before", before), sql.Named("runs", pageRuns)).Scan(&run); err != nil {
+		return 0, err
+	}
+	if run > oldest {
+		stoppedAt = run
+	}
+	return stoppedAt, l.read(fromUserIndex, "first DESC, id_high DESC", oldest, before, sql.Named("oldest_run", run))
+}
+
+// read appends the filter's orders of a window, up to one order more than the
 // page holds: that one tells of another page.
-func (l *listing) read(table, where, sort string, args ...any) error {
+func (l *listing) read(from, sort string, oldest, before int64, more ...any) error {
 	if l.full() {
 		return nil
 	}
-	rows, err := l.tx.Query("SELECT "+orderColumns+" FROM "+table+" WHERE "+where+" ORDER BY "+sort+" LIMIT @limit",
-		append(args, sql.Named("limit", l.limit+1-len(l.orders)))...)
+	args := append(more, sql.Named("oldest", oldest), sql.Named("before", before), sql.Named("user", l.filter.userID), sql.Named("limit", l.filter.limit+1-len(l.orders)))
+	if l.filter.userID != "" {
+		from += " AND user_id = @user"
+	}
+	if l.filter.status != nil {
+		from += " AND status = @status"
+		args = append(args, sql.Named("status", *l.filter.status))
+	}
+	rows, err := l.tx.Query("SELECT "+orderColumns+" FROM "+from+" ORDER BY "+sort+" LIMIT @limit", args...)
 	if err != nil {
 		return err
 	}
@@ -1912,73 +1976,18 @@ func (l *listing) read(table, where, sort string, args ...any) error {
 	return rows.Err()
 }
 
-func (l *listing) full() bool { return l.room <= 0 || len(l.orders) > l.limit }
+func (l *listing) full() bool { return l.room <= 0 || len(l.orders) > l.filter.limit }
 
-// result cuts the page off. searched is where the search stopped, 0 at the end of
-// the table.
-func (l *listing) result(searched int64) (p page) {
-	p.orders = l.orders[:min(len(l.orders), l.limit)]
+// result cuts the page off where it is full, or else where the search stopped.
+func (l *listing) result(stoppedAt int64) (p page) {
+	p.orders = l.orders[:min(len(l.orders), l.filter.limit)]
 	switch {
 	case l.full():
 		p.next = p.orders[len(p.orders)-1].id
-	case searched > 0:
-		p.next = joinID(searched, 0)
+	case stoppedAt > 0:
+		p.next = joinID(stoppedAt, 0)
 	}
 	return p
-}
-
-// search runs the queries of a page. Pending orders begin at oldestPending,
-// Completed ones end at newestStarted. Processing orders lie between them and have
-// an index. A user's orders are looked for in the table above newestIndexed, then
-// in the index.
-func (l *listing) search(f filter, b listBounds) (searched int64, err error) {
-	oldest, before := int64(0), f.before
-	table, where := "orders NOT INDEXED", "id_high >= @oldest AND id_high < @before"
-	args := []any{sql.Named("user", f.userID)}
-	if f.userID != "" {
-		where += " AND user_id = @user"
-	}
-	if f.status != nil {
-		where += " AND status = @status"
-		args = append(args, sql.Named("status", *f.status))
-		switch *f.status {
-		case pending:
-			oldest = b.oldestPending
-		case processing:
-			table, where = "orders INDEXED BY orders_unfinished", where+" AND status < 2"
-		case completed:
-			before = min(before, b.newestStarted+1)
-		}
-	}
-	window := func(oldest, before int64) []any {
-		return append(args, sql.Named("oldest", oldest), sql.Named("before", before))
-	}
-	if f.userID == "" || f.status != nil && *f.status == processing {
-		return 0, l.read(table, where, "id_high DESC", window(oldest, before)...)
-	}
-	if err := l.read(table, where, "id_high DESC", window(max(oldest, b.newestIndexed+1), before)...); err != nil {
-		return 0, err
-	}
-	before = min(before, b.newestIndexed+1)
-	if searched, err = l.oldestRun(oldest, before); err != nil {
-		return 0, err
-	}
-	err = l.read("user_runs CROSS JOIN orders_by_user ON run = first CROSS JOIN orders USING (id_high)",
-		"first >= @searched AND first < @before AND user = @user AND "+where, "first DESC, id_high DESC",
-		append(window(oldest, before), sql.Named("searched", searched))...)
-	if searched <= oldest {
-		searched = 0
-	}
-	return searched, err
-}
-
-// oldestRun returns the run at which the search of a page by user stops: after
-// pageRuns runs, or at the run that holds oldest.
-func (l *listing) oldestRun(oldest, before int64) (first int64, err error) {
-	err = l.tx.QueryRow(`SELECT max(coalesce((SELECT max(first) FROM user_runs WHERE first <= @oldest), 0),
-		coalesce((SELECT first FROM user_runs WHERE first < @before ORDER BY first DESC LIMIT 1 OFFSET @runs - 1), 0))`,
-		sql.Named("oldest", oldest), sql.Named("before", before), sql.Named("runs", pageRuns)).Scan(&first)
-	return first, err
 }
 
 // ---- SQLite files. ----

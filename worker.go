@@ -56,13 +56,13 @@ type pool struct {
 	log   *logger
 	made  time.Time
 
-	channel chan queued
-	stored  chan struct{} // capacity 1: the table has new orders
-	parked  *parking
-	gate    *gate
-	took    histogram
-	active  atomic.Int64 // attempts under way
-	failed  atomic.Int64 // attempts that failed
+	channel   chan queued
+	stored    chan struct{} // capacity 1: the table has new orders
+	parked    *parking
+	gate      *gate
+	durations histogram
+	active    atomic.Int64 // attempts under way
+	failed    atomic.Int64 // attempts that failed
 
 	failures *limitedLog // of one order each
 	troubles *limitedLog // of the endpoint
@@ -90,7 +90,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
 		poolOptions: o, store: s, log: log, made: time.Now(),
 		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
-		took: newHistogram(durationBounds), gate: newGate(),
+		durations: newHistogram(durationBounds), gate: newGate(),
 		failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
 	}
 	if o.endpoint.url != "" {
@@ -224,7 +224,7 @@ func (p *pool) runSafely(j job) (err error) {
 
 func (p *pool) complete(j job) {
 	took := time.Since(p.made) - j.began
-	p.took.observe(took.Seconds())
+	p.durations.observe(took.Seconds())
 	p.store.step(transition{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
 }
 

@@ -43,7 +43,7 @@ type mutation struct {
 //   - store.go, userIndex: the bounds indexEvery, runOrders and retryBehind, and what
 //     counts orders against them, change when the index is written. Lists are
 //     right at any time, since what is not indexed is looked for in the table.
-//   - store.go, oldestRun: OFFSET @runs in place of @runs - 1 ends a page one run
+//   - store.go, searchUserIndex: OFFSET @runs in place of @runs - 1 ends a page one run
 //     later.
 //   - metrics.go, write: without its first check, the same sums are written again.
 //   - log.go, logFlushAt: a fuller buffer is written a fifth of a second later.
@@ -51,7 +51,7 @@ type mutation struct {
 //     after its trouble is left to the clock.
 //   - store.go, isExpired: status > 0 in place of = 2 is the same, since an order
 //     at work has no time that it took.
-//   - store.go, search: searched < oldest in place of <= ends some lists with an
+//   - store.go, searchUserIndex: run >= oldest in place of > ends some lists with an
 //     empty page.
 //   - store.go, makeNew: SQLite itself syncs the directory once more, before the
 //     first commit is durable, when it makes the -wal.
@@ -91,11 +91,11 @@ var mutations = []mutation{
 	{"store.go", `&& earlier.cents == c.cents`, ``, "TestIdempotencyKey"},
 	{"store.go", `t.newest = max(t.newest, high(c.id))`, `t.newest = max(t.newest, 0*high(c.id))`, "TestOrdersAgainstAModel"},
 	{"store.go", `t.newestStarted = max(t.newestStarted, high(st.id))`, `t.newestStarted = high(st.id)`, "TestOnlyTheLastStep|TestListsOfAUser"},
-	{"store.go", `t.took += st.took`, `t.took++`, "TestAverageIsOver"},
+	{"store.go", `t.sumTook += st.took`, `t.sumTook++`, "TestAverageIsOver"},
 	{"store.go", `t.removed += int64(len(b.removed))`, `t.removed++`, "TestCompletedOrdersAreRemoved"},
 	{"store.go", `c.pending == t.pending() && c.processing == t.processing && `, `c.pending == t.pending() && `, "TestTotalsAreMended"},
 	{"store.go", `if err != nil && c.key != "" {`, `if err != nil && len(c.key) > 255 {`, "TestAFailedWrite"},
-	{"store.go", `} else if errors.Is(err, errInDoubt) { // the`, `} else if errors.Is(err, errClosed) { // the`, "TestWhatIsInDoubt"},
+	{"store.go", `case errors.Is(err, errInDoubt): // the`, `case errors.Is(err, errClosed): // the`, "TestWhatIsInDoubt"},
 	{"store.go", `return p, cmp.Or(s.await(seq), s.engine.current(), err)`, `return p, cmp.Or(s.await(0*seq), s.engine.current(), err)`, "TestAListIsNotBehind"},
 	{"store.go", `return o, cmp.Or(s.await(seq), s.engine.current(), err)`, `return o, cmp.Or(s.await(0*seq), s.engine.current(), err)`, "TestAListIsNotBehind"},
 	{"store.go", `s.cache.learn(id, o.status, seq)`, `s.cache.len()`, "TestMetricsText"},
@@ -115,8 +115,8 @@ var mutations = []mutation{
 	{"store.go", `if w.intake.refuse(nil) {`, `if w.intake.refusing == nil {`, "TestAFailedWrite"},
 	{"store.go", `if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {`, `if errors.Is(err, errInDoubt) {`, "TestWhatIsInDoubt"},
 	{"store.go", `if answerFor(err) == errOutcomeUnknown {`, `if answerFor(err) == errClosed {`, "TestWhatIsInDoubt"},
-	{"store.go", `w.newest = max(w.newest+1, ms<<16)`, `w.newest = max(w.newest, ms<<16)`, "TestIDsIncrease"},
-	{"store.go", `s.writer.newest, s.writer.onCommit = t.newest, onCommit`, `s.writer.newest, s.writer.onCommit = 0, onCommit`, "TestIDsIncrease"},
+	{"store.go", `w.lastID = max(w.lastID+1, ms<<16)`, `w.lastID = max(w.lastID, ms<<16)`, "TestIDsIncrease"},
+	{"store.go", `s.writer.lastID, s.writer.onCommit = t.newest, onCommit`, `s.writer.lastID, s.writer.onCommit = 0, onCommit`, "TestIDsIncrease"},
 	{"store.go", `w.cache.forget(b.removed, b.totals.seq)`, `w.cache.forget(nil, b.totals.seq)`, "TestCompletedOrdersAreRemoved"},
 	{"store.go", `case <-time.After(retryPause):`, `case <-time.After(retryPause / 100):`, "TestAFailedWrite"},
 	{"store.go", `b = newBatch(b.steps)`, `b = newBatch(nil)`, "TestAFailedWrite"},
@@ -137,7 +137,7 @@ var mutations = []mutation{
 	{"store.go", `sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)`, `sqliteCode(err) == sqlite3.SQLITE_IOERR_READ {
 		return e.last, e.unknown(err)`, "TestDiskFaults/the_fsync_of_a_checkpoint"},
-	{"store.go", `if e.handsOff != nil {`, `if false {`, "TestFilesRemoved"},
+	{"store.go", `cmp.Or(e.handsOff, e.file.inPlace())`, `cmp.Or(e.handsOff)`, "TestFilesRemoved"},
 	{"store.go", `e.users.committed()`, `_ = e.users`, "TestListsOfAUser|TestTheUserIndex"},
 	{"store.go", `c.written < walCheckEvery`, `c.written < 1000*walCheckEvery`, "TestListsDoNotHold"},
 	{"store.go", `if pages > truncateAbovePages {`, `if pages > 100*truncateAbovePages {`, "TestReader"},
@@ -147,9 +147,9 @@ var mutations = []mutation{
 	{"store.go", `if err != nil || busy || moved < pages {`, `if err != nil || busy && moved < 0 {`, "TestReader|TestACheckpointWaits"},
 	{"store.go", `len(open) < connections;`, `len(open) < 1;`, "TestDatabasesAreDurable"},
 	{"store.go", `func(o order) bool { return o.id == id }`, `func(o order) bool { return true }`, "TestFindWants|TestGetOrder"},
-	{"store.go", `l.limit+1-len(l.orders)`, `l.limit-len(l.orders)`, "TestListPages"},
-	{"store.go", `window(max(oldest, b.newestIndexed+1), before)`, `window(max(oldest, b.newestIndexed), before)`, "TestListsOfAUser"},
-	{"store.go", `before = min(before, b.newestIndexed+1)`, `before = min(before, b.newestIndexed)`, "TestListsOfAUser"},
+	{"store.go", `l.filter.limit+1-len(l.orders)`, `l.filter.limit-len(l.orders)`, "TestListPages"},
+	{"store.go", `max(oldest, b.newestIndexed+1), before)`, `max(oldest, b.newestIndexed), before)`, "TestListsOfAUser"},
+	{"store.go", `oldest, min(before, b.newestIndexed+1))`, `oldest, min(before, b.newestIndexed))`, "TestListsOfAUser"},
 	{"store.go", `before = min(before, b.newestStarted+1)`, `before = min(before, b.newestStarted)`, "TestListPages"},
 	{"store.go", `oldest = b.oldestPending`, `oldest = b.oldestPending + 1`, "TestListPages"},
 	{"store.go", `p.next = p.orders[len(p.orders)-1].id`, `p.next = p.orders[0].id`, "TestListPages"},
@@ -172,7 +172,7 @@ var mutations = []mutation{
 	{"metrics.go", `h.counts[sort.SearchFloat64s(h.bounds, v)]++`, `h.counts[min(sort.SearchFloat64s(h.bounds, v)+1, len(h.bounds)-1)]++`, "TestHistogram"},
 	{"metrics.go", `OrdersCompleted:      t.completed - t.removed,`, `OrdersCompleted:      t.completed,`, "TestCompletedOrdersAreRemoved"},
 	{"metrics.go", `float64(counted.completed) / 1e6`, `float64(counted.completed) / 1e3`, "TestAverageIsOver"},
-	{"metrics.go", `m.commitTimes.observe(r.took.Seconds())`, `m.commitTimes.observe(0 * r.took.Seconds())`, "TestMetricsText"},
+	{"metrics.go", `m.commitTimes.observe(r.duration.Seconds())`, `m.commitTimes.observe(0 * r.duration.Seconds())`, "TestMetricsText"},
 	{"metrics.go", `m.commitSizes.observe(float64(r.creates + r.steps))`, `m.commitSizes.observe(float64(r.creates))`, "TestMetricsText"},
 	{"metrics.go", `0.01}, // utime`, `0.1}, // utime`, "TestProcessFigures"},
 
@@ -255,19 +255,19 @@ var mutations = []mutation{
 	{"main.go", `defer os.Remove(c.path + ".part")`, `defer os.Remove(c.path + ".parts")`, "TestBackupThatIsInterrupted"},
 	{"main.go", `return r <= ' ' || r > '~' }`, `return r > '~' }`, "TestWrongArguments"},
 
-	{"postgres.go", `if r.term > p.highestConfirmed.term ||`, `if r.term > p.highestConfirmed.term+1 ||`, "TestLossBehind|TestLostCommits"},
+	{"postgres.go", `if row.term > r.highestConfirmed.term ||`, `if row.term > r.highestConfirmed.term+1 ||`, "TestLossBehind|TestLostCommits"},
 	{"postgres.go", `time.Since(changed) < takeOverAfter {`, `time.Since(changed) < 10*takeOverAfter {`, "TestTakeOver"},
 	{"postgres.go", `leaseTime      = 2500 *`, `leaseTime      = 25000 *`, "TestTakeOver"},
 	{"postgres.go", `fsync != "on" || pages != "on"`, `fsync != "on"`, "TestUnfitServers"},
-	{"postgres.go", `case r.totals.seq < left:`, `case r.totals.seq+1 < left:`, "TestAnUnconfirmedCommitIsGone"},
-	{"postgres.go", `left = min(left, r.since-1)`, `left = min(left, r.since)`, "TestLossBehind|TestLostCommits"},
+	{"postgres.go", `case row.totals.seq < left:`, `case row.totals.seq+1 < left:`, "TestAnUnconfirmedCommitIsGone"},
+	{"postgres.go", `left = min(left, row.since-1)`, `left = min(left, row.since)`, "TestLossBehind|TestLostCommits"},
 	{"postgres.go", `highestConfirmed.seq, p.ended, p.ids`, `highestConfirmed.seq, false, p.ids`, "TestTakeOver|TestAStandbyPassesOn"},
-	{"postgres.go", `case r.totals.seq != before.totals.seq+1:`, `case r.totals.seq < before.totals.seq+1:`, "TestTheFence|TestUnknownOutcomes|TestOriginalAndResend"},
-	{"postgres.go", `l.inDoubt, l.unconfirmed = false, l.replica.warned`, `l.inDoubt, l.unconfirmed = false, false`, "TestASynchronousStandby|TestUnknownOutcomes"},
+	{"postgres.go", `case row.totals.seq != before.totals.seq+1:`, `case row.totals.seq < before.totals.seq+1:`, "TestTheFence|TestUnknownOutcomes|TestOriginalAndResend"},
+	{"postgres.go", `e.inDoubt, e.unconfirmed = false, e.replica.warned`, `e.inDoubt, e.unconfirmed = false, false`, "TestASynchronousStandby|TestUnknownOutcomes"},
 	{"postgres.go", `if c.key != "" {
 			if keys[c.key] {`, `if c.key == "never" {
 			if keys[c.key] {`, "TestCommitOnPostgreSQL"},
-	{"postgres.go", `if term != l.term || seq < least {`, `if seq < least {`, "TestTheFence|TestTakeOver"},
+	{"postgres.go", `if term != e.term || seq < least {`, `if seq < least {`, "TestTheFence|TestTakeOver"},
 }
 
 func main() {
