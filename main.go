@@ -507,7 +507,6 @@ type config struct {
 	data          string
 	orders        string // URL of a PostgreSQL database, or empty
 	advertise     string // where other replicas reach this one, or empty
-	delay         time.Duration
 	drain         time.Duration
 
 	store  storeOptions
@@ -543,7 +542,7 @@ func (c config) describeWork() string {
 	if u, _ := url.Parse(c.pool.endpoint.url); u.Host != "" {
 		return "each order POSTed to " + u.Redacted()
 	}
-	return c.delay.String() + " an order"
+	return c.pool.delay.String() + " an order"
 }
 
 // advertised is where other replicas reach this one: the address, where that is
@@ -602,7 +601,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.orders, "orders", "", "URL of a PostgreSQL database that keeps the orders, for several replicas; instead of orders.db", parseName)
 	define(fs, &c.advertise, "advertise", "", "URL at which the other replicas on -orders reach this one; by default that of -addr", parseAdvertised)
 	define(fs, &c.pool.workers, "workers", 8, "goroutines in the pool, 1 to 100,000", number(1, 100_000))
-	define(fs, &c.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
+	define(fs, &c.pool.delay, "delay", 2*time.Second, "simulated processing time of one order, 0 to 24h", duration)
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
 	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
 	define(fs, &c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry", parseName)
@@ -721,7 +720,6 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 			return c, err
 		}
 	}
-	c.pool.work = simulate(c.delay)
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	return c, c.contradiction(given["work"] && given["delay"])

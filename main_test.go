@@ -140,7 +140,7 @@ func testConfig(dir string) config {
 	cfg.flags()
 	cfg.addr, cfg.data, cfg.log.file = "127.0.0.1:0", dir+"/data", dir+"/logs/orderd.log"
 	cfg.store.cache = 10_000 // the usual million would cost each app 16 MB to clear
-	cfg.store.now, cfg.pool.now, cfg.pool.work = time.Now, time.Now, simulate(0)
+	cfg.store.now, cfg.pool.now, cfg.pool.delay = time.Now, time.Now, 0
 	cfg.orders, cfg.advertise = ordersURL(dir), "http://127.0.0.1:1"
 	return cfg
 }
@@ -1291,7 +1291,7 @@ var flagTable = []struct {
 		limits: "an http or https URL of a host and port alone", beside: []string{"-orders", "postgres://a/b"}},
 	{name: "workers", initial: "8", get: func(c config) any { return c.pool.workers },
 		accepted: []string{"1", "100000"}, refused: []string{"0", "100001", "-1", "1.5", "many", ""}, limits: "a whole number from 1 to 100000"},
-	{name: "delay", initial: "2s", get: func(c config) any { return c.delay },
+	{name: "delay", initial: "2s", get: func(c config) any { return c.pool.delay },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
 	{name: "work", initial: "", get: func(c config) any { return c.pool.endpoint.url },
 		accepted: []string{"http://a", "https://[::1]:8443/b?c=d"}, refused: []string{"", "a", "a:80", "//a/b", "ftp://a", "http://", "http:///b", "http://:80", "http://a b"},
@@ -2159,7 +2159,7 @@ func TestWait(t *testing.T) {
 	})
 	t.Run("ends with its time", func(t *testing.T) {
 		t.Parallel()
-		a := lookedAt(t, t.TempDir(), func(c *config) { c.pool.work, c.drain = hold(nil), 0 }, nil)
+		a := lookedAt(t, t.TempDir(), func(c *config) { c.drain = 0 }, func(a *app) { a.pool.work = hold(nil) })
 		require.NoError(t, a.start())
 		a.server.http.ReadTimeout = 50 * time.Millisecond // shorter than the wait
 		serveTestApp(t, a)
@@ -2949,8 +2949,7 @@ func TestBehindNginx(t *testing.T) {
 	dir, files := t.TempDir(), t.TempDir()
 	a, stop := openTestApp(t, dir, func(c *config) {
 		c.server.token, c.server.readToken, c.server.proxyHosts, c.drain = "s3cret", "r3ad", []string{"orders.example.com"}, 0
-		c.pool.work = hold(gate)
-	}, nil)
+	}, func(a *app) { a.pool.work = hold(gate) })
 	release := sync.OnceFunc(func() { close(gate) })
 	t.Cleanup(release)
 	certFile, keyFile, _ := makeCertificate(t, files)
@@ -3545,7 +3544,8 @@ func TestOrdersAgainstAModel(t *testing.T) {
 				resumed = done
 				a, stop = openTestApp(t, dir, func(c *config) {
 					c.drain, c.pool.workers, c.pool.places, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
-					c.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
+				}, func(a *app) {
+					a.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 						worked.note(id)
 						select {
 						case <-permits:
@@ -3554,7 +3554,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 							return ctx.Err()
 						}
 					}
-				}, nil)
+				})
 			}
 			compare := func() {
 				awaitRest(t, a, int64(min(1, len(placed)-done)), int64(done))
@@ -4922,10 +4922,11 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 	t.Parallel()
 	e := &countingEngine{}
 	var gate chan struct{}
-	timed(t, func(c *config) {
+	timed(t, nil, func(a *app) {
 		gate = make(chan struct{}) // in the bubble
-		c.pool.work = hold(gate)
-	}, counted(e), func(t *testing.T, a *app, stop func() string) {
+		a.pool.work = hold(gate)
+		counted(e)(a)
+	}, func(t *testing.T, a *app, stop func() string) {
 		first := sampleOrder(1, "key")
 		require.NoError(t, a.store.create(first))
 		until(t, func() bool { return a.store.publishedTotals().processing == 1 })
@@ -5069,7 +5070,7 @@ func TestDrain(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			dir := ""
-			timed(t, func(c *config) { c.pool.workers, c.drain, c.pool.work = 1, test.drain, simulate(test.work) }, nil, func(t *testing.T, a *app, stop func() string) {
+			timed(t, func(c *config) { c.pool.workers, c.drain, c.pool.delay = 1, test.drain, test.work }, nil, func(t *testing.T, a *app, stop func() string) {
 				dir = filepath.Dir(a.cfg.data)
 				ids := commitTogether(t, a.store, sampleOrders(2))
 				synctest.Wait()
@@ -5126,7 +5127,7 @@ func TestOrdersAreKeptAsLongAsTold(t *testing.T) {
 	t.Parallel()
 	var ahead atomic.Int64 // of the clock
 	timed(t, func(c *config) {
-		c.store.keep, c.pool.workers, c.pool.work = time.Hour, 1000, simulate(30*time.Minute)
+		c.store.keep, c.pool.workers, c.pool.delay = time.Hour, 1000, 30*time.Minute
 		c.store.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
 	}, nil, func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(3*expiryRows))
@@ -6495,7 +6496,7 @@ func TestOracle(t *testing.T) {
 	dir := t.TempDir()
 	j := newJournal("oracle", time.Millisecond)
 	working := func(d time.Duration) func(*config) {
-		return func(c *config) { c.drain, c.pool.work = 0, simulate(d) }
+		return func(c *config) { c.drain, c.pool.delay = 0, d }
 	}
 	a, stop := openTestApp(t, dir, working(time.Millisecond), nil)
 	j.place(t, base(a), 50)
@@ -7243,7 +7244,7 @@ func TestClockSteps(t *testing.T) {
 	var calls atomic.Int64
 	step := func(cfg *config) {
 		now := func() time.Time { return time.Now().Add(time.Duration(calls.Add(1)%3-1) * time.Hour) }
-		cfg.pool.work, cfg.pool.now, cfg.store.now = simulate(20*time.Millisecond), now, now
+		cfg.pool.delay, cfg.pool.now, cfg.store.now = 20*time.Millisecond, now, now
 	}
 	for range 2 { // the second time with the newest ID an hour ahead
 		a, stop := openTestApp(t, dir, step, nil)
@@ -7942,7 +7943,7 @@ func (e latePublisher) commit(b *batch) error {
 // another has told that it is Completed.
 func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	t.Parallel()
-	a, _ := openTestApp(t, t.TempDir(), func(c *config) { c.pool.work = simulate(4 * time.Millisecond) }, func(a *app) {
+	a, _ := openTestApp(t, t.TempDir(), func(c *config) { c.pool.delay = 4 * time.Millisecond }, func(a *app) {
 		a.store.writer.engine = latePublisher{a.sqlite}
 	})
 	done := completed

@@ -35,7 +35,7 @@ const (
 type poolOptions struct {
 	workers  int
 	places   int              // in the channel
-	work     work             // where there is no endpoint
+	delay    time.Duration    // of simulated work, where there is no endpoint
 	endpoint endpointOptions  // without a url: no endpoint
 	now      func() time.Time // the wall clock
 }
@@ -52,6 +52,7 @@ type work func(ctx context.Context, id ulid.ULID, attempt int) error
 // the table: the feeder is its only sender, the workers receive.
 type pool struct {
 	poolOptions
+	work  work
 	store *store
 	log   *logger
 	made  time.Time
@@ -88,7 +89,7 @@ type job struct {
 
 func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
-		poolOptions: o, store: s, log: log, made: time.Now(),
+		poolOptions: o, work: simulate(o.delay), store: s, log: log, made: time.Now(),
 		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
 		durations: newHistogram(durationBounds), gate: newGate(),
 		failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
