@@ -10605,6 +10605,7 @@ func TestAStandbyPassesOn(t *testing.T) {
 	waited := callAt(t, addr, http.MethodGet, location, prefer("wait=10"), "")
 	require.Equal(t, "wait=10", waited.header.Get("Preference-Applied"))
 	require.Contains(t, waited.body, "Completed")
+	drained(t, r.url(leader))
 	for _, path := range []string{location, location + "?view=full", "/orders?limit=1", "/metrics", "/orders?limit=0", "/orders/none", "/openapi.json", "/"} {
 		own, passed := callAt(t, r.all[leader].addr, http.MethodGet, path, nil, ""), callAt(t, addr, http.MethodGet, path, nil, "")
 		require.Equal(t, own.status, passed.status, path)
