@@ -228,6 +228,8 @@ func (f *logFile) close() error {
 	return errors.Join(err, f.lock.Close())
 }
 
+// ---- Of files: which is which, locks, the paths that SQLite takes. ----
+
 // samePlace reports whether both paths lead to one file, existing or not. Some
 // file systems do not tell capitals from small letters.
 func samePlace(path, other string) bool {
@@ -299,6 +301,8 @@ func sqlitePath(path string) (string, error) {
 	}
 	return abs, err
 }
+
+// ---- Of goroutines. ----
 
 // sleep pauses for d, or until ctx is done: then it returns false.
 func sleep(ctx context.Context, d time.Duration) (whole bool) {

@@ -52,15 +52,15 @@ func main() {
 		stop()                        // any other second signal ends the process at once
 	})
 	signal.Ignore(syscall.SIGPIPE) // writing to a closed stderr must not end the process
-	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
+	os.Exit(report(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
 
 // loggedError is on stderr already, as a line of the log.
 type loggedError struct{ error }
 
-// exitCode prints err as one sentence. A bad flag is 2, anything else that
+// report prints err as one sentence. A bad flag is 2, anything else that
 // stopped the service 1.
-func exitCode(err error, stderr io.Writer) int {
+func report(err error, stderr io.Writer) int {
 	switch {
 	case err == nil:
 		return 0
@@ -294,8 +294,8 @@ func (a *app) serverOptions() serverOptions {
 func (a *app) serveOrders() {
 	a.pool.start()
 	a.server.local.Store(&localOrders{a.store, a.pool, a.pass})
-	if ahead := a.store.clockBehind(); ahead > time.Minute {
-		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", ahead.Round(time.Second)))
+	if behind := a.store.clockBehind(); behind > time.Minute {
+		a.warn(fmt.Sprintf("the clock was once %s ahead of now: new orders are stamped with that time until it has passed", behind.Round(time.Second)))
 	}
 }
 
@@ -320,11 +320,10 @@ func (a *app) serve(ctx context.Context) error {
 	err := a.untilStopped(ctx)
 	select {
 	case acceptErr := <-served:
-		a.log.Error("cannot accept connections any more", "error", acceptErr)
-		err = errors.Join(err, acceptErr)
+		err = errors.Join(err, fmt.Errorf("cannot accept connections any more: %w", acceptErr))
 	default:
 	}
-	return errors.Join(err, a.close())
+	return a.close(err)
 }
 
 // untilStopped returns when ctx is done, or with the reason why the orders cannot
@@ -350,11 +349,7 @@ func (a *app) takeTurns(ctx context.Context) error {
 			} else if err != nil {
 				return err
 			}
-			if err = a.store.start(a.committed); err == nil {
-				a.serveOrders()
-				a.metrics.follow(a.store.publishedTotals()) // what the leader before had no time to tell of
-				a.log.Info("this replica leads", "resumed", a.store.publishedTotals().unfinished())
-			}
+			err = a.lead()
 		}
 		if err == nil {
 			select {
@@ -382,6 +377,17 @@ func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) erro
 	return nil
 }
 
+// lead starts what awaitLead has equipped.
+func (a *app) lead() error {
+	if err := a.store.start(a.committed); err != nil {
+		return err
+	}
+	a.serveOrders()
+	a.metrics.follow(a.store.publishedTotals()) // what the leader before had no time to tell of
+	a.log.Info("this replica leads", "resumed", a.store.publishedTotals().unfinished())
+	return nil
+}
+
 // stepDown takes the store and the pool down: another replica leads, or the
 // start has failed.
 func (a *app) stepDown() error {
@@ -397,8 +403,8 @@ const noticeAfter = 100 * time.Millisecond // a stop that takes longer tells a p
 
 // close lets running work and then requests end within the drain time, and
 // answers meanwhile; what is left waits in the table. The last writes come
-// after everyone who writes.
-func (a *app) close() error {
+// after everyone who writes. cause is why the service must end, or nil.
+func (a *app) close(cause error) error {
 	atWork := int64(0)
 	if a.pool != nil {
 		atWork = a.pool.active.Load()
@@ -415,7 +421,7 @@ func (a *app) close() error {
 	}
 	a.server.shutdown(deadline)
 	notice.Stop()
-	err := a.closeFiles()
+	err := errors.Join(cause, a.closeFiles())
 	if err != nil {
 		a.log.Error("stopped", "error", err)
 	} else {
@@ -565,7 +571,8 @@ func (c config) advertised() (string, error) {
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
-// flagGroups orders the help.
+// flagGroups are the flags in the order of the help. One that is missing here has
+// no variable either.
 var flagGroups = []struct {
 	title     string
 	noSetting bool // these have no variable

@@ -353,10 +353,10 @@ func move(s *store, st transition) transition {
 func moveTo(tb testing.TB, s *store, id ulid.ULID, to status, took int64) {
 	tb.Helper()
 	if to >= processing {
-		require.False(tb, move(s, transition{id: id, from: pending, to: processing, started: 1000}).void)
+		require.False(tb, move(s, transition{id: id, from: pending, to: processing, startedMS: 1000}).void)
 	}
 	if to == completed {
-		require.False(tb, move(s, transition{id: id, from: processing, to: completed, started: 1000, took: took}).void)
+		require.False(tb, move(s, transition{id: id, from: processing, to: completed, startedMS: 1000, tookMicros: took}).void)
 	}
 }
 
@@ -728,7 +728,7 @@ func TestMain(m *testing.M) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	os.Exit(exitCode(func() error {
+	os.Exit(report(func() error {
 		variables := map[string]string{}
 		for _, variable := range os.Environ() {
 			name, value, _ := strings.Cut(variable, "=")
@@ -1321,7 +1321,7 @@ var flagTable = []struct {
 func exited(t *testing.T, err error) (code int, sentence string) {
 	t.Helper()
 	var stderr transcript
-	code = exitCode(err, &stderr)
+	code = report(err, &stderr)
 	require.Regexp(t, `^orderd: [^\n]+\n$`, stderr.String())
 	return code, stderr.String()
 }
@@ -1386,7 +1386,7 @@ func TestHelpAndVersion(t *testing.T) {
 	t.Parallel()
 	for _, arg := range []string{"-h", "-help", "--help"} {
 		var stdout, stderr transcript
-		require.Zero(t, exitCode(run(t.Context(), []string{arg}, nil, &stdout, &stderr), &stderr))
+		require.Zero(t, report(run(t.Context(), []string{arg}, nil, &stdout, &stderr), &stderr))
 		require.Empty(t, stderr.String())
 		for _, f := range flagTable {
 			require.Regexp(t, fmt.Sprintf(`(?m)^  -%s +\S.*\n +default %s, variable ORDERD_%s$`, f.name, regexp.QuoteMeta(cmp.Or(f.initial, "none")),
@@ -1552,7 +1552,7 @@ func (r running) stop(t *testing.T) {
 func TestExitWhereNobodyReadsStderr(t *testing.T) {
 	t.Parallel()
 	_, full := io.Pipe()
-	require.Equal(t, 1, exitCode(errors.New("the disk failed"), full))
+	require.Equal(t, 1, report(errors.New("the disk failed"), full))
 }
 
 func TestSignals(t *testing.T) {
@@ -2324,7 +2324,7 @@ func TestListOrders(t *testing.T) {
 		want := map[string]bool{"Pending": false, "Processing": true, "Completed": true}
 		require.Equal(t, want[o.Status], o.StartedAt != nil, o)
 		require.Equal(t, o.Status == "Completed", o.CompletedAt != nil, o)
-		times := *o.CreatedAt
+		times := o.CreatedAt
 		for _, at := range []*string{o.StartedAt, o.CompletedAt} {
 			if at != nil {
 				require.GreaterOrEqual(t, *at, times[len(times)-24:])
@@ -2332,11 +2332,11 @@ func TestListOrders(t *testing.T) {
 			}
 		}
 		require.Regexp(t, `^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z){1,3}$`, times)
-		_, err := time.Parse(time.RFC3339, *o.CreatedAt)
+		_, err := time.Parse(time.RFC3339, o.CreatedAt)
 		require.NoError(t, err)
-		require.Equal(t, ulid.Time(ulid.MustParse(o.OrderID).Time()).UTC().Format("2006-01-02T15:04:05.000Z"), *o.CreatedAt)
-		require.True(t, earlier == "" || *o.CreatedAt <= earlier, "newest first")
-		earlier = *o.CreatedAt
+		require.Equal(t, ulid.Time(ulid.MustParse(o.OrderID).Time()).UTC().Format("2006-01-02T15:04:05.000Z"), o.CreatedAt)
+		require.True(t, earlier == "" || o.CreatedAt <= earlier, "newest first")
+		earlier = o.CreatedAt
 	}
 	t.Run("a cursor behind every order hides none", func(t *testing.T) {
 		require.Equal(t, all, list(t, a, "?limit=1000&before=7ZZZZZZZZZZZZZZZZZZZZZZZZZ"))
@@ -3397,9 +3397,9 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 	var voids []string
 	for _, inRow := range []status{pending, processing, completed} {
 		for _, st := range []transition{
-			{from: pending, to: processing, started: 2000},
-			{from: pending, to: completed, started: 2000, took: 7},
-			{from: processing, to: completed, started: 2000, took: 7},
+			{from: pending, to: processing, startedMS: 2000},
+			{from: pending, to: completed, startedMS: 2000, tookMicros: 7},
+			{from: processing, to: completed, startedMS: 2000, tookMicros: 7},
 		} {
 			t.Run(fmt.Sprintf("%s to %s on one that is %s", st.from, st.to, inRow), func(t *testing.T) {
 				st.id = commitTogether(t, a.store, sampleOrders(1))[0]
@@ -3417,7 +3417,7 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 					require.Equal(t, before, after)
 					require.Equal(t, totalsBefore, counts(a))
 				} else {
-					require.Equal(t, []int64{int64(st.to), st.started, st.took}, []int64{int64(after.status), after.started, after.took})
+					require.Equal(t, []int64{int64(st.to), st.startedMS, st.tookMicros}, []int64{int64(after.status), after.startedMS, after.tookMicros})
 				}
 				checkInvariants(t, a)
 			})
@@ -3425,7 +3425,7 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 	}
 	t.Run("any on one that is not there", func(t *testing.T) {
 		stranger := ulid.Make()
-		require.True(t, move(a.store, transition{id: stranger, from: pending, to: processing, started: 2000}).void)
+		require.True(t, move(a.store, transition{id: stranger, from: pending, to: processing, startedMS: 2000}).void)
 		voids = append(voids, stranger.String())
 		_, ok := a.store.cache.get(stranger)
 		require.False(t, ok, "a void step does not reach the cache")
@@ -3448,14 +3448,14 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	s := a.store
 	ids := commitTogether(t, s, sampleOrders(3))
 	reached := held.arm()
-	s.step(transition{id: ids[2], from: pending, to: processing, started: 1000})
+	s.step(transition{id: ids[2], from: pending, to: processing, startedMS: 1000})
 	<-reached // that step's batch is with the writer; what follows shares the next one
 
-	s.step(transition{id: ids[2], from: processing, to: completed, started: 1000, took: 30})
-	s.step(transition{id: ids[0], from: pending, to: processing, started: 2000})
-	s.step(transition{id: ids[1], from: pending, to: processing, started: 3000})
+	s.step(transition{id: ids[2], from: processing, to: completed, startedMS: 1000, tookMicros: 30})
+	s.step(transition{id: ids[0], from: pending, to: processing, startedMS: 2000})
+	s.step(transition{id: ids[1], from: pending, to: processing, startedMS: 3000})
 	for took := range int64(100) {
-		s.step(transition{id: ids[0], from: processing, to: completed, started: 2000, took: took})
+		s.step(transition{id: ids[0], from: processing, to: completed, startedMS: 2000, tookMicros: took})
 	}
 	s.intake.mu.Lock()
 	next := s.intake.open
@@ -3463,9 +3463,9 @@ func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
 	held.release()
 	<-next.done
 	require.Equal(t, []transition{
-		{id: ids[2], from: processing, to: completed, started: 1000, took: 30},
-		{id: ids[0], from: pending, to: completed, started: 2000, took: 99},
-		{id: ids[1], from: pending, to: processing, started: 3000},
+		{id: ids[2], from: processing, to: completed, startedMS: 1000, tookMicros: 30},
+		{id: ids[0], from: pending, to: completed, startedMS: 2000, tookMicros: 99},
+		{id: ids[1], from: pending, to: processing, startedMS: 3000},
 	}, next.steps)
 	checkInvariants(t, a)
 	require.Equal(t, []int64{3, 1, 2, 129}, []int64{s.publishedTotals().accepted, s.publishedTotals().processing, s.publishedTotals().completed, s.publishedTotals().sumTook})
@@ -3493,7 +3493,7 @@ func TestCreatesBehindARefusedBatchAreRefusedToo(t *testing.T) {
 		return len(a.store.intake.open.creates) == 1
 	}, "the second create waits for the next batch")
 
-	a.store.step(transition{id: before, from: pending, to: completed, started: 1, took: 1})
+	a.store.step(transition{id: before, from: pending, to: completed, startedMS: 1, tookMicros: 1})
 	held.release()
 	for i, answer := range answers {
 		select {
@@ -3566,7 +3566,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 				for i, c := range placed {
 					o := found[i]
 					require.Equal(t, wantStatus(i), o.status, "order %d of %d", i, done)
-					o.status, o.started, o.took = pending, 0, 0
+					o.status, o.startedMS, o.tookMicros = pending, 0, 0
 					require.Equal(t, c.order, o)
 					if got := worked.read(); i >= resumed && i-resumed < len(got) {
 						require.Equal(t, c.id, got[i-resumed], "first in, first out")
@@ -3777,9 +3777,9 @@ func TestListsOfAUser(t *testing.T) {
 		for i, id := range ids {
 			switch {
 			case n+i < orders-2000 && i%100 != 3:
-				a.store.step(transition{id: id, from: pending, to: completed, started: 1000})
+				a.store.step(transition{id: id, from: pending, to: completed, startedMS: 1000})
 			case n+i < orders-1900:
-				a.store.step(transition{id: id, from: pending, to: processing, started: 1000})
+				a.store.step(transition{id: id, from: pending, to: processing, startedMS: 1000})
 			}
 		}
 	}
@@ -3879,13 +3879,13 @@ func TestReadableViewShowsWhatTheAPIShows(t *testing.T) {
 	for i, id := range ids {
 		o := order{id: id, userID: fmt.Sprint("user", i), itemIDs: "a,b", cents: rand.Int64N(maxCents+1) >> (i % 50), status: status(i % 3)}
 		if o.status >= processing {
-			o.started = rand.Int64N(4_000_000_000_000)
+			o.startedMS = rand.Int64N(4_000_000_000_000)
 		}
 		if o.status == completed {
-			o.took = rand.Int64N(1e12)
+			o.tookMicros = rand.Int64N(1e12)
 		}
 		_, err := db.Exec("INSERT INTO orders ("+insertColumns+", started, took) VALUES ($1, $2, CAST($3 AS smallint), $4, $5, $6, NULL, nullif(CAST($7 AS bigint), 0), CASE WHEN CAST($3 AS smallint) = 2 THEN CAST($8 AS bigint) END)",
-			high(id), low(id), int64(o.status), o.userID, o.itemIDs, o.cents, o.started, o.took)
+			high(id), low(id), int64(o.status), o.userID, o.itemIDs, o.cents, o.startedMS, o.tookMicros)
 		require.NoError(t, err)
 		var shown orderDocument
 		require.NoError(t, db.QueryRow("SELECT order_id, user_id, item_ids, total_amount, status, created_at, started_at, completed_at FROM orders_readable WHERE user_id = $1", o.userID).
@@ -4429,7 +4429,7 @@ func TestPausesOfTheEndpointsTrouble(t *testing.T) {
 	for i, want := range []time.Duration{100, 200, 400, 800, 1600, 3200, 5000, 5000} {
 		require.Equal(t, want*time.Millisecond, (&trouble{since: since}).pauseEnd(int32(i+1)).Sub(since))
 	}
-	require.Equal(t, longestPause, (&trouble{since: since}).pauseEnd(math.MaxInt32).Sub(since))
+	require.Equal(t, maxPoolPause, (&trouble{since: since}).pauseEnd(math.MaxInt32).Sub(since))
 	date := func(after time.Duration) string { return time.Now().Add(after).UTC().Format(http.TimeFormat) }
 	for _, tc := range []struct {
 		header      string
@@ -4564,7 +4564,7 @@ func timed(t *testing.T, change func(*config), before func(*app), test func(t *t
 		require.NoError(t, a.start())
 		require.NoError(t, a.listener.Close())
 		stop := sync.OnceValue(func() string {
-			assert.NoError(t, a.close())
+			assert.NoError(t, a.close(nil))
 			return lines.String()
 		})
 		defer func() {
@@ -4734,7 +4734,7 @@ func TestPausesBetweenAttempts(t *testing.T) {
 				require.Equal(t, ids[0], first)
 				o, err := a.store.get(first)
 				require.NoError(t, err)
-				require.InDelta(t, at[attempts].Sub(at[0]).Seconds(), float64(o.took)/1e6, 0.01, "the pauses count as processing")
+				require.InDelta(t, at[attempts].Sub(at[0]).Seconds(), float64(o.tookMicros)/1e6, 0.01, "the pauses count as processing")
 				checkInvariants(t, a)
 				told := linesOf(t, stop(), attemptFailed)
 				require.Equal(t, "WARN", told[0]["level"])
@@ -4787,10 +4787,10 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 		pause := firstRetry
 		for i, began := range at[workers : workers+trials] {
 			require.WithinRange(t, began, at[workers+i-1].Add(pause), at[workers+i-1].Add(pause+2*tickLength), "trial %d", i)
-			pause = min(2*pause, longestPause)
+			pause = min(2*pause, maxPoolPause)
 		}
 		last := at[workers+trials-1:]
-		require.Equal(t, []time.Duration{longestPause, 40 * time.Second, longestPause}, []time.Duration{
+		require.Equal(t, []time.Duration{maxPoolPause, 40 * time.Second, maxPoolPause}, []time.Duration{
 			last[1].Sub(last[0]).Truncate(time.Second), last[2].Sub(last[1]).Truncate(time.Second), last[3].Sub(last[2]).Truncate(time.Second)})
 		require.Less(t, at[workers+trials+3].Sub(last[3]), time.Second, "any answer ends it")
 		require.Less(t, at[len(at)-1].Sub(last[3]), 6*time.Second, "and all that met with it go on")
@@ -4813,15 +4813,15 @@ func TestASlowTrialHoldsNobody(t *testing.T) {
 			case 1:
 				return &trouble{error: errors.New("down"), since: time.Now()}
 			case 2:
-				sleep(ctx, 10*longestTrial)
+				sleep(ctx, 10*trialLimit)
 			}
 			return nil
 		}
 	}, func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(100))
-		time.Sleep(longestPause + longestTrial)
+		time.Sleep(maxPoolPause + trialLimit)
 		awaitRest(t, a, 1, 99)
-		time.Sleep(10 * longestTrial)
+		time.Sleep(10 * trialLimit)
 		awaitRest(t, a, 0, 100)
 		checkInvariants(t, a)
 		require.Len(t, linesOf(t, stop(), troubleEnds), 1)
@@ -5798,7 +5798,7 @@ func TestStderrIsJSONWhereItIsTheLog(t *testing.T) {
 			code := make(chan int, 1)
 			go func() {
 				args := append([]string{"-addr", ":0", "-data", t.TempDir(), "-log", "-"}, test.args...)
-				code <- exitCode(run(ctx, args, nil, io.Discard, &stderr), &stderr)
+				code <- report(run(ctx, args, nil, io.Discard, &stderr), &stderr)
 			}()
 			last := test.messages[len(test.messages)-1]
 			until(t, func() bool {
@@ -7725,7 +7725,7 @@ func TestACheckpointWaitsForAReaderOnlyAMoment(t *testing.T) {
 		for i := range quickest {
 			e.wal.retryAt, e.wal.pagesMoved = time.Now(), e.wal.pagesMoved-int64(1-i)
 			began := time.Now()
-			require.NoError(t, e.wal.run())
+			require.NoError(t, e.wal.checkpointIfDue())
 			quickest[i] = min(quickest[i], time.Since(began))
 			require.NotZero(t, e.wal.retryAt, "it is tried again")
 		}
@@ -7881,7 +7881,7 @@ func TestNothingFollowsWhatIsInDoubt(t *testing.T) {
 	})
 	require.ErrorIs(t, a.store.create(sampleOrder(1, "")), errOutcomeUnknown)
 	until(t, func() bool { return a.store.ready() != nil })
-	a.store.step(transition{id: ulid.Make(), from: pending, to: processing, started: 1})
+	a.store.step(transition{id: ulid.Make(), from: pending, to: processing, startedMS: 1})
 	before := e.others.Load()
 	stop()
 	require.Equal(t, before, e.others.Load(), "another batch would be taken for it")
@@ -8409,17 +8409,17 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 				leftByKill(t, projection, metricsOne)
 			}
 			if metrics == "new" {
-				execOn(t, projection, metricsUpgrade+"PRAGMA user_version = 2")
+				execOn(t, projection, metricsUpgradeTo2+"PRAGMA user_version = 2")
 			}
 			if name == "orders.db is new" {
-				execOn(t, orders, ordersUpgrade+"PRAGMA user_version = 3")
+				execOn(t, orders, ordersUpgradeTo3+"PRAGMA user_version = 3")
 			}
 			a, stop := openIdle(t, dir, nil, nil)
 			checkInvariants(t, a)
 			require.Equal(t, totals{accepted: 4, processing: 1, completed: 2, sumTook: 6000000, newest: 1700000000004 << 16, newestStarted: 1700000000003 << 16, identity: a.store.publishedTotals().identity}, counts(a))
 			found := allOrders(t, a.store)
-			require.Equal(t, order{id: joinID(1700000000001<<16, 11), userID: "ann", itemIDs: "a,b", cents: 150, status: completed, started: 1700000000100, took: 2000000}, found[3])
-			require.Equal(t, order{id: joinID(1700000000003<<16, 13), userID: "ann", itemIDs: "d", cents: 350, status: processing, started: 1700000000300}, found[1])
+			require.Equal(t, order{id: joinID(1700000000001<<16, 11), userID: "ann", itemIDs: "a,b", cents: 150, status: completed, startedMS: 1700000000100, tookMicros: 2000000}, found[3])
+			require.Equal(t, order{id: joinID(1700000000003<<16, 13), userID: "ann", itemIDs: "d", cents: 350, status: processing, startedMS: 1700000000300}, found[1])
 			ofAnn, _ := walk(t, a.store, filter{userID: "ann", limit: 2})
 			require.Equal(t, []order{found[0], found[1], found[3]}, ofAnn)
 			again := &creation{order: order{userID: "bob", itemIDs: "c", cents: 250}, key: "cart"}
@@ -8583,7 +8583,7 @@ func TestFreedPagesAreUsedAgain(t *testing.T) {
 			b.creates = sampleOrders(maxCreates)
 			a.store.writer.number(b.creates)
 			for _, c := range b.creates {
-				b.move(transition{id: c.id, from: pending, to: completed, started: 1, took: 1})
+				b.move(transition{id: c.id, from: pending, to: completed, startedMS: 1, tookMicros: 1})
 			}
 			commit(b)
 		}
@@ -9738,7 +9738,7 @@ func batchOf(creates ...*creation) *batch {
 func stepsOf(from, to status, took int64, creates ...*creation) (steps []transition) {
 	for _, c := range creates {
 		if c.stored() {
-			steps = append(steps, transition{id: c.id, from: from, to: to, started: int64(c.id.Time()) + 5, took: took})
+			steps = append(steps, transition{id: c.id, from: from, to: to, startedMS: int64(c.id.Time()) + 5, tookMicros: took})
 		}
 	}
 	return steps
@@ -9794,9 +9794,10 @@ func TestUnfitServersAreRefused(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		var stderr transcript
-		err := run(ctx, []string{"-orders", dsn, "-advertise", "http://127.0.0.1:1", "-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", t.TempDir() + "/log"}, nil, io.Discard, &stderr)
+		err := run(ctx, []string{"-orders", dsn, "-advertise", "http://127.0.0.1:1", "-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", "-"}, nil, io.Discard, &stderr)
 		require.ErrorContains(t, err, sentence)
-		require.Equal(t, 1, exitCode(err, io.Discard))
+		require.Equal(t, 1, report(err, &stderr))
+		require.Regexp(t, `"level":"ERROR","msg":"(not started|stopped)","error":".*`+regexp.QuoteMeta(sentence), stderr.String())
 		require.NotContains(t, err.Error(), "\n")
 	}
 	refused("file:orders", "must be the URL of a PostgreSQL database")
@@ -9869,7 +9870,7 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 
 	differs, again = sampleOrder(3, "k1"), sampleOrder(1, "k1")
 	second := batchOf(differs, again)
-	second.steps = append(stepsOf(pending, processing, 0, a, b), transition{id: ulid.Make(), from: pending, to: processing, started: 1})
+	second.steps = append(stepsOf(pending, processing, 0, a, b), transition{id: ulid.Make(), from: pending, to: processing, startedMS: 1})
 	require.NoError(t, l.commit(second))
 	require.ErrorIs(t, differs.err, errKeyReused)
 	require.True(t, again.replayed)
@@ -10182,7 +10183,7 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 			defer close(ended)
 			conn, err := pgx.Connect(ctx, c.url("application_name=asker"))
 			for commits := int64(-1); err == nil && ctx.Err() == nil; {
-				if now := p.alive.Load().UnixNano(); now != commits { // once for each commit at most
+				if now := p.lastSign.Load().UnixNano(); now != commits { // once for each commit at most
 					commits = now
 					conn.Exec(ctx, "SELECT pg_sleep(random() * 0.05), pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name <> 'asker' AND backend_type = 'client backend'")
 				}
@@ -10577,14 +10578,14 @@ func TestLossBehindALaterTerm(t *testing.T) {
 	} {
 		p, err := newReplica("postgres://orderd@db/orderd", totals{}, func(totals) {}, nil)
 		require.NoError(t, err)
-		require.NoError(t, p.compare(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
-		err = p.compare(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
+		require.NoError(t, p.observe(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
+		err = p.observe(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
 		require.Equal(t, test.lost, errors.Is(err, errBroken), test.name)
 		if !test.lost { // and a server that has begun the same term for another replica
-			require.NoError(t, p.compare(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
-			require.ErrorIs(t, p.compare(leaderRow{term: 4, since: 90, proven: 120, totals: totals{identity: 1, seq: 122}}), errBroken)
+			require.NoError(t, p.observe(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
+			require.ErrorIs(t, p.observe(leaderRow{term: 4, since: 90, proven: 120, totals: totals{identity: 1, seq: 122}}), errBroken)
 		}
-		require.ErrorIs(t, p.compare(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
+		require.ErrorIs(t, p.observe(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
 	}
 }
 

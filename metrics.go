@@ -29,7 +29,7 @@ CREATE TABLE totals (
 ) STRICT;
 INSERT INTO totals (accepted, completed, took) VALUES (0, 0, 0);`
 
-const metricsUpgrade = `
+const metricsUpgradeTo2 = `
 ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;`
 
@@ -66,7 +66,7 @@ func openMetrics(directory string, log *logger) (*metrics, error) {
 	m := &metrics{
 		file: &database{
 			path: filepath.Join(directory, "metrics.db"), appID: 0x6f72646d, version: metricsVersion,
-			schema: metricsSchema, upgrades: []string{metricsUpgrade},
+			schema: metricsSchema, upgrades: []string{metricsUpgradeTo2},
 			autoCheckpoint: 1, // so that its counts outlive both -wal files
 		},
 		log: log, changed: make(chan struct{}, 1),

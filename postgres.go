@@ -109,9 +109,9 @@ type replica struct {
 	warned           bool      // the last commit came with a WARNING: see send
 
 	// For the gauges:
-	leading atomic.Bool
-	term    atomic.Int64
-	alive   atomic.Pointer[time.Time] // when a standby last saw seq change; of a leader, the time in postgresEngine.lease
+	leading  atomic.Bool
+	term     atomic.Int64
+	lastSign atomic.Pointer[time.Time] // when a standby last saw seq change; of a leader, the time in postgresEngine.lease
 }
 
 // mark is a confirmed seq and the term in which it was seen.
@@ -139,12 +139,12 @@ func newReplica(dsn string, counted totals, confirmed func(totals), log *logger)
 	}
 	config.ConnectTimeout = connectTimeout
 	config.ValidateConnect = setUpSession
-	p := &replica{config: config, confirmed: confirmed, log: log}
+	r := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
-		p.row.totals.identity, p.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
+		r.row.totals.identity, r.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
 	}
-	p.alive.Store(new(time.Now()))
-	return p, nil
+	r.lastSign.Store(new(time.Now()))
+	return r, nil
 }
 
 // describe names the database without user and password.
@@ -156,7 +156,7 @@ func (r *replica) gauges() []gauge {
 	return []gauge{
 		{"orderd_leader", "1 while this replica leads, else 0.", oneIf(r.leading.Load())},
 		{"orderd_term", "Term of the leader that this replica follows or is.", float64(r.term.Load())},
-		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*r.alive.Load()).Seconds()},
+		{"orderd_seconds_since_commit", "Time since a commit was confirmed, or by a standby seen.", time.Since(*r.lastSign.Load()).Seconds()},
 	}
 }
 
@@ -241,8 +241,9 @@ func (r *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	if orders {
 		return unfit("the database has a table orders of another program: use another database, or another schema through search_path")
 	}
-	_, err := c.PgConn().Exec(ctx, fmt.Sprintf("BEGIN; %s %s INSERT INTO leader VALUES (true, %d, %d, 0, 0, 0, 0, true, '', '', 0, 0, 0, 0, 0, 0, 0); COMMIT;",
-		postgresSchema, postgresView, postgresVersion, rand.Int64())).ReadAll()
+	_, err := c.PgConn().Exec(ctx, fmt.Sprintf("BEGIN; %s %s INSERT INTO leader (one, version, term, since, proven, ended, url, pass, %s)"+
+		" VALUES (true, %d, 0, 0, 0, true, '', '', 0, 0, 0, 0, 0, 0, 0, 0, %d); COMMIT;",
+		postgresSchema, postgresView, totalsColumns, postgresVersion, rand.Int64())).ReadAll()
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok && slices.Contains([]string{"42P07", "23505", "42710"}, e.Code) {
 		_, err = c.Exec(ctx, "ROLLBACK")
 	}
@@ -260,22 +261,13 @@ func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err 
 	if version != postgresVersion {
 		return row, unfit(fmt.Sprintf("the tables have schema version %d and this orderd knows %d: use the orderd that made them", version, postgresVersion))
 	}
-	return row, r.compare(row)
+	return row, r.observe(row)
 }
 
-// compare holds a row against all that was confirmed before. Commits are lost
-// where seq went back, or where a later term began before the confirmed seq.
-func (r *replica) compare(row leaderRow) error {
-	if known := r.row.totals.identity; known != 0 && known != row.totals.identity {
-		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, r.describe())
-	}
-	left := row.totals.seq
-	if row.term > r.highestConfirmed.term || r.row.term == row.term && r.row.since != row.since { // of two servers, each may have begun that term
-		left = min(left, row.since-1)
-	}
-	if left < r.highestConfirmed.seq {
-		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
-			errBroken, r.describe(), r.highestConfirmed.seq, left, row.term)
+// observe takes over a row that was read, unless it tells of a loss.
+func (r *replica) observe(row leaderRow) error {
+	if err := r.checkNotLost(row); err != nil {
+		return err
 	}
 	if before := r.row; before.term == row.term && before.totals.seq <= row.proven && before.totals.seq > r.highestConfirmed.seq {
 		r.confirmed(before.totals)
@@ -284,10 +276,29 @@ func (r *replica) compare(row leaderRow) error {
 		r.highestConfirmed = mark{row.term, row.proven}
 	}
 	if row.totals.seq != r.row.totals.seq {
-		r.alive.Store(new(time.Now()))
+		r.lastSign.Store(new(time.Now()))
 	}
 	r.row = row
 	r.term.Store(row.term)
+	return nil
+}
+
+// checkNotLost holds a row against all that was confirmed before. Commits are
+// lost where seq went back, or where a later term began before the confirmed seq.
+func (r *replica) checkNotLost(row leaderRow) error {
+	if known := r.row.totals.identity; known != 0 && known != row.totals.identity {
+		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, r.describe())
+	}
+	kept := row.totals.seq // at most, of what was confirmed
+	later := row.term > r.highestConfirmed.term
+	begunTwice := row.term == r.row.term && row.since != r.row.since // by two replicas, on two servers that each took it for the next
+	if later || begunTwice {
+		kept = min(kept, row.since-1)
+	}
+	if kept < r.highestConfirmed.seq {
+		return fmt.Errorf("%w: %s has lost commits that it had confirmed: %d were, and it went on after %d in term %d; put back the server that has them, or delete each replica's metrics.db to accept the loss",
+			errBroken, r.describe(), r.highestConfirmed.seq, kept, row.term)
+	}
 	return nil
 }
 
@@ -296,6 +307,9 @@ func (r *replica) compare(row leaderRow) error {
 func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*postgresEngine, error) {
 	for {
 		e, err := r.followRow(ctx, follow)
+		// A server that is being replaced may refuse for a while: only before the first
+		// row is that final.
+		final := errors.As(err, new(unfit)) || r.term.Load() == 0
 		switch {
 		case err == nil:
 			return e, nil
@@ -303,10 +317,10 @@ func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*
 			return nil, ctx.Err()
 		case errors.Is(err, errBroken):
 			return nil, err
-		case r.permanent(err) != nil && (r.term.Load() == 0 || errors.As(err, new(unfit))): // after the first row, wait: a server that is being replaced may refuse for a while
+		case final && r.permanent(err) != nil:
 			return nil, r.permanent(err)
 		}
-		if time.Since(*r.alive.Load()) > takeOverAfter { // else the leader may have its own connection still
+		if time.Since(*r.lastSign.Load()) > takeOverAfter { // else the leader may have its own connection still
 			follow("", "")
 		}
 		r.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
@@ -484,8 +498,8 @@ func (e *postgresEngine) start() (totals, error) {
 	logCorrection(e.replica.log, e.replica.row.totals, t)
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	if _, err := e.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $8 - 1",
-		append(t.fields(), e.term)...); err != nil {
+	if _, err := e.conn.Exec(ctx, "UPDATE leader SET ("+totalsColumns+") = ($1, $2, $3, $4, $5, $6, $7, $8, $9) WHERE one AND term = $10 AND seq = $11",
+		append(t.fields(), e.term, t.seq-1)...); err != nil {
 		return totals{}, err
 	}
 	e.replica.row.totals = t
@@ -538,7 +552,7 @@ func pack(b *batch) *parcel {
 		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
 	}
 	for _, st := range b.steps {
-		p.movedIDs, p.started, p.took = append(p.movedIDs, high(st.id)), append(p.started, st.started), append(p.took, st.took)
+		p.movedIDs, p.started, p.took = append(p.movedIDs, high(st.id)), append(p.started, st.startedMS), append(p.took, st.tookMicros)
 		p.previous, p.next = append(p.previous, int16(st.from)), append(p.next, int16(st.to))
 	}
 	for _, id := range b.removed {
@@ -676,7 +690,7 @@ func (e *postgresEngine) advance(p *parcel) error {
 			return err
 		}
 	}
-	if e.unconfirmed {
+	if e.unconfirmed { // from before, or as the batch came with a warning
 		sent = time.Now()
 		if err := e.send(pack(newBatch(nil))); err != nil {
 			return err
@@ -688,7 +702,7 @@ func (e *postgresEngine) advance(p *parcel) error {
 	e.replica.highestConfirmed = mark{e.term, e.replica.row.totals.seq}
 	e.confirmedSeq.Store(e.replica.row.totals.seq)
 	e.lease.Store(&sent)
-	e.replica.alive.Store(&sent)
+	e.replica.lastSign.Store(&sent)
 	return nil
 }
 
@@ -743,7 +757,7 @@ func (e *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	found := map[string]order{}
-	rows, _ := e.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys)
+	rows, _ := e.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys) // rows.Err tells the error, too
 	defer rows.Close()
 	for rows.Next() {
 		var key string

@@ -444,20 +444,21 @@ func (s *server) createOrder(c echo.Context, l *localOrders) error {
 	if c, ok := request.Context().Value(connKey{}).(*conn); ok {
 		c.unwatched.Store(true)
 	}
-	n, err := decodeCreate(body)
+	o, err := decodeCreate(body)
 	if err != nil {
 		return err
 	}
-	n.key = key
-	if err := l.store.create(n); err != nil {
+	o.key = key
+	if err := l.store.create(o); err != nil {
 		return err
 	}
-	id := n.id.String()
+	id := o.id.String()
 	header := c.Response().Header()
 	header[echo.HeaderLocation] = []string{"/orders/" + id}
-	if n.replayed {
+	if o.replayed {
 		header.Set("Idempotent-Replayed", "true")
 	}
+	// By hand, as in getOrder: an ID needs no escaping, and these are the answers that are many.
 	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
 }
 
@@ -517,40 +518,40 @@ func decodeCreate(body []byte) (*creation, error) {
 		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
 			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
 	}
-	n := &creation{}
+	o := &creation{}
 	known := [...]struct {
 		name  string
 		parse func(json.RawMessage, complain)
-	}{{"user_id", n.parseUserID}, {"item_ids", n.parseItemIDs}, {"total_amount", n.parseAmount}}
-	var bad []fieldError
+	}{{"user_id", o.parseUserID}, {"item_ids", o.parseItemIDs}, {"total_amount", o.parseAmount}}
+	var problems []fieldError
 	count := len(members)
 	for _, field := range known {
-		to := func(format string, args ...any) {
-			bad = append(bad, fieldError{field.name, fmt.Sprintf(format, args...)})
+		bad := func(format string, args ...any) {
+			problems = append(problems, fieldError{field.name, fmt.Sprintf(format, args...)})
 		}
 		if value, ok := members[field.name]; ok {
-			field.parse(value, to)
+			field.parse(value, bad)
 			delete(members, field.name)
 		} else {
-			to("is missing")
+			bad("is missing")
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(members)) { // what is left is unknown
-		bad = append(bad, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
+		problems = append(problems, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
 	}
 	// Each member has a colon: only with more of them can a name be there twice.
 	// Looking for it costs a twentieth of a create.
 	if bytes.Count(body, []byte(":")) > count {
 		for _, name := range repeated(body) {
-			bad = append(bad, fieldError{name, "is given more than once"})
+			problems = append(problems, fieldError{name, "is given more than once"})
 		}
 	}
-	if len(bad) > 0 {
+	if len(problems) > 0 {
 		f := newFault(http.StatusUnprocessableEntity, "The order was not taken: see errors for what is wrong with its fields.")
-		f.Errors = bad
+		f.Errors = problems
 		return nil, f
 	}
-	return n, nil
+	return o, nil
 }
 
 // repeated lists the names that a valid JSON object has more than once.
@@ -586,15 +587,15 @@ func unquote(value json.RawMessage) (text string, whole bool) {
 // complain notes what is wrong with a field.
 type complain func(format string, args ...any)
 
-func (n *creation) parseUserID(value json.RawMessage, bad complain) {
+func (c *creation) parseUserID(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
-	n.userID = strings.TrimSpace(text)
-	if ok && (n.userID == "" || len(n.userID) > maxUserID) {
-		bad("must be 1 to %d bytes without the spaces around it, not %d", maxUserID, len(n.userID))
+	c.userID = strings.TrimSpace(text)
+	if ok && (c.userID == "" || len(c.userID) > maxUserID) {
+		bad("must be 1 to %d bytes without the spaces around it, not %d", maxUserID, len(c.userID))
 	}
 }
 
-func (n *creation) parseItemIDs(value json.RawMessage, bad complain) {
+func (c *creation) parseItemIDs(value json.RawMessage, bad complain) {
 	text, ok := plainText(value, bad)
 	if !ok {
 		return
@@ -612,16 +613,16 @@ func (n *creation) parseItemIDs(value json.RawMessage, bad complain) {
 			return
 		}
 	}
-	n.itemIDs = strings.Join(items, ",")
+	c.itemIDs = strings.Join(items, ",")
 }
 
-func (n *creation) parseAmount(value json.RawMessage, bad complain) {
+func (c *creation) parseAmount(value json.RawMessage, bad complain) {
 	if kind := kindOf(value); kind != "a number" {
 		bad("must be a number, not %s", kind)
 		return
 	}
 	var err error
-	if n.cents, err = parseCents(string(value)); err != nil {
+	if c.cents, err = parseCents(string(value)); err != nil {
 		bad("%v", err)
 	}
 }
@@ -774,26 +775,23 @@ type orderDocument struct {
 	ItemIDs     string      `json:"item_ids"`
 	TotalAmount json.Number `json:"total_amount"`
 	Status      string      `json:"status"`
-	CreatedAt   *string     `json:"created_at"`
-	StartedAt   *string     `json:"started_at"`
+	CreatedAt   string      `json:"created_at"`
+	StartedAt   *string     `json:"started_at"` // null until then, as is the next
 	CompletedAt *string     `json:"completed_at"`
 }
 
 func newOrderDocument(o order) orderDocument {
-	at := func(ms int64) *string {
-		return new(timestamp(ms))
-	}
-	l := orderDocument{
+	d := orderDocument{
 		OrderID: o.id.String(), UserID: o.userID, ItemIDs: o.itemIDs,
-		TotalAmount: o.amount(), Status: o.status.String(), CreatedAt: at(int64(o.id.Time())),
+		TotalAmount: o.amount(), Status: o.status.String(), CreatedAt: timestamp(int64(o.id.Time())),
 	}
 	if o.status >= processing {
-		l.StartedAt = at(o.started)
+		d.StartedAt = new(timestamp(o.startedMS))
 	}
 	if o.status == completed {
-		l.CompletedAt = at(o.started + o.took/1000)
+		d.CompletedAt = new(timestamp(o.startedMS + o.tookMicros/1000))
 	}
-	return l
+	return d
 }
 
 // listOrders answers a page, newest first. Its cursor is the ID of the last
@@ -878,7 +876,7 @@ func (s *server) getMetrics(c echo.Context) error {
 	header := c.Response().Header()
 	header[echo.HeaderCacheControl] = noStore
 	header[echo.HeaderVary] = []string{echo.HeaderAccept}
-	text := func(c echo.Context, _ *localOrders) error {
+	text := func(c echo.Context, _ *localOrders) error { // of this process, whether it leads or not
 		return c.Blob(http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", s.prometheus())
 	}
 	switch {
@@ -1106,8 +1104,8 @@ func (f *forwarder) ready() error {
 	return nil
 }
 
-// forward answers with the leader's answer. Its error is that the request has
-// not come there, or for a create that this is not known.
+// forward answers with the leader's answer. It returns errNoLeader if the request
+// has not reached the leader, and errOutcomeUnknown if a create may have.
 func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte, client string) error {
 	leader := f.target.Load()
 	if leader == nil || r.Header.Get(passHeader) != "" {

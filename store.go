@@ -31,13 +31,13 @@ import (
 // order is one row. Its ULID says when it was created and, since the writer
 // makes the IDs in commit order, its place in the queue.
 type order struct {
-	id      ulid.ULID
-	userID  string
-	itemIDs string // comma-separated, no spaces around the commas
-	cents   int64
-	status  status
-	started int64 // Unix ms of the first attempt since the last start, by the wall clock; 0 until Processing
-	took    int64 // µs from start to completion, by the monotonic clock
+	id         ulid.ULID
+	userID     string
+	itemIDs    string // comma-separated, no spaces around the commas
+	cents      int64
+	status     status
+	startedMS  int64 // Unix ms of the first attempt since the last start, by the wall clock; 0 until Processing
+	tookMicros int64 // µs from start to completion, by the monotonic clock
 }
 
 // amount is the total as JSON shows it, exact.
@@ -87,10 +87,10 @@ func (c *creation) stored() bool { return !c.replayed && c.err == nil }
 
 // transition is one order's move to a later status.
 type transition struct {
-	id            ulid.ULID
-	from, to      status
-	started, took int64 // as in order
-	void          bool  // set by the engine: the order was not in from, nothing changed
+	id                    ulid.ULID
+	from, to              status
+	startedMS, tookMicros int64 // as in order
+	void                  bool  // set by the engine: the order was not in from, nothing changed
 }
 
 // totals are written by every commit together with its orders (SQLite: table
@@ -138,7 +138,7 @@ func (t totals) with(b *batch) totals {
 			t.processing++
 		} else {
 			t.completed++
-			t.sumTook += st.took
+			t.sumTook += st.tookMicros
 		}
 	}
 	t.removed += int64(len(b.removed))
@@ -206,7 +206,7 @@ type queued struct {
 }
 
 // Why a create is refused; nothing of its order is stored. A fourth reason is
-// errInDoubt below: the outcome of an earlier commit is still open.
+// errInDoubt below.
 var (
 	errBusy       = errors.New("too many orders wait to be written")
 	errUnwritable = errors.New("the store cannot be written")
@@ -226,14 +226,20 @@ var (
 	errSilent = errors.New("the database has not answered for too long")
 )
 
-// How a commit fails. Each wraps its cause. A create that is refused with
-// errInDoubt came later than the commit in doubt.
+// How a commit fails. Each wraps its cause. What follows from it:
+//
+//	the commit's error  its creates are told  later creates are told  the writer
+//	errNotWritten       errUnwritable         errUnwritable           commits the steps again
+//	errInDoubt          errOutcomeUnknown     errInDoubt              commits the same again
+//	errOutcomeUnknown   errOutcomeUnknown     errInDoubt              gives up
+//	errBroken           errUnwritable         errUnwritable           gives up
+//	errDeposed          errUnwritable         errUnwritable           gives up
 var (
-	errNotWritten     = errors.New("nothing was written")                      // try again
-	errInDoubt        = errors.New("the outcome of a commit is not known yet") // commit the same again, which finds out
+	errNotWritten     = errors.New("nothing was written")
+	errInDoubt        = errors.New("the outcome of a commit is not known yet") // the same commit, made again, finds out
 	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")     // only a new start can find out
 	errBroken         = errors.New("the orders cannot be written any longer")  // and that will not mend itself
-	errDeposed        = errors.New("another replica leads")                    // the commit wrote nothing, unless it wraps errOutcomeUnknown too
+	errDeposed        = errors.New("another replica leads")                    // nothing was written, unless the error wraps errOutcomeUnknown too
 )
 
 // ---- The store: the one door to orders. ----
@@ -259,10 +265,14 @@ const (
 type engine interface {
 	// start prepares for writing: schema, upgrade, the check of the totals.
 	start() (totals, error)
-	// commit writes a batch whole, and sets its totals, what its expiry removed, and
-	// each create's and step's own outcome. An expiry that fails is tried without.
-	// Its error wraps one of those above (with errNotWritten, the totals are those
-	// that the table holds).
+	// commit writes a batch whole, or nothing of it. Its error wraps one of those
+	// above. It sets
+	//   - totals: with errNotWritten, too, to what the table holds then;
+	//   - of each create, after creation.reset: err, if the table refuses this order
+	//     alone, or by creation.replay the order that its key has created;
+	//   - of each step void;
+	//   - removed, and what an expiry says of itself. One that fails is left out.
+	// After errInDoubt it gets a copy of the same batch next.
 	commit(*batch) error
 	// tidy does, between batches, what nobody waits for, and returns the totals as
 	// it leaves them. Its errors are commit's.
@@ -481,7 +491,7 @@ func (s *store) close() error {
 	}
 	err := s.engine.close()
 	if err != nil && errors.Is(s.writer.failure, err) {
-		err = nil // of a SQLite engine that closes nothing any more: the failure says so already
+		err = nil // why SQLite's files are left alone, which is what the failure wraps
 	}
 	return errors.Join(s.writer.failure, err)
 }
@@ -499,7 +509,7 @@ type batch struct {
 
 	totals  totals      // set by the engine: after this commit
 	removed []ulid.ULID // set by the engine: orders that this commit removed
-	next    *batch      // the same for another attempt, where the outcome is in doubt
+	again   *batch      // the same for another attempt, where the outcome is in doubt
 }
 
 func newBatch(steps []transition) *batch {
@@ -635,17 +645,26 @@ func (in *intake) creates() int {
 	return len(in.open.creates)
 }
 
-// refuse makes creates fail with err from now on, those in the open batch too,
-// or lets them in again with nil. It reports whether that is a change.
+// refuse makes creates fail with err from now on, those in the open batch too. It
+// reports whether that is a change.
 func (in *intake) refuse(err error) (changed bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	changed = in.refusing != err
 	in.refusing = err
-	if waiting := in.open; err != nil && len(waiting.creates) > 0 {
+	if waiting := in.open; len(waiting.creates) > 0 {
 		in.open = newBatch(waiting.steps)
 		waiting.release(err)
 	}
+	return changed
+}
+
+// accept lets creates in again, and reports whether they were refused.
+func (in *intake) accept() (changed bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	changed = in.refusing != nil
+	in.refusing = nil
 	return changed
 }
 
@@ -738,7 +757,7 @@ func (w *writer) turn(b *batch) error {
 	}
 	t, err := w.engine.tidy()
 	if err != nil {
-		return w.retry(newBatch(nil), err)
+		return w.retry(newBatch(nil), err) // an empty commit shows when the disk takes writes again
 	}
 	if t.seq > w.published.Load().seq {
 		w.publishTotals(t)
@@ -769,32 +788,32 @@ func (w *writer) fail(b *batch, err error) {
 		w.publishTotals(b.totals)
 	}
 	if errors.Is(err, errInDoubt) {
-		b.next = b.retryCopy() // before the creates are their callers' again
+		b.again = b.retryCopy() // before the creates are their callers' again
 	}
-	b.release(answerFor(err))
+	b.release(errForWaiting(err))
 }
 
 // succeed publishes a batch before it answers: who has an answer finds the order.
 func (w *writer) succeed(b *batch, began time.Time) {
 	w.publish(b)
 	b.release(nil)
-	if w.intake.refuse(nil) {
+	if w.intake.accept() {
 		w.log.Warn("orders are accepted again")
 	}
 	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), duration: time.Since(began), totals: b.totals})
 }
 
-// answerFor returns what the creates of a failed commit are answered.
-func answerFor(err error) error {
+// errForWaiting returns what the creates of a failed commit are answered.
+func errForWaiting(err error) error {
 	if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {
 		return errOutcomeUnknown
 	}
 	return errUnwritable
 }
 
-// refusalFor returns what later creates are answered, until a commit succeeds.
-func refusalFor(err error) error {
-	if answerFor(err) == errOutcomeUnknown {
+// errForLater returns what later creates are answered, until a commit succeeds.
+func errForLater(err error) error {
+	if errForWaiting(err) == errOutcomeUnknown {
 		return errInDoubt
 	}
 	return errUnwritable
@@ -843,13 +862,13 @@ func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = cmp.Or(b.next, b)
+			b = cmp.Or(b.again, b)
 		case errors.Is(err, errNotWritten):
 			b = newBatch(b.steps)
 		default:
 			return err
 		}
-		if w.intake.refuse(refusalFor(err)) {
+		if w.intake.refuse(errForLater(err)) {
 			w.log.Warn("orders are refused until the store can be written", "error", err)
 		}
 		select {
@@ -870,7 +889,7 @@ func (w *writer) giveUp(err error) {
 	if !errors.Is(err, errDeposed) {
 		w.log.Error("the writer gave up", "error", err)
 	}
-	w.intake.refuse(refusalFor(err))
+	w.intake.refuse(errForLater(err))
 }
 
 // retention decides when completed orders are removed. It sweeps over the table
@@ -886,7 +905,7 @@ type retention struct {
 	warned bool      // of a jump of the clock
 
 	last    expiry           // of this sweep; ended between two sweeps
-	created int              // orders since then
+	created int              // orders created since then
 	due     time.Time        // of the next expiry
 	wake    <-chan time.Time // fires then
 }
@@ -910,7 +929,14 @@ func (r *retention) start() {
 func (r *retention) next(created int) *expiry {
 	r.created += created
 	grows := !r.last.ended && r.created >= r.last.looked
-	if r.keep == 0 || !grows && time.Now().Before(r.due) || r.clockJumped() {
+	if r.keep == 0 || !grows && time.Now().Before(r.due) {
+		return nil
+	}
+	if jump := r.clockJump(); jump > clockJump {
+		if !r.warned {
+			r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
+		}
+		r.warned = true
 		return nil
 	}
 	x := &expiry{before: r.now().Add(-r.keep).UnixMilli()}
@@ -920,16 +946,9 @@ func (r *retention) next(created int) *expiry {
 	return x
 }
 
-// clockJumped reports whether the wall clock has gone ahead of the monotonic one
-// since the start: then it may be wrong, and orders removed too early.
-func (r *retention) clockJumped() bool {
-	jump := r.now().Sub(r.wall) - time.Since(r.began)
-	if jump > clockJump && !r.warned {
-		r.warned = true
-		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
-	}
-	return jump > clockJump
-}
+// clockJump is how far the wall clock has gone ahead of the monotonic one since
+// the start. If that is much, it may be wrong, and orders removed too early.
+func (r *retention) clockJump() time.Duration { return r.now().Sub(r.wall) - time.Since(r.began) }
 
 // record notes how far an expiry came, and sets when the next is due.
 func (r *retention) record(x *expiry, took time.Duration) {
@@ -988,10 +1007,10 @@ CREATE TABLE totals (
 ) STRICT;
 INSERT INTO totals (accepted, processing, completed, took, newest_started, identity) VALUES (0, 0, 0, 0, 0, random());`
 
-// ordersUpgrade leads from version 2: a key became a column of its order, so
+// ordersUpgradeTo3 leads from version 2: a key became a column of its order, so
 // that it is free again once the order is gone, and the user index keeps its
 // bounds itself.
-const ordersUpgrade = `
+const ordersUpgradeTo3 = `
 ALTER TABLE orders ADD COLUMN key TEXT;
 CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- lets the UPDATE read both tables in one order: ten times faster
 UPDATE orders SET key = (SELECT key FROM idempotency_keys k WHERE k.id_high = orders.id_high) WHERE id_high IN (SELECT id_high FROM idempotency_keys);
@@ -1049,7 +1068,7 @@ func appendOrder(args []any, c *creation) []any {
 // scanOrder scans orderColumns, and into more the columns after them.
 func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	var idHigh, idLow int64
-	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.started, &o.took}, more...)...)
+	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.startedMS, &o.tookMicros}, more...)...)
 	o.id = joinID(idHigh, idLow)
 	return o, err
 }
@@ -1109,7 +1128,7 @@ type sqliteEngine struct {
 func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
 	return &sqliteEngine{log: log, file: &database{
 		path: filepath.Join(directory, "orders.db"), appID: 0x6f726472, version: ordersVersion,
-		schema: ordersSchema + sqliteView, upgrades: []string{ordersUpgrade},
+		schema: ordersSchema + sqliteView, upgrades: []string{ordersUpgradeTo3},
 	}}
 }
 
@@ -1291,7 +1310,8 @@ func (s *statements) close() (err error) {
 // expiry, or with each create on its own so that only that one fails.
 func (e *sqliteEngine) commit(b *batch) error {
 	err := e.transaction(b, e.insertTogether)
-	if errors.Is(err, errNotRemoved) && !errors.Is(err, errOutcomeUnknown) && !errors.Is(err, errBroken) {
+	onlyExpiryFailed := errors.Is(err, errNotRemoved) && !errors.Is(err, errOutcomeUnknown) && !errors.Is(err, errBroken)
+	if onlyExpiryFailed {
 		b.skipExpiry(e.log, err)
 		err = e.transaction(b, e.insertTogether)
 	}
@@ -1396,7 +1416,7 @@ func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 		x.through = x.before<<16 - 1 // nothing newer can have expired
 	}
 	window = append(window, sql.Named("through", x.through))
-	if err := e.users.remove(window); err != nil {
+	if err := e.users.removeExpired(window); err != nil {
 		return false, err
 	}
 	_, err = e.write.remove.Exec(window...)
@@ -1487,9 +1507,9 @@ func rejected(err error) error {
 func (e *sqliteEngine) applyStep(st *transition) error {
 	var took any // NULL until final
 	if st.to.final() {
-		took = st.took
+		took = st.tookMicros
 	}
-	changed, err := e.write.step.exec(int64(st.to), st.started, took, high(st.id), int64(st.from))
+	changed, err := e.write.step.exec(int64(st.to), st.startedMS, took, high(st.id), int64(st.from))
 	st.void = changed != 1
 	return err
 }
@@ -1522,8 +1542,8 @@ func (e *sqliteEngine) commitOutcome(err error) error {
 	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE:
 		e.write.rollback.exec()
 		return fmt.Errorf("%w: %w", errNotWritten, err)
-	// No room for the WAL's index (-shm), found after the fsync of the WAL: a start
-	// now would find the batch, unless a smaller commit takes its place in the WAL.
+	// No room for the WAL's index (-shm). The batch is in the WAL and synced: a start
+	// would find it. A commit of nothing but a new seq takes its place in the WAL.
 	case sqlite3.SQLITE_IOERR_SHMSIZE:
 		t := e.last
 		t.seq++
@@ -1546,7 +1566,7 @@ func (e *sqliteEngine) tidy() (totals, error) {
 	if err := e.file.inPlace(); err != nil {
 		return e.last, fmt.Errorf("%w: %w", errNotWritten, err)
 	}
-	if err := e.wal.run(); sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
+	if err := e.wal.checkpointIfDue(); sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)
 	}
 	return e.last, nil
@@ -1579,7 +1599,8 @@ func (e *sqliteEngine) gauges() []gauge {
 // pages of the newest run. A list by user looks into the table for what is not
 // indexed yet, and then into one place of each run.
 type userIndex struct {
-	savepoint, release, revert, add, extend, begin, drop, dropRuns *sql.Stmt
+	savepoint, release, revert                *sql.Stmt // within the writer's transaction
+	add, extend, beginRun, remove, removeRuns *sql.Stmt
 
 	state, next indexState // as of the last commit, and of the one under way
 	retryBehind int64      // after a failed try: how many must be behind before the next
@@ -1596,7 +1617,7 @@ type indexState struct {
 // many users dearer.
 const (
 	indexEvery = 1024  // orders; the index lags by at most this and one batch
-	runOrders  = 16384 // orders in a run; also in ordersUpgrade: do not change
+	runOrders  = 16384 // orders in a run; also in ordersUpgradeTo3: do not change
 	pageRuns   = 1024  // most runs that one page searches
 )
 
@@ -1610,12 +1631,12 @@ func openUserIndex(db *sql.DB) (*userIndex, error) {
 		release:   p.prepare("RELEASE user_index"),
 		revert:    p.prepare("ROLLBACK TO user_index"),
 		// OR IGNORE: the key is all columns, so a row that exists is the same row.
-		add:    p.prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
-		extend: p.prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
-		begin:  p.prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
-		drop: p.prepare("DELETE FROM orders_by_user WHERE run IN (SELECT first FROM user_runs WHERE " + runsOfExpired +
+		add:      p.prepare("INSERT OR IGNORE INTO orders_by_user SELECT ?, user_id, id_high FROM orders WHERE id_high > ? ORDER BY user_id, id_high"),
+		extend:   p.prepare("UPDATE user_runs SET last = ?, orders = ? WHERE first = ?"),
+		beginRun: p.prepare("INSERT OR IGNORE INTO user_runs VALUES (?, ?, 0)"),
+		remove: p.prepare("DELETE FROM orders_by_user WHERE run IN (SELECT first FROM user_runs WHERE " + runsOfExpired +
 			") AND (user, id_high) IN (SELECT user_id, id_high FROM orders WHERE " + expiredOrders + ")"),
-		dropRuns: p.prepare("DELETE FROM user_runs WHERE " + runsOfExpired +
+		removeRuns: p.prepare("DELETE FROM user_runs WHERE " + runsOfExpired +
 			" AND first < (SELECT max(first) FROM user_runs) AND NOT EXISTS (SELECT 1 FROM orders_by_user WHERE run = first)"),
 	}
 	if p.err != nil {
@@ -1662,7 +1683,7 @@ func (u *userIndex) index(newest int64) error {
 	}
 	if n.orders >= runOrders {
 		n.run, n.orders = newest+1, 0
-		if _, err := u.begin.Exec(n.run, n.last); err != nil {
+		if _, err := u.beginRun.Exec(n.run, n.last); err != nil {
 			return err
 		}
 	}
@@ -1670,14 +1691,13 @@ func (u *userIndex) index(newest int64) error {
 	return nil
 }
 
-// remove drops the expired orders of a window from the index, before they are
-// removed from the table, and then empty runs. The newest run stays: the next
-// orders go there.
-func (u *userIndex) remove(window []any) error {
-	if _, err := u.drop.Exec(window...); err != nil {
+// removeExpired removes the expired orders of a window, which must still be in
+// the table, and then empty runs. The newest run stays: the next orders go there.
+func (u *userIndex) removeExpired(window []any) error {
+	if _, err := u.remove.Exec(window...); err != nil {
 		return err
 	}
-	_, err := u.dropRuns.Exec(window...)
+	_, err := u.removeRuns.Exec(window...)
 	return err
 }
 
@@ -1707,36 +1727,35 @@ func newCheckpointer(file *database, log *logger) (*checkpointer, error) {
 	return &checkpointer{file: file, log: log, length: length}, err
 }
 
-// run checkpoints a WAL of checkpointPages. A reader that blocks it is waited for
-// once, for readerPause; then run retries every retryPause without waiting, until
-// another reader blocks it. See https://sqlite.org/wal.html#ckpt.
-func (c *checkpointer) run() error {
+// checkpointIfDue checkpoints a WAL of checkpointPages. A reader that blocks it is
+// waited for once, for readerPause; then it is retried every retryPause without
+// waiting, until another reader blocks it. See https://sqlite.org/wal.html#ckpt.
+func (c *checkpointer) checkpointIfDue() error {
 	retry := !c.retryAt.IsZero()
 	if retry && time.Now().Before(c.retryAt) || !retry && c.written < walCheckEvery {
 		return nil
 	}
-	c.written = 0
-	_, pages, _, err := progress(c.length.QueryRow())
+	c.written, c.retryAt = 0, time.Time{}
+	wal, err := scanWAL(c.length.QueryRow())
 	if err != nil {
 		c.log.Warn("the length of the WAL cannot be read", "error", err)
 	}
-	if err != nil || pages < checkpointPages {
-		c.retryAt = time.Time{}
+	if err != nil || wal.pages < checkpointPages {
 		return nil
 	}
-	busy, pages, moved, err := c.checkpoint("PASSIVE")
-	sameReader := retry && moved < pages && moved == c.pagesMoved
+	wal, err = c.checkpoint("PASSIVE")
+	sameReader := retry && !wal.complete() && wal.moved == c.pagesMoved
 	if err == nil && !sameReader {
 		mode := "RESTART"
-		if pages > truncateAbovePages {
+		if wal.pages > truncateAbovePages {
 			mode = "TRUNCATE"
 		}
 		c.file.setBusyTimeout(readerPause)
-		busy, pages, moved, err = c.checkpoint(mode)
+		wal, err = c.checkpoint(mode)
 		c.file.setBusyTimeout(busyTimeout)
 	}
-	c.retryAt, c.pagesMoved = time.Time{}, moved
-	if err != nil || busy || moved < pages {
+	c.pagesMoved = wal.moved
+	if err != nil || wal.busy || !wal.complete() {
 		c.retryAt = time.Now().Add(retryPause)
 	}
 	if err != nil {
@@ -1745,13 +1764,21 @@ func (c *checkpointer) run() error {
 	return err
 }
 
-func (c *checkpointer) checkpoint(mode string) (busy bool, pages, moved int64, err error) {
-	return progress(c.file.QueryRow("PRAGMA wal_checkpoint(" + mode + ")"))
+func (c *checkpointer) checkpoint(mode string) (walState, error) {
+	return scanWAL(c.file.QueryRow("PRAGMA wal_checkpoint(" + mode + ")"))
 }
 
-func progress(row *sql.Row) (busy bool, pages, moved int64, err error) {
-	err = row.Scan(&busy, &pages, &moved)
-	return busy, pages, moved, err
+// walState is what a checkpoint tells of the WAL.
+type walState struct {
+	busy         bool // a reader, or another program, was in the way
+	pages, moved int64
+}
+
+func (w walState) complete() bool { return w.moved >= w.pages }
+
+func scanWAL(row *sql.Row) (w walState, err error) {
+	err = row.Scan(&w.busy, &w.pages, &w.moved)
+	return w, err
 }
 
 // ---- Reads. ----
@@ -2273,7 +2300,7 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 		for more := true; more && err == nil; {
 			began := time.Now()
 			more, err = b.Step(copyPages)
-			err = cmp.Or(err, syncFile(path), ctx.Err())
+			err = cmp.Or(err, syncFile(path), ctx.Err()) // nobody else has the copy open, whose locks a close would drop
 			time.Sleep(2 * time.Since(began))
 		}
 		return cmp.Or(err, b.Finish())

@@ -21,14 +21,14 @@ import (
 )
 
 const (
-	feedRows     = 512                    // orders that the feeder reads at a time, to keep its reads short
-	feedPause    = 5 * time.Millisecond   // after a read that reached the end, so that the next one finds more
-	firstRetry   = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
-	longestRetry = time.Minute            // pause of an order, and the longest that an endpoint can ask for
-	longestPause = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
-	longestTrial = 5 * time.Second        // of an endpoint in trouble: one that takes an order and is silent for so long is busy with it
-	givesWay     = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
-	maxParked    = 1_000_000              // orders in a pause; beyond them the feeder waits
+	feedRows      = 512                    // orders that the feeder reads at a time, to keep its reads short
+	feedPause     = 5 * time.Millisecond   // after a read that reached the end, so that the next one finds more
+	firstRetry    = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
+	maxOrderPause = time.Minute            // pause of an order, and the longest that an endpoint can ask for
+	maxPoolPause  = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
+	trialLimit    = 5 * time.Second        // of an endpoint in trouble: one that takes an order and is silent for so long is busy with it
+	givesWay      = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
+	maxParked     = 1_000_000              // orders in a pause; beyond them the feeder waits
 )
 
 // poolOptions are the pool's part of the configuration.
@@ -40,12 +40,17 @@ type poolOptions struct {
 	now      func() time.Time // the wall clock
 }
 
-// work is what processing an order means. nil completes the order. An error has
-// it tried again after a pause; a *trouble says that every order would fail now,
-// and pauses the whole pool. It may run more than once for one order (after an
-// error, a time-out, a stop or a crash), around a fail-over also on two replicas
-// at the same time. It ends soon after ctx is done. attempt counts from 1 since the
-// process started.
+// work is what processing an order means. attempt counts from 1 since the process
+// started. What it returns:
+//
+//	nil       the order is completed
+//	trouble   every order would fail now: the whole pool pauses, then tries one by one
+//	refusal   this order is tried again later; a pause of the pool ends
+//	other     this order is tried again later; a pause of the pool goes on
+//
+// It may run more than once for one order (after an error, a time-out, a stop or
+// a crash), around a fail-over also on two replicas at the same time. It must end
+// soon after ctx is done.
 type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
 // pool runs orders through Processing to Completed. The channel is a window on
@@ -80,24 +85,23 @@ type pool struct {
 // job is an order that the pool has begun. It is small (40 bytes) and without
 // pointers, since maxParked of them may be parked.
 type job struct {
-	id       ulid.ULID
-	started  int64         // as in order
-	began    time.Duration // first attempt, monotonic, since pool.made
-	due      tick          // of the next attempt, while it is parked
-	attempts int32         // that failed
+	id        ulid.ULID
+	startedMS int64         // as in order
+	began     time.Duration // first attempt, monotonic, since pool.made
+	due       tick          // of the next attempt, while it is parked
+	attempts  int32         // that failed
 }
 
 func newPool(o poolOptions, s *store, log *logger) *pool {
-	p := &pool{
-		poolOptions: o, work: simulate(o.delay), store: s, log: log, made: time.Now(),
-		channel: make(chan queued, o.places), stored: make(chan struct{}, 1),
-		durations: newHistogram(durationBounds), gate: newGate(),
-		failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
-	}
+	work := simulate(o.delay)
 	if o.endpoint.url != "" {
-		p.work = newEndpoint(o.endpoint, o.workers, s.get).post
+		work = newEndpoint(o.endpoint, o.workers, s.get).post
 	}
-	p.parked = newParking()
+	p := &pool{
+		poolOptions: o, work: work, store: s, log: log, made: time.Now(),
+		channel: make(chan queued, o.places), stored: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
+		durations: newHistogram(durationBounds), failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
+	}
 	p.stopping, p.stop = context.WithCancel(context.Background())
 	p.working, p.cancel = context.WithCancel(context.Background())
 	return p
@@ -167,8 +171,9 @@ func (p *pool) runWorker() {
 		if !ok {
 			continue
 		}
-		if t, ok := errors.AsType[*trouble](p.attempt(j)); ok && p.gate.set(true) {
-			p.endure(t, j.id)
+		err := p.attempt(j)
+		if t, ok := errors.AsType[*trouble](err); ok && p.gate.set(true) {
+			p.probe(t, j.id)
 		}
 	}
 }
@@ -188,9 +193,9 @@ func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 
 // begin starts on an order for the first time since the start of the process.
 func (p *pool) begin(o queued) job {
-	j := job{id: o.id, started: p.now().UnixMilli(), began: time.Since(p.made)}
+	j := job{id: o.id, startedMS: p.now().UnixMilli(), began: time.Since(p.made)}
 	if o.status == pending {
-		p.store.step(transition{id: o.id, from: pending, to: processing, started: j.started})
+		p.store.step(transition{id: o.id, from: pending, to: processing, startedMS: j.startedMS})
 	}
 	return j
 }
@@ -226,14 +231,14 @@ func (p *pool) runSafely(j job) (err error) {
 func (p *pool) complete(j job) {
 	took := time.Since(p.made) - j.began
 	p.durations.observe(took.Seconds())
-	p.store.step(transition{id: j.id, from: processing, to: completed, started: j.started, took: took.Microseconds()})
+	p.store.step(transition{id: j.id, from: processing, to: completed, startedMS: j.startedMS, tookMicros: took.Microseconds()})
 }
 
 // postpone parks an order after an attempt that failed, and logs the failure;
-// endure logs trouble.
+// probe logs trouble.
 func (p *pool) postpone(j job, err error) {
 	j.attempts++
-	pause := doubled(j.attempts, longestRetry)
+	pause := backoff(j.attempts, maxOrderPause)
 	due := time.Now().Add(pause)
 	if t, ok := errors.AsType[*trouble](err); ok {
 		due = t.pauseEnd(j.attempts).Add(givesWay)
@@ -243,15 +248,15 @@ func (p *pool) postpone(j job, err error) {
 	p.parked.park(j, due)
 }
 
-// doubled is the pause after so many failures in a row, of which there is one at least.
-func doubled(failures int32, longest time.Duration) time.Duration {
+// backoff is the pause after so many failures in a row, of which there is one at least.
+func backoff(failures int32, longest time.Duration) time.Duration {
 	return min(firstRetry<<min(failures-1, 16), longest)
 }
 
-// endure probes an endpoint in trouble, one order at a time, while the others
-// pause, until an attempt is answered, or lasts longer than longestTrial. An
+// probe probes an endpoint in trouble, one order at a time, while the others
+// pause, until an attempt is answered, or lasts longer than trialLimit. An
 // attempt that times out before is no answer.
-func (p *pool) endure(t *trouble, id ulid.ULID) {
+func (p *pool) probe(t *trouble, id ulid.ULID) {
 	p.troubles.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
 	lastWarned := began
@@ -272,7 +277,7 @@ func (p *pool) endure(t *trouble, id ulid.ULID) {
 		if !ok {
 			return
 		}
-		lasting := time.AfterFunc(longestTrial, goOn)
+		lasting := time.AfterFunc(trialLimit, goOn)
 		err := p.attempt(j)
 		if !lasting.Stop() {
 			return // what it met in the end, others meet by themselves
@@ -362,7 +367,7 @@ func (t tick) after(other tick) time.Duration { return time.Duration(int32(t-oth
 
 func newParking() *parking {
 	p := &parking{made: time.Now(), ready: make(chan struct{}, 1)}
-	p.timer = time.AfterFunc(longestRetry, func() { nudge(p.ready) })
+	p.timer = time.AfterFunc(maxOrderPause, func() { nudge(p.ready) })
 	return p
 }
 
@@ -482,20 +487,20 @@ func simulate(delay time.Duration) work {
 // overloaded.
 type trouble struct {
 	error
-	since      time.Time     // when the answer came, or when connecting began
+	since      time.Time     // when the answer came, or when connecting began: the pause counts from here
 	retryAfter time.Duration // that the endpoint asks for, or 0
 }
 
 // pauseEnd is when the pause ends that follows so many failures in a row.
 func (t *trouble) pauseEnd(failures int32) time.Time {
-	return t.since.Add(cmp.Or(t.retryAfter, doubled(failures, longestPause)))
+	return t.since.Add(cmp.Or(t.retryAfter, backoff(failures, maxPoolPause)))
 }
 
 // refusal is an answer that neither completes an order nor tells of trouble.
 type refusal struct{ error }
 
 const (
-	dialTimeout   = 3 * time.Second // for a connection to the endpoint; below longestTrial
+	dialTimeout   = 3 * time.Second // for a connection to the endpoint; below trialLimit
 	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
 	maxAnswerTime = time.Second     // for reading them
 )
@@ -603,7 +608,7 @@ func retryAfter(value string) (wait time.Duration) {
 	if at, err := http.ParseTime(value); err == nil {
 		wait = time.Until(at)
 	} else if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
-		wait = time.Duration(min(seconds, uint64(longestRetry/time.Second))) * time.Second
+		wait = time.Duration(min(seconds, uint64(maxOrderPause/time.Second))) * time.Second
 	}
-	return min(max(0, wait), longestRetry)
+	return min(max(0, wait), maxOrderPause)
 }
