@@ -729,7 +729,7 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	return c, c.contradiction(given["work"] && given["delay"])
+	return c, c.contradiction(given)
 }
 
 // setFromVariables sets the flags that have a variable, and notes the variables
@@ -764,11 +764,14 @@ func (c *config) setFromVariables(fs *flag.FlagSet, variables map[string]string)
 	return err
 }
 
-// contradiction finds settings that are right one by one, but not together.
-func (c config) contradiction(workAndDelay bool) error {
+// contradiction finds settings that are right one by one, but not together. given
+// are the flags that were set, by whatever way.
+func (c config) contradiction(given map[string]bool) error {
 	switch {
-	case workAndDelay:
+	case given["work"] && given["delay"]:
 		return usageError{errors.New("-work and -delay (or ORDERD_WORK and ORDERD_DELAY) exclude each other: an order takes as long as the endpoint does; leave out one of them; see orderd -h")}
+	case !given["work"] && (given["work-timeout"] || c.pool.endpoint.token != ""):
+		return usageError{errors.New("-work-timeout and the token of -work are for an endpoint, and without -work orders are only simulated: give -work too, or leave them out")}
 	case c.advertise != "" && c.orders == "":
 		return usageError{errors.New("-advertise is for replicas that share their orders: give -orders too, or leave it out")}
 	case c.backup != "" && c.orders != "":

@@ -1296,9 +1296,9 @@ var flagTable = []struct {
 	{name: "work", initial: "", get: func(c config) any { return c.pool.endpoint.url },
 		accepted: []string{"http://a", "https://[::1]:8443/b?c=d"}, refused: []string{"", "a", "a:80", "//a/b", "ftp://a", "http://", "http:///b", "http://:80", "http://a b"},
 		limits: "an http or https URL with a host"},
-	{name: "work-timeout", initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
+	{name: "work-timeout", beside: []string{"-work", "http://a"}, initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
 		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
-	{name: "work-token-file", initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
+	{name: "work-token-file", beside: []string{"-work", "http://a"}, initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
 	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.places },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
@@ -1414,6 +1414,8 @@ func TestWrongArguments(t *testing.T) {
 	}{
 		{name: "an endpoint and a delay", args: []string{"-work", "http://a", "-delay", "2s"}, named: "-work and -delay.*orderd -h"},
 		{name: "an endpoint and a delay by variables", environ: []string{"ORDERD_WORK=http://a", "ORDERD_DELAY=0s"}, named: "ORDERD_WORK and ORDERD_DELAY.*orderd -h"},
+		{name: "a token for no endpoint", environ: []string{"ORDERD_WORK_TOKEN=t"}, named: "give -work too"},
+		{name: "a limit for no endpoint", args: []string{"-work-timeout", "9s"}, named: "give -work too"},
 		{name: "an argument that is no flag", args: []string{"-workers", "2", "serve"}, named: `"serve".*orderd -h`},
 		{name: "a flag that does not exist", args: []string{"-worker", "2"}, named: "-worker.*orderd -h"},
 		{name: "a flag without its value", args: []string{"-workers"}, named: "-workers.*orderd -h"},
@@ -1496,8 +1498,8 @@ func TestTokenSource(t *testing.T) {
 		{name: "a file holds the read token", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "x"},
 			args: []string{"-read-token-file", file("r\n")}, token: "secret", readToken: "r"},
 		{name: "an empty read token is refused", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": ""}, code: 2, named: "ORDERD_READ_TOKEN"},
-		{name: "the endpoint's is another", variables: map[string]string{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b"}, token: "a", workToken: "b"},
-		{name: "a file holds the endpoint's", args: []string{"-work-token-file", file("b\n")}, workToken: "b"},
+		{name: "the endpoint's is another", variables: map[string]string{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b", "ORDERD_WORK": "http://a"}, token: "a", workToken: "b"},
+		{name: "a file holds the endpoint's", args: []string{"-work", "http://a", "-work-token-file", file("b\n")}, workToken: "b"},
 		{name: "an empty one for the endpoint is refused", variables: map[string]string{"ORDERD_WORK_TOKEN": ""}, code: 2, named: "ORDERD_WORK_TOKEN"},
 		{name: "a missing file is refused", args: []string{"-token-file", filepath.Join(dir, "missing")}, code: 1, named: filepath.Join(dir, "missing")},
 	} {
@@ -2941,7 +2943,7 @@ func TestHTTPS(t *testing.T) {
 	require.Len(t, logged(t, dir, "the certificate cannot be renewed; the one before stays in use"), 4)
 }
 
-// TestBehindNginx runs the configuration that the README shows.
+// TestBehindNginx runs deploy/nginx.conf.
 func TestBehindNginx(t *testing.T) {
 	t.Parallel()
 	needs(t, "nginx")
@@ -2955,12 +2957,10 @@ func TestBehindNginx(t *testing.T) {
 	certFile, keyFile, _ := makeCertificate(t, files)
 	addr := fmt.Sprint("127.0.0.1:", freePort(t))
 
-	readme, err := os.ReadFile("README.md")
+	text, err := os.ReadFile("deploy/nginx.conf")
 	require.NoError(t, err)
-	_, shown, _ := strings.Cut(string(readme), "\n```nginx\n")
-	shown, _, _ = strings.Cut(shown, "\n```\n")
-	require.Equal(t, 1, strings.Count(shown, "127.0.0.1:8080"), shown)
-	shown = strings.Replace(shown, "127.0.0.1:8080", a.listener.Addr().String(), 1)
+	require.Equal(t, 1, strings.Count(string(text), "127.0.0.1:8080"))
+	shown := strings.Replace(string(text), "127.0.0.1:8080", a.listener.Addr().String(), 1)
 	server := fmt.Sprintf("server {\nlisten %s ssl;\nserver_name orders.example.com;\nssl_certificate %s;\nssl_certificate_key %s;\n%s\n}\n", addr, certFile, keyFile, shown)
 	around := "daemon off; pid nginx.pid;\nevents {}\nhttp {\naccess_log off;\n"
 	if os.Geteuid() == 0 {

@@ -89,7 +89,7 @@ func (m *metrics) check(t totals, place string) error {
 		if c.accepted > 0 && c.identity != t.identity {
 			return fmt.Errorf("%s is not the database whose %d orders %s has counted: put that one back, or delete %[3]s to go on with this one", place, c.accepted, m.file.path)
 		}
-		lost = c.identity == t.identity && c.seq > t.seq
+		lost = c.identity == t.identity && c.seq > t.seq // which also sees lost steps; sums are all that older versions have
 	}
 	if lost {
 		return fmt.Errorf("%s has lost orders or their steps: it holds %d orders, %d of them completed, as of commit %d, but %s has counted %d and %d as of commit %d; put back the newest %[1]s together with its -wal file, or delete %[5]s to accept the loss",

@@ -312,7 +312,7 @@ func oneIf(b bool) float64 {
 type storeOptions struct {
 	cache int              // statuses in memory
 	keep  time.Duration    // how long completed orders stay; 0 is for ever
-	now   func() time.Time // the wall clock
+	now   func() time.Time // the wall clock; tests set it, and the pool's
 }
 
 // store takes creates and steps, hands them to its writer in batches, and
