@@ -1,3 +1,11 @@
+// What is tested where, each under a heading "// ---- …":
+//
+//   - the harness, and the process that tests start; the API description;
+//   - file by file, from main.go to log.go, with what is only time passing in bubbles;
+//   - the oracle, and the faults that it watches: the process, the disk, the start,
+//     the work, people; older versions; retention; abuse;
+//   - fuzz targets and benchmarks;
+//   - the engine on PostgreSQL, and replicas.
 package main
 
 import (
@@ -26,6 +34,7 @@ import (
 	"go/types"
 	"io"
 	"io/fs"
+	"log"
 	"log/slog"
 	"maps"
 	"math"
@@ -34,6 +43,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -62,8 +72,6 @@ import (
 	"github.com/oklog/ulid/v2"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"log"
-	"net/http/httptest"
 )
 
 var (
