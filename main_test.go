@@ -8687,6 +8687,29 @@ func TestAbuse(t *testing.T) {
 	drained(t, base(a))
 }
 
+// TestRefusedBodiesAreReadToTheEnd sends, as nginx does, a body that is refused, on
+// a connection that ends with it.
+func TestRefusedBodiesAreReadToTheEnd(t *testing.T) {
+	t.Parallel()
+	a := newTestApp(t, nil)
+	for header, status := range map[string]int{
+		"Content-Type: application/json\r\nContent-Length: 100000": 413,
+		"Content-Type: text/plain\r\nContent-Length: 60000":        415,
+		"Host: example.org\r\nContent-Length: 60000":               421,
+	} {
+		conn, answers := dialed(t, a, "POST /orders HTTP/1.0\r\n"+header+"\r\n\r\n")
+		rest, _ := strconv.Atoi(header[strings.LastIndex(header, " ")+1:])
+		for ; rest > 0; rest -= 2000 {
+			<-time.After(time.Millisecond)
+			_, err := conn.Write(make([]byte, 2000))
+			require.NoError(t, err, "%d bytes are left", rest)
+		}
+		response, err := http.ReadResponse(answers, nil)
+		require.NoError(t, err)
+		require.Equal(t, status, response.StatusCode)
+	}
+}
+
 // TestCrowd leaves 2,000 connections idle, sends 250 headers and with -long 250
 // bodies a byte a second, and is an honest client beside them.
 func TestCrowd(t *testing.T) {

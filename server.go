@@ -43,6 +43,7 @@ import (
 
 const (
 	maxBody     = 64 << 10 // bytes of a request's body
+	maxRefused  = 1 << 20  // bytes that are read of the body of a request that is refused; nginx sends no more
 	maxHeader   = 64 << 10 // bytes of a request's header
 	maxUserID   = 128      // bytes, trimmed
 	maxItems    = 1000
@@ -1219,8 +1220,18 @@ func (s *server) problem(err error, c echo.Context) {
 	if f.Status == http.StatusServiceUnavailable {
 		header.Set(echo.HeaderRetryAfter, "1") // second
 	}
+	readRest(c.Request())
 	if err := answerJSON(c, f.Status, "application/problem+json", f); err != nil {
 		s.log.Debug("a problem could not be answered", "error", err)
+	}
+}
+
+// readRest reads what a request that is refused still sends, if its connection
+// ends with it, as nginx has it: a close before would be a reset, and nginx would
+// answer 502 (RFC 9112, section 9.6). net/http does so for connections that stay.
+func readRest(r *http.Request) {
+	if r.Close && r.ContentLength <= maxRefused && r.Header.Get("Expect") == "" {
+		io.CopyN(io.Discard, r.Body, maxRefused)
 	}
 }
 

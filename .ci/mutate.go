@@ -224,6 +224,7 @@ var mutations = []mutation{
 	{"server.go", `err != nil || cents > maxCents {`, `err != nil || cents > maxCents+1 {`, "TestCreateRefusesFields"},
 	{"server.go", `	s.forwarder.stop()
 `, ``, "TestAStoppingStandbyEndsWaits"},
+	{"server.go", `if r.Close && r.ContentLength <= maxRefused`, `if false && r.ContentLength <= maxRefused`, "TestRefusedBodies"},
 	{"server.go", `slog.Int64("us", took.Microseconds())`, `slog.Int64("us", took.Milliseconds())`, "TestTimesOfAConnection"},
 	{"server.go", `slog.Int64("bytes", response.Size)`, `slog.Int64("bytes", 0*response.Size)`, "TestRequestLog"},
 	{"server.go", `line := slog.NewRecord(began,`, `line := slog.NewRecord(time.Now(),`, "TestTimesOfAConnection"},
