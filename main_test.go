@@ -614,10 +614,11 @@ func cacheAgrees(c *cache, inTable map[ulid.ULID]status) bool {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	keys := map[ulid.ULID]bool{}
-	for _, id := range c.ring {
-		st, ok := c.statuses[id]
+	for _, first := range c.ring {
+		e, ok := c.statuses[first]
+		id := ulid.ULID(slices.Concat(first[:], e.second[:]))
 		inRow, stored := inTable[id]
-		if !ok || !stored || st != inRow {
+		if !ok || !stored || e.status != inRow {
 			return false
 		}
 		keys[id] = true
@@ -4043,7 +4044,11 @@ func TestCacheStatus(t *testing.T) {
 			test.then(c, id)
 			got, found := c.get(id)
 			require.Equal(t, test.found, found)
-			require.Equal(t, test.want, got)
+			if found {
+				require.Equal(t, test.want, got)
+			}
+			_, found = c.get(joinID(1, 2))
+			require.False(t, found, "an ID that differs in its random half")
 		})
 	}
 }

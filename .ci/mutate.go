@@ -77,7 +77,8 @@ var mutations = []mutation{
 	{"log.go", `len(abs) > longestPath`, `len(abs) > 2*longestPath`, "TestStartIsRefused"},
 	{"log.go", `case <-time.After(lastWordsTimeout):`, `case <-time.After(60 * lastWordsTimeout):`, "TestStderrThatNobodyReads"},
 
-	{"cache.go", `s = max(s, old)`, `s = max(s, old&0)`, "TestCacheStatus"},
+	{"cache.go", `if ok = ok && e.second == second; ok {`, `if ok = ok || e.second == second; ok {`, "TestCacheStatus"},
+	{"cache.go", `s = max(s, old.status)`, `s = max(s, old.status&0)`, "TestCacheStatus"},
 	{"cache.go", `if s.final() && seq >= c.lastRemoval {`, `if s.final() {`, "TestCacheStatus"},
 	{"cache.go", `if s.final() && seq >= c.lastRemoval {`, `if seq >= c.lastRemoval {`, "TestCacheStatus"},
 	{"cache.go", `c.lastRemoval = seq`, `c.lastRemoval = 0`, "TestCacheStatus"},
