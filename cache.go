@@ -33,14 +33,14 @@ type change struct {
 // pointers, so the garbage collector never scans it. An order takes 17 bytes of
 // the map and 8 of the ring. A status in it only moves forward.
 type cache struct {
-	mu          sync.RWMutex // guards the next five fields
+	hits, misses atomic.Int64
+
+	mu          sync.RWMutex // guards the rest
 	statuses    map[half]entry
 	ring        []half // keys in order of arrival; once it is full, next is the oldest
 	next        int
 	watchers    map[ulid.ULID]*watcher
 	lastRemoval int64 // seq of the last commit that removed orders
-
-	hits, misses atomic.Int64
 }
 
 // half of an ID: the first tells orders apart, the second is random.

@@ -69,7 +69,7 @@ func report(err error, stderr io.Writer) int {
 	}
 	printed := make(chan struct{})
 	go func() {
-		fmt.Fprintf(stderr, "orderd: %v\n", err)
+		fmt.Fprintf(stderr, "orderd: %s\n", strings.ReplaceAll(err.Error(), "\n", "; ")) // of errors.Join
 		close(printed)
 	}()
 	select {
@@ -211,13 +211,13 @@ func openApp(cfg config, stderr io.Writer) (*app, error) {
 		return nil, a.abandon(err)
 	}
 	if a.sqlite != nil {
-		a.equip(a.sqlite)
+		a.makeStoreAndPool(a.sqlite)
 	}
 	return a, nil
 }
 
-// openFiles opens what start writes to, and compares the two databases before
-// anything is written to either.
+// openFiles opens what start needs, and compares the two databases before anything
+// is written to either.
 func (a *app) openFiles() (err error) {
 	if a.cfg.certFile != "" {
 		if a.cfg.server.certificate, err = openCertificate(a.cfg.certFile, a.cfg.keyFile, a.log); err != nil {
@@ -246,8 +246,8 @@ func (a *app) openFiles() (err error) {
 	return err
 }
 
-// equip makes the store and the pool on an engine.
-func (a *app) equip(e engine) {
+// makeStoreAndPool makes them on an engine.
+func (a *app) makeStoreAndPool(e engine) {
 	a.store = newStore(e, a.cfg.store, a.log)
 	a.pool = newPool(a.cfg.pool, a.store, a.log)
 }
@@ -290,7 +290,7 @@ func (a *app) serverOptions() serverOptions {
 	return o
 }
 
-// serveOrders begins to work on what was left unfinished, and to answer for orders.
+// serveOrders starts the pool, and has the server answer for orders.
 func (a *app) serveOrders() {
 	a.pool.start()
 	a.server.local.Store(&localOrders{a.store, a.pool, a.pass})
@@ -344,9 +344,11 @@ func (a *app) takeTurns(ctx context.Context) error {
 	for {
 		var err error
 		if a.store == nil {
-			if err = a.awaitLead(ctx, a.server.forwarder.follow); ctx.Err() != nil {
+			err = a.awaitLead(ctx, a.server.forwarder.follow)
+			if ctx.Err() != nil {
 				return nil
-			} else if err != nil {
+			}
+			if err != nil {
 				return err
 			}
 			err = a.lead()
@@ -373,11 +375,11 @@ func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) erro
 		return err
 	}
 	a.pass = engine.pass
-	a.equip(engine)
+	a.makeStoreAndPool(engine)
 	return nil
 }
 
-// lead starts what awaitLead has equipped.
+// lead starts what awaitLead has made.
 func (a *app) lead() error {
 	if err := a.store.start(a.committed); err != nil {
 		return err
@@ -409,11 +411,19 @@ func (a *app) close(cause error) error {
 	if a.pool != nil {
 		atWork = a.pool.active.Load()
 	}
-	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", atWork)
-	deadline := time.Now().Add(a.cfg.drain)
+	drain := a.cfg.drain
+	if a.store != nil {
+		select {
+		case <-a.store.failed():
+			drain = 0 // what is at work cannot be completed any more
+		default:
+		}
+	}
+	a.log.Info("stopping", "drain", drain.String(), "orders_at_work", atWork)
+	deadline := time.Now().Add(drain)
 	notice := time.AfterFunc(noticeAfter, func() {
 		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
-			max(a.cfg.drain, answerTime), atWork)
+			max(drain, answerTime), atWork)
 	})
 	if a.pool != nil {
 		a.pool.stop()
@@ -557,15 +567,16 @@ func (c config) advertised() (string, error) {
 	if c.advertise != "" {
 		return c.advertise, nil
 	}
-	addr, err := net.ResolveTCPAddr("tcp", c.addr)
-	if err != nil || addr.IP == nil || addr.IP.IsUnspecified() || addr.IP.IsLoopback() || addr.Port == 0 {
+	host, port, err := net.SplitHostPort(c.addr)
+	ip := net.ParseIP(host)
+	if err != nil || host == "" || host == "localhost" || ip.IsUnspecified() || ip.IsLoopback() || port == "0" {
 		return "", usageError{fmt.Errorf("-advertise must say at which URL the other replicas reach this one, since -addr %s does not, such as -advertise http://10.0.0.7:8080", c.addr)}
 	}
 	scheme := "http://"
 	if c.certFile != "" {
 		scheme = "https://"
 	}
-	return scheme + addr.String(), nil
+	return scheme + c.addr, nil
 }
 
 // usageError is a mistake in the flags or their variables.

@@ -4329,8 +4329,8 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 		}
 		return n + f.leftOut
 	}
-	require.Equal(t, 2*begins, told(a.pool.troubles, troubleBegins, troubleEnds))
-	require.Equal(t, failed-begins, told(a.pool.failures, attemptFailed))
+	require.Equal(t, 2*begins, told(a.pool.endpointWarnings, troubleBegins, troubleEnds))
+	require.Equal(t, failed-begins, told(a.pool.orderWarnings, attemptFailed))
 }
 
 // TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
@@ -4434,6 +4434,18 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			require.Empty(t, logged(t, dir, attemptFailed))
 		})
 	}
+}
+
+// TestAHandshakeThatHangsIsTrouble, and is known before a trial counts as an answer.
+func TestAHandshakeThatHangsIsTrouble(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { silent.Close() })
+	e := newEndpoint(endpointOptions{url: "https://" + silent.Addr().String(), timeout: time.Minute}, 1, func(id ulid.ULID) (order, error) { return order{id: id}, nil })
+	began := time.Now()
+	require.ErrorAs(t, e.post(t.Context(), ulid.Make(), 1), new(*trouble))
+	require.Less(t, time.Since(began), trialLimit)
 }
 
 func TestPausesOfTheEndpointsTrouble(t *testing.T) {
@@ -4787,7 +4799,7 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 			case n == workers+trials+2:
 				return errors.New("no answer within 30s")
 			case n == workers+trials+3:
-				return refusal{errors.New("no stock")}
+				return &refusal{errors.New("no stock")}
 			}
 			return nil
 		}
@@ -4979,6 +4991,28 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		require.Len(t, linesOf(t, log, refusedUntil), 1)
 		require.Len(t, linesOf(t, log, "orders are accepted again"), 1)
 	})
+}
+
+// TestAStoreThatHasFailedIsNotDrained: what is at work cannot be completed.
+func TestAStoreThatHasFailedIsNotDrained(t *testing.T) {
+	t.Parallel()
+	dir, e := t.TempDir(), &countingEngine{}
+	var stderr transcript
+	a := lookedAt(t, dir, func(c *config) { c.drain = time.Hour }, func(a *app) {
+		a.pool.work = hold(nil)
+		counted(e)(a)
+	}, &stderr)
+	require.NoError(t, a.start())
+	ended := make(chan error, 1)
+	go func() { ended <- a.serve(t.Context()) }()
+	require.NoError(t, a.store.create(sampleOrder(1, "")))
+	until(t, func() bool { return a.pool.active.Load() == 1 })
+	e.tell(func(*batch) error { return fmt.Errorf("%w: a page is damaged;\nrestore it", errBroken) }, nil)
+	require.ErrorIs(t, a.store.create(sampleOrder(2, "")), errUnwritable)
+	err := <-ended
+	require.ErrorIs(t, err, errBroken)
+	require.Equal(t, 1, report(errors.Join(err, io.EOF), &stderr))
+	require.Regexp(t, `(?m)^orderd: .*a page is damaged.*restore it; EOF$`, stderr.String(), "in one line")
 }
 
 // TestABacklogThatCannotBeReadIsTriedAgain once a second.
@@ -6014,8 +6048,8 @@ func (j *journal) load(base string, n, most int) (stop func()) {
 				if err != nil && !j.replicas {
 					return
 				}
-				if o != accepted && j.replicas {
-					time.Sleep(5 * time.Millisecond)
+				if j.replicas {
+					time.Sleep(5 * time.Millisecond) // or all are listed for longer than the fault lasts
 				}
 				if o == accepted {
 					if in.id <= last {
@@ -9763,8 +9797,8 @@ func batchOf(creates ...*creation) *batch {
 	for _, c := range creates {
 		n := max(newestSample.Add(1), time.Now().UnixMilli()<<16)
 		newestSample.Store(n)
-		c.assigned = joinID(n, rand.Int64())
-		c.id = c.assigned
+		c.newID = joinID(n, rand.Int64())
+		c.id = c.newID
 		b.creates = append(b.creates, c)
 	}
 	return b
@@ -9924,7 +9958,7 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 
 	repeat := batchOf(sampleOrder(1, "k1"))
 	require.NoError(t, l.commit(repeat))
-	l.unconfirmed = true // as if nothing had confirmed it yet
+	l.state = unproven // as if nothing had confirmed it yet
 	require.NoError(t, l.commit(repeat))
 	require.True(t, repeat.creates[0].replayed, "what was found out of a commit holds until it is confirmed")
 
@@ -9959,7 +9993,7 @@ func TestAnUnconfirmedCommitIsGone(t *testing.T) {
 	t.Cleanup(func() { l.close() })
 	b := batchOf(sampleOrder(1, ""))
 	require.NoError(t, l.commit(b))
-	l.unconfirmed = true
+	l.state = unproven
 	l.replica.highestConfirmed.seq--
 	c.exec(t, "DELETE FROM orders", "UPDATE leader SET seq = seq - 1, accepted = 0")
 	err := l.commit(b)
@@ -10252,7 +10286,7 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 		c := newCluster(t)
 		l := leadOn(t, sampleReplica(t, c.url("")))
 		t.Cleanup(func() { l.close() })
-		l.inDoubt = true
+		l.state = inDoubt
 		c.exec(t, "UPDATE leader SET seq = seq + 2")
 		err := l.commit(batchOf(sampleOrder(1, "")))
 		require.ErrorIs(t, err, errOutcomeUnknown)

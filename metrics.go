@@ -124,9 +124,9 @@ func (m *metrics) committed(r commitReport) {
 // follow notes totals that a standby sees confirmed. A change of seq alone, as a
 // beat makes, is not written.
 func (m *metrics) follow(t totals) {
-	beat := *m.latest.Swap(&t)
-	beat.seq = t.seq
-	if beat != t {
+	before := *m.latest.Swap(&t)
+	before.seq = t.seq
+	if before != t {
 		nudge(m.changed)
 	}
 }

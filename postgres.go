@@ -97,16 +97,22 @@ const (
 )
 
 // replica is one replica's way to the database, whether it leads or stands by.
+//
+// Its words: the row of the table leader counts commits by seq, over all terms.
+// A commit is stored once the row shows its seq, and confirmed once PostgreSQL has
+// said that it is durable, on its standby too. The row's proven is the highest seq
+// that the leader had confirmed when it wrote the row; highestConfirmed is the
+// highest that this replica knows of, from rows or from its own commits.
 type replica struct {
 	config    *pgx.ConnConfig
 	url       string       // where other replicas reach this one
 	confirmed func(totals) // told of what a standby sees confirmed
 	log       *logger
 
-	// standBy's, and the writer's while this replica leads:
+	// standBy's, or the writer's while this replica leads:
 	row              leaderRow // as a standby last read it, or as this leader left it
-	highestConfirmed mark      // the highest confirmed seq seen
-	warned           bool      // the last commit came with a WARNING: see send
+	highestConfirmed mark
+	warned           bool // the last commit came with a WARNING: see send
 
 	// For the gauges:
 	leading  atomic.Bool
@@ -141,7 +147,8 @@ func newReplica(dsn string, counted totals, confirmed func(totals), log *logger)
 	config.ValidateConnect = setUpSession
 	r := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
-		r.row.totals.identity, r.highestConfirmed = counted.identity, mark{math.MaxInt64, counted.seq}
+		r.row.totals.identity = counted.identity
+		r.highestConfirmed = mark{math.MaxInt64, counted.seq} // metrics.db knows no term: none is taken for a later one
 	}
 	r.lastSign.Store(new(time.Now()))
 	return r, nil
@@ -320,7 +327,7 @@ func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*
 		case final && r.permanent(err) != nil:
 			return nil, r.permanent(err)
 		}
-		if time.Since(*r.lastSign.Load()) > takeOverAfter { // else the leader may have its own connection still
+		if time.Since(*r.lastSign.Load()) > takeOverAfter { // until then the leader may still reach the database
 			follow("", "")
 		}
 		r.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
@@ -383,7 +390,7 @@ func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*po
 	}
 	row.term, row.since, row.totals.seq, row.url, row.pass = row.term+1, row.totals.seq+1, row.totals.seq+1, r.url, pass
 	r.row = row
-	e := &postgresEngine{replica: r, term: row.term, pass: pass, conn: c, unconfirmed: true}
+	e := &postgresEngine{replica: r, term: row.term, pass: pass, conn: c, state: unproven}
 	if err := e.prepareCommit(ctx, c); err != nil {
 		return nil, err
 	}
@@ -410,17 +417,31 @@ type postgresEngine struct {
 	// The writer's:
 	conn    *pgx.Conn
 	failure error // why this engine leads no more
-	// What is known of the statement that was sent last:
-	//
-	//	inDoubt  unconfirmed
-	//	false    false        it is durable: the next batch may follow
-	//	true     false        it is in the table, or not, or still to arrive: send the same again
-	//	false    true         it is in the table, but perhaps on the primary alone: a confirmed beat proves it durable
-	//	true     true         the same, and that beat is in doubt: send it again
-	inDoubt, unconfirmed bool
+	state   commitState
 
 	confirmedSeq atomic.Int64              // the highest seq that PostgreSQL has confirmed
 	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
+}
+
+// commitState is what is known of the last commit.
+type commitState uint8
+
+const (
+	settled      commitState = iota // it is durable: the next batch may follow
+	inDoubt                         // it is in the table, or not, or still to arrive: send the same again
+	unproven                        // it is in the table, but perhaps on the primary alone: a confirmed beat proves it durable
+	proofInDoubt                    // the same, and that beat is in doubt: send it again
+)
+
+func (s commitState) mayArrive() bool { return s == inDoubt || s == proofInDoubt }
+func (s commitState) stored() bool    { return s == unproven || s == proofInDoubt }
+
+// afterLoss is the state once the answer to what was sent is lost.
+func (s commitState) afterLoss() commitState {
+	if s.stored() {
+		return proofInDoubt
+	}
+	return inDoubt
 }
 
 // commitBatch runs a whole batch in one statement, and so in one transaction
@@ -430,13 +451,13 @@ type postgresEngine struct {
 // order and its key for every key that was used before, or else no order; then
 // the steps that did not find their order, and the new totals.
 //
-// $1 and $2 are term and seq of the row, $3 and $4 its new proven and ended, $5 to
-// $10 the orders, $11 to $15 the steps, and $16 the orders to remove.
+// $1 and $2 are term and seq of the row, $3 and $4 its new proven and ended; the
+// orders, the steps and the orders to remove follow: see send.
 const commitBatch = `
 WITH held AS MATERIALIZED (
 	SELECT one FROM leader WHERE one AND term = $1 AND seq = $2 FOR UPDATE
 ), sent AS MATERIALIZED (
-	SELECT c.* FROM held, unnest($5::bigint[], $6::bigint[], $7::bigint[], $8::text[], $9::text[], $10::text[])
+	SELECT c.* FROM held, unnest($5::bigint[], $6::bigint[], $7::bigint[], $8::text[], $9::text[], $10::text[]) -- the orders
 		AS c (id_high, id_low, cents, user_id, item_ids, key)
 ), used AS MATERIALIZED (
 	SELECT o.* FROM sent s JOIN orders o ON o.key = s.key WHERE s.key <> ''
@@ -534,7 +555,7 @@ type parcel struct {
 	movedIDs, started, took []int64
 	previous, next          []int16
 	removedIDs              []int64
-	tried                   bool // what the tables refused has been left out
+	refusedLeftOut          bool // what the tables refused, see without
 }
 
 // pack leaves out a create whose key an earlier one of the batch has.
@@ -548,7 +569,7 @@ func pack(b *batch) *parcel {
 			}
 			keys[c.key] = true
 		}
-		p.ids, p.lows, p.cents = append(p.ids, high(c.assigned)), append(p.lows, low(c.assigned)), append(p.cents, c.cents)
+		p.ids, p.lows, p.cents = append(p.ids, high(c.newID)), append(p.lows, low(c.newID)), append(p.cents, c.cents)
 		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
 	}
 	for _, st := range b.steps {
@@ -568,7 +589,7 @@ func (p *parcel) answerKeys(earlier map[string]order) {
 		if c.key == "" || c.err != nil {
 			continue
 		}
-		if o, ok := earlier[c.key]; ok && o.id != c.assigned {
+		if o, ok := earlier[c.key]; ok && o.id != c.newID {
 			c.replay(o)
 		} else {
 			earlier[c.key] = c.order
@@ -593,7 +614,7 @@ func (e *postgresEngine) commit(b *batch) error {
 	if err := e.expire(b); err != nil {
 		b.skipExpiry(e.replica.log, err)
 	}
-	if !e.unconfirmed { // else it is in the table, and what its keys have created is known
+	if !e.state.stored() { // else what its keys have created is known
 		for _, c := range b.creates {
 			c.reset()
 		}
@@ -601,12 +622,11 @@ func (e *postgresEngine) commit(b *batch) error {
 	p := pack(b)
 	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
 		err := e.advance(p)
-		doubtful := e.inDoubt || e.unconfirmed
 		switch {
 		case err == nil:
 			b.totals = e.replica.row.totals
 			return nil
-		case errors.Is(err, errRejected) && !doubtful && !p.tried:
+		case errors.Is(err, errRejected) && e.state == settled && !p.refusedLeftOut:
 			if p, err = e.without(p, err); err != nil {
 				return fmt.Errorf("%w: %w", errNotWritten, err)
 			}
@@ -616,11 +636,11 @@ func (e *postgresEngine) commit(b *batch) error {
 			if e.failure = err; errors.Is(err, errRejected) {
 				e.failure = fmt.Errorf("%w: %w", errBroken, err)
 			}
-			if doubtful {
+			if e.state != settled {
 				return fmt.Errorf("%w: %w", errOutcomeUnknown, e.failure)
 			}
 			return e.failure
-		case !doubtful:
+		case e.state == settled:
 			return fmt.Errorf("%w: %w", errNotWritten, err)
 		case time.Now().After(end):
 			return fmt.Errorf("%w: %w", errInDoubt, err)
@@ -629,41 +649,50 @@ func (e *postgresEngine) commit(b *batch) error {
 }
 
 // without returns a refused batch again, less what the tables refuse: its expiry,
-// or else those creates whose INSERT, tried alone and rolled back, fails.
+// or else the creates that are refused alone, too.
 func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	if len(p.removedIDs) > 0 {
 		p.batch.skipExpiry(e.replica.log, cause)
 		return pack(p.batch), nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
-	defer cancel()
-	refused := map[*creation]error{}
-	for _, c := range p.batch.creates {
-		_, err := e.conn.Exec(ctx, "BEGIN")
-		if err == nil {
-			_, err = e.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
-				high(c.assigned), low(c.assigned), c.cents, c.userID, c.itemIDs)
-		}
-		if isRejection(err) {
-			e.replica.log.Error("an order was refused by the table", "error", err)
-			refused[c], err = fmt.Errorf("%w: %w", errRejected, err), nil
-		}
-		if err == nil {
-			_, err = e.conn.Exec(ctx, "ROLLBACK")
-		}
-		if err != nil {
-			e.conn.Close(ctx)
-			return nil, err
-		}
+	refused, err := e.refusedAlone(p.batch.creates)
+	if err != nil {
+		e.conn.Close(context.Background())
+		return nil, err
 	}
 	rest := *p.batch
 	rest.creates = slices.DeleteFunc(slices.Clone(rest.creates), func(c *creation) bool { return refused[c] != nil })
 	next := pack(&rest)
-	next.batch, next.tried = p.batch, true
+	next.batch, next.refusedLeftOut = p.batch, true
 	for c, err := range refused {
 		c.err = err
 	}
 	return next, nil
+}
+
+// refusedAlone tries to insert each order alone, rolls that back, and returns
+// those that fail.
+func (e *postgresEngine) refusedAlone(creates []*creation) (refused map[*creation]error, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
+	refused = map[*creation]error{}
+	for _, c := range creates {
+		if _, err := e.conn.Exec(ctx, "BEGIN"); err != nil {
+			return nil, err
+		}
+		_, err := e.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
+			high(c.newID), low(c.newID), c.cents, c.userID, c.itemIDs)
+		if isRejection(err) {
+			e.replica.log.Error("an order was refused by the table", "error", err)
+			refused[c] = fmt.Errorf("%w: %w", errRejected, err)
+		} else if err != nil {
+			return nil, err
+		}
+		if _, err := e.conn.Exec(ctx, "ROLLBACK"); err != nil {
+			return nil, err
+		}
+	}
+	return refused, nil
 }
 
 // isRejection reports whether the tables refuse what was sent: a constraint, or
@@ -679,24 +708,24 @@ func (e *postgresEngine) advance(p *parcel) error {
 	if err := e.reconnect(); err != nil {
 		return err
 	}
-	if e.inDoubt {
+	if e.state.mayArrive() {
 		if err := e.findOut(p); err != nil {
 			return err
 		}
 	}
 	sent := time.Now()
-	if !e.unconfirmed {
+	if !e.state.stored() {
 		if err := e.send(p); err != nil {
 			return err
 		}
 	}
-	if e.unconfirmed { // from before, or as the batch came with a warning
+	if e.state.stored() { // from before, or since the batch came with a warning
 		sent = time.Now()
 		if err := e.send(pack(newBatch(nil))); err != nil {
 			return err
 		}
 	}
-	if e.unconfirmed {
+	if e.state != settled {
 		return errors.New("PostgreSQL has committed, and does not say that it is durable on its standby")
 	}
 	e.replica.highestConfirmed = mark{e.term, e.replica.row.totals.seq}
@@ -740,7 +769,7 @@ func (e *postgresEngine) findOut(p *parcel) error {
 	case row.totals.seq != before.totals.seq+1:
 		return errTampered
 	}
-	if !e.unconfirmed {
+	if !e.state.stored() {
 		earlier, err := e.ordersOfKeys(p.keys)
 		if err != nil {
 			e.replica.row = before
@@ -748,7 +777,7 @@ func (e *postgresEngine) findOut(p *parcel) error {
 		}
 		p.answerKeys(earlier)
 	}
-	e.inDoubt, e.unconfirmed = false, true
+	e.state = unproven
 	return nil
 }
 
@@ -793,18 +822,22 @@ func (e *postgresEngine) send(p *parcel) error {
 		if rolledBack && e.replica.permanent(err) != nil && pgErr.Code != "0A000" { // the prepared plan became invalid
 			return fmt.Errorf("%w: %w", errBroken, e.replica.permanent(err))
 		}
-		e.inDoubt = e.inDoubt || !rolledBack && !pgconn.SafeToRetry(err)
+		if !rolledBack && !pgconn.SafeToRetry(err) {
+			e.state = e.state.afterLoss()
+		}
 		return err
 	}
-	row.totals = t
-	e.inDoubt, e.unconfirmed = false, e.replica.warned // a cancelled wait for a synchronous standby is a warning and success
+	row.totals, e.state = t, settled
+	if e.replica.warned { // a cancelled wait for a synchronous standby is success, and a warning
+		e.state = unproven
+	}
 	return nil
 }
 
 // fenced explains errFenced: our own earlier attempt while in doubt, else another
 // leader, or somebody who has changed the row.
 func (e *postgresEngine) fenced(err error) error {
-	if e.inDoubt {
+	if e.state.mayArrive() {
 		return err
 	}
 	_, readErr := e.ownRow()
@@ -860,7 +893,7 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 // is sent.
 func (e *postgresEngine) expire(b *batch) error {
 	x := b.expiry
-	if x == nil || b.removed != nil || e.inDoubt || e.unconfirmed {
+	if x == nil || b.removed != nil || e.state != settled {
 		return nil
 	}
 	if err := e.reconnect(); err != nil {
@@ -916,7 +949,7 @@ func (e *postgresEngine) current() error {
 func (e *postgresEngine) close() error {
 	e.lease.Store(nil)
 	e.replica.leading.Store(false)
-	if e.failure == nil && !e.inDoubt && !e.unconfirmed && e.reconnect() == nil {
+	if e.failure == nil && e.state == settled && e.reconnect() == nil {
 		last := pack(newBatch(nil))
 		last.ended = true
 		if err := e.send(last); err != nil {

@@ -65,7 +65,7 @@ func joinID(high, low int64) (id ulid.ULID) {
 type creation struct {
 	order
 	key      string    // idempotency key, or empty
-	assigned ulid.ULID // set by the writer: the ID if this create stores an order
+	newID    ulid.ULID // set by the writer: the ID if this create stores an order
 	replayed bool      // order is the one that the key created earlier
 	err      error     // of this create alone
 }
@@ -73,14 +73,15 @@ type creation struct {
 // replay resolves c with the order that its key created earlier: that order if
 // the content is the same, else errKeyReused.
 func (c *creation) replay(earlier order) {
-	c.err = errKeyReused
 	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
 		c.order, c.replayed, c.err = earlier, true, nil
+	} else {
+		c.err = errKeyReused
 	}
 }
 
 // reset undoes what an attempt that was rolled back has set.
-func (c *creation) reset() { c.id, c.replayed, c.err = c.assigned, false, nil }
+func (c *creation) reset() { c.id, c.replayed, c.err = c.newID, false, nil }
 
 // stored reports whether c made a new order. Ask after the commit.
 func (c *creation) stored() bool { return !c.replayed && c.err == nil }
@@ -509,7 +510,7 @@ type batch struct {
 
 	totals  totals      // set by the engine: after this commit
 	removed []ulid.ULID // set by the engine: orders that this commit removed
-	again   *batch      // the same for another attempt, where the outcome is in doubt
+	again   *batch      // set by writer.fail where the outcome is in doubt: the same for another attempt
 }
 
 func newBatch(steps []transition) *batch {
@@ -536,7 +537,7 @@ func (b *batch) skipExpiry(log *logger, cause error) {
 	b.expiry.ended, b.expiry, b.removed = true, nil, nil
 }
 
-func (b *batch) operations() int { return len(b.creates) + len(b.steps) + len(b.removed) }
+func (b *batch) changes() int { return len(b.creates) + len(b.steps) + len(b.removed) }
 
 // move adds a step. A second step of the same order is merged into the first: a
 // commit moves an order once.
@@ -739,9 +740,13 @@ func (w *writer) awaitCreate() {
 // gather yields until the batch stops growing. Under load that fills it with
 // the creates of everyone who is ready to run; when idle it costs no time.
 func (w *writer) gather() {
-	for previous, gathered := -1, 0; previous < gathered; {
+	for previous := -1; ; {
 		runtime.Gosched()
-		previous, gathered = gathered, w.intake.creates()
+		creates := w.intake.creates()
+		if creates <= previous {
+			return
+		}
+		previous = creates
 	}
 }
 
@@ -749,7 +754,7 @@ func (w *writer) gather() {
 // go on.
 func (w *writer) turn(b *batch) error {
 	b.expiry = w.retention.next(len(b.creates))
-	if b.operations() > 0 || b.expiry != nil {
+	if b.changes() > 0 || b.expiry != nil {
 		w.number(b.creates)
 		if err := w.commit(b); err != nil {
 			return w.retry(b, err)
@@ -767,13 +772,13 @@ func (w *writer) turn(b *batch) error {
 
 // commit has the engine commit a batch, and answers whoever waits for it.
 func (w *writer) commit(b *batch) error {
-	began, x := time.Now(), b.expiry
+	began, expiry := time.Now(), b.expiry
 	err := w.engine.commit(b)
-	if x != nil {
+	if expiry != nil {
 		if err != nil { // the removal may not fit on the disk: begin the sweep again after its pause, so that orders go first
-			x.ended = true
+			expiry.ended = true
 		}
-		w.retention.record(x, time.Since(began))
+		w.retention.record(expiry, time.Since(began))
 	}
 	if err != nil {
 		w.fail(b, err)
@@ -825,8 +830,8 @@ func (w *writer) number(creates []*creation) {
 	ms := w.now().UnixMilli()
 	for _, c := range creates {
 		w.lastID = max(w.lastID+1, ms<<16)
-		c.assigned = joinID(w.lastID, int64(rand.Uint64()))
-		c.id = c.assigned
+		c.newID = joinID(w.lastID, int64(rand.Uint64()))
+		c.id = c.newID
 	}
 }
 
@@ -855,14 +860,14 @@ func (w *writer) publish(b *batch) {
 func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
 // retry commits once a second until a commit succeeds; creates are refused
-// meanwhile. Of a batch that was not written it commits the steps, since its
-// creates have been answered; of a batch in doubt all, since it may be in the
-// table. It returns an error that no retry mends, or errClosed.
+// meanwhile. After errNotWritten it commits the steps alone, since the creates have
+// been answered; after errInDoubt the same batch, which may be stored already. It
+// returns an error that no retry mends, or errClosed.
 func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = cmp.Or(b.again, b)
+			b = cmp.Or(b.again, b) // b itself where it was tidy's commit
 		case errors.Is(err, errNotWritten):
 			b = newBatch(b.steps)
 		default:
@@ -1178,9 +1183,12 @@ func (e *sqliteEngine) openParts() (err error) {
 // match the totals.
 func (e *sqliteEngine) recount() error {
 	var c census
-	if err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").
-		Scan(&c.pending, &c.processing, &c.newest); err != nil || c.matches(e.last) {
+	err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest)
+	if err != nil {
 		return err
+	}
+	if c.matches(e.last) {
+		return nil
 	}
 	if err := e.file.QueryRow(countFinal).Scan(&c.final, &c.sumTook, &c.newestStarted); err != nil {
 		return err
@@ -1341,7 +1349,7 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) err
 		return e.commitOutcome(err)
 	}
 	e.users.committed()
-	e.wal.written += b.operations()
+	e.wal.written += b.changes()
 	return nil
 }
 
@@ -1794,8 +1802,7 @@ const (
 	selectByKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
 	// Each status is read in the order of the index, and no content: the cost is that
 	// of the orders returned, wherever they are in the table.
-	selectBacklog = "SELECT * FROM (" + ofBacklog + "0 ORDER BY id_high LIMIT ?2) UNION ALL SELECT * FROM (" + ofBacklog + "1 ORDER BY id_high LIMIT ?2) ORDER BY 1 LIMIT ?2"
-	ofBacklog     = "SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high > ?1 AND status = "
+	partOfBacklog = "SELECT * FROM (SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = %d AND id_high > ?1 ORDER BY id_high LIMIT ?2)"
 )
 
 // reader is a pool of read-only connections. They are opened at start and kept,
@@ -1813,7 +1820,7 @@ func openReader(path string, connections int) (*reader, error) {
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
 	p := preparer{db: db}
-	r := &reader{DB: db, findID: p.prepare(selectByID), findKey: p.prepare(selectByKey), backlog: p.prepare(selectBacklog)}
+	r := &reader{DB: db, findID: p.prepare(selectByID), findKey: p.prepare(selectByKey), backlog: p.prepare(fmt.Sprintf(partOfBacklog+" UNION ALL "+partOfBacklog+" ORDER BY 1 LIMIT ?2", pending, processing))}
 	open := make([]*sql.Conn, 0, connections)
 	for err = p.err; err == nil && len(open) < connections; {
 		var c *sql.Conn
@@ -2073,7 +2080,7 @@ func resolve(path string) (string, error) {
 
 // inspect makes sure that the file, if there is one, is a database of orderd's,
 // of a known version and whole, and reads its totals with that version's query.
-// It writes nothing.
+// It writes nothing, except that SQLite rolls back what a -journal beside it has.
 func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	if d.path, err = resolve(d.path); err != nil {
 		return err

@@ -27,8 +27,9 @@ const (
 	maxOrderPause = time.Minute            // pause of an order, and the longest that an endpoint can ask for
 	maxPoolPause  = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
 	trialLimit    = 5 * time.Second        // of an endpoint in trouble: one that takes an order and is silent for so long is busy with it
-	givesWay      = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
+	troubleExtra  = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
 	maxParked     = 1_000_000              // orders in a pause; beyond them the feeder waits
+	parkedPause   = 100 * time.Millisecond // between its looks whether they are fewer
 )
 
 // poolOptions are the pool's part of the configuration.
@@ -44,8 +45,8 @@ type poolOptions struct {
 // started. What it returns:
 //
 //	nil       the order is completed
-//	trouble   every order would fail now: the whole pool pauses, then tries one by one
-//	refusal   this order is tried again later; a pause of the pool ends
+//	*trouble  every order would fail now: the whole pool pauses, then tries one by one
+//	*refusal  this order is tried again later; a pause of the pool ends
 //	other     this order is tried again later; a pause of the pool goes on
 //
 // It may run more than once for one order (after an error, a time-out, a stop or
@@ -70,8 +71,7 @@ type pool struct {
 	active    atomic.Int64 // attempts under way
 	failed    atomic.Int64 // attempts that failed
 
-	failures *limitedLog // of one order each
-	troubles *limitedLog // of the endpoint
+	orderWarnings, endpointWarnings *limitedLog
 
 	// stopping is cancelled by stop, when the service begins to stop: no worker
 	// takes another order, and /readyz says no.
@@ -100,7 +100,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 	p := &pool{
 		poolOptions: o, work: work, store: s, log: log, made: time.Now(),
 		channel: make(chan queued, o.places), stored: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
-		durations: newHistogram(durationBounds), failures: &limitedLog{log: log}, troubles: &limitedLog{log: log},
+		durations: newHistogram(durationBounds), orderWarnings: &limitedLog{log: log}, endpointWarnings: &limitedLog{log: log},
 	}
 	p.stopping, p.stop = context.WithCancel(context.Background())
 	p.working, p.cancel = context.WithCancel(context.Background())
@@ -144,7 +144,7 @@ func (p *pool) feed() {
 // push waits for a place in the channel; false says that the pool is stopping.
 func (p *pool) push(o queued) bool {
 	for p.parked.len() >= maxParked {
-		if !sleep(p.stopping, firstRetry) {
+		if !sleep(p.stopping, parkedPause) {
 			return false
 		}
 	}
@@ -241,9 +241,9 @@ func (p *pool) postpone(j job, err error) {
 	pause := backoff(j.attempts, maxOrderPause)
 	due := time.Now().Add(pause)
 	if t, ok := errors.AsType[*trouble](err); ok {
-		due = t.pauseEnd(j.attempts).Add(givesWay)
+		due = t.pauseEnd(j.attempts).Add(troubleExtra)
 	} else {
-		p.failures.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
+		p.orderWarnings.warn("an attempt at an order failed", "order_id", j.id.String(), "attempt", j.attempts, "retry_in", pause.String(), "error", err)
 	}
 	p.parked.park(j, due)
 }
@@ -257,12 +257,12 @@ func backoff(failures int32, longest time.Duration) time.Duration {
 // pause, until an attempt is answered, or lasts longer than trialLimit. An
 // attempt that times out before is no answer.
 func (p *pool) probe(t *trouble, id ulid.ULID) {
-	p.troubles.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
+	p.endpointWarnings.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
 	lastWarned := began
 	goOn := func() {
 		p.gate.set(false)
-		p.troubles.warn("the endpoint takes orders again: they go on", "after", time.Since(began).String())
+		p.endpointWarnings.warn("the endpoint takes orders again: they go on", "after", time.Since(began).String())
 	}
 	for trials := int32(0); ; trials++ {
 		pauseEnd := t.pauseEnd(trials + 1)
@@ -271,7 +271,7 @@ func (p *pool) probe(t *trouble, id ulid.ULID) {
 		}
 		if time.Since(lastWarned) >= time.Minute {
 			lastWarned = time.Now()
-			p.troubles.warn("the endpoint is still in trouble", "for", lastWarned.Sub(began).String(), "trials", trials, "error", t)
+			p.endpointWarnings.warn("the endpoint is still in trouble", "for", lastWarned.Sub(began).String(), "trials", trials, "error", t)
 		}
 		j, ok := p.nextTrial(pauseEnd)
 		if !ok {
@@ -285,7 +285,7 @@ func (p *pool) probe(t *trouble, id ulid.ULID) {
 		if t, ok = errors.AsType[*trouble](err); ok {
 			continue
 		}
-		if err == nil || errors.As(err, new(refusal)) {
+		if err == nil || errors.As(err, new(*refusal)) {
 			goOn()
 			return
 		}
@@ -363,7 +363,7 @@ type tick uint32
 
 const tickLength = 10 * time.Millisecond
 
-func (t tick) after(other tick) time.Duration { return time.Duration(int32(t-other)) * tickLength }
+func (t tick) sub(other tick) time.Duration { return time.Duration(int32(t-other)) * tickLength }
 
 func newParking() *parking {
 	p := &parking{made: time.Now(), ready: make(chan struct{}, 1)}
@@ -385,7 +385,7 @@ func (p *parking) park(j job, due time.Time) {
 func (p *parking) unpark(now time.Time) (j job, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.jobs.n > 0 && p.jobs.at(0).due.after(p.tickAt(now)) <= 0 {
+	if p.jobs.n > 0 && p.jobs.at(0).due.sub(p.tickAt(now)) <= 0 {
 		j, ok = heap.Pop(&p.jobs).(job), true
 	}
 	p.arm()
@@ -397,7 +397,7 @@ func (p *parking) arm() {
 	if p.jobs.n == 0 {
 		return
 	}
-	if wait := p.jobs.at(0).due.after(p.tickAt(time.Now())); wait > 0 {
+	if wait := p.jobs.at(0).due.sub(p.tickAt(time.Now())); wait > 0 {
 		p.timer.Reset(wait)
 	} else {
 		nudge(p.ready)
@@ -421,7 +421,7 @@ type jobHeap struct {
 
 func (h *jobHeap) at(i int) *job      { return &h.chunks[i/heapChunk][i%heapChunk] }
 func (h *jobHeap) Len() int           { return h.n }
-func (h *jobHeap) Less(i, k int) bool { return h.at(k).due.after(h.at(i).due) > 0 }
+func (h *jobHeap) Less(i, k int) bool { return h.at(k).due.sub(h.at(i).due) > 0 }
 func (h *jobHeap) Swap(i, k int)      { *h.at(i), *h.at(k) = *h.at(k), *h.at(i) }
 
 func (h *jobHeap) Push(j any) {
@@ -500,7 +500,7 @@ func (t *trouble) pauseEnd(failures int32) time.Time {
 type refusal struct{ error }
 
 const (
-	dialTimeout   = 3 * time.Second // for a connection to the endpoint; below trialLimit
+	dialTimeout   = 2 * time.Second // for a connection to the endpoint, and again for its TLS handshake; both are below trialLimit
 	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
 	maxAnswerTime = time.Second     // for reading them
 )
@@ -521,7 +521,7 @@ type endpoint struct {
 
 func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order, error)) *endpoint {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.DialContext = (&net.Dialer{Timeout: dialTimeout}).DialContext
+	transport.DialContext, transport.TLSHandshakeTimeout = (&net.Dialer{Timeout: dialTimeout}).DialContext, dialTimeout
 	transport.MaxConnsPerHost, transport.MaxIdleConnsPerHost, transport.MaxIdleConns = connections, connections, connections
 	return &endpoint{endpointOptions: o, find: find, client: &http.Client{
 		Transport: transport,
@@ -569,7 +569,7 @@ func verdict(answer *http.Response) error {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 		return &trouble{err, time.Now(), retryAfter(answer.Header.Get("Retry-After"))}
 	}
-	return refusal{err}
+	return &refusal{err}
 }
 
 // request reads the order and makes the POST that carries it.
