@@ -5006,7 +5006,7 @@ func TestAStoreThatHasFailedIsNotDrained(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- a.serve(t.Context()) }()
 	require.NoError(t, a.store.create(sampleOrder(1, "")))
-	until(t, func() bool { return a.pool.active.Load() == 1 })
+	until(t, func() bool { return a.store.publishedTotals().processing == 1 })
 	e.tell(func(*batch) error { return fmt.Errorf("%w: a page is damaged;\nrestore it", errBroken) }, nil)
 	require.ErrorIs(t, a.store.create(sampleOrder(2, "")), errUnwritable)
 	err := <-ended
