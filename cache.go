@@ -43,7 +43,7 @@ type cache struct {
 	lastRemoval int64 // seq of the last commit that removed orders
 }
 
-// half of an ID: the first tells orders apart, the second is random.
+// half is one half of an ID: the first tells orders apart, the second is random.
 type half [8]byte
 
 func halves(id ulid.ULID) (first, second half) { return half(id[:8]), half(id[8:]) }
@@ -59,8 +59,8 @@ type watcher struct {
 	waiting int           // guarded by cache.mu
 }
 
-// newCache allocates the whole ring; the system backs its pages as they are
-// written.
+// newCache allocates the whole ring; the operating system gives memory to its pages
+// only as they are written.
 func newCache(size int) *cache {
 	return &cache{statuses: map[half]entry{}, ring: make([]half, 0, size), watchers: map[ulid.ULID]*watcher{}}
 }
@@ -97,8 +97,9 @@ func (c *cache) apply(changes []change) {
 	}
 }
 
-// learn caches a final status that was read at seq. Only final ones, which cannot
-// change; and none read before the last removal, which may have removed the order.
+// learn caches a status that was read at seq. It leaves out one that is not final,
+// because that may have changed since, and one that was read before the last removal,
+// which may have removed the order.
 func (c *cache) learn(id ulid.ULID, s status, seq int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -118,7 +119,7 @@ func (c *cache) forget(ids []ulid.ULID, seq int64) {
 	}
 }
 
-// set needs c.mu.
+// set stores a status, but never moves one back. The caller holds c.mu.
 func (c *cache) set(id ulid.ULID, s status) {
 	first, second := halves(id)
 	old, ok := c.statuses[first]
@@ -136,8 +137,8 @@ func (c *cache) set(id ulid.ULID, s status) {
 }
 
 // watch returns a channel that is closed when the order becomes final after
-// this call, and a function that ends the watch. Look at the status after
-// calling watch, or a change in between is missed.
+// this call, and a function that ends the watch. The caller must read the status
+// after calling watch, else it misses an earlier change.
 func (c *cache) watch(id ulid.ULID) (final <-chan struct{}, stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -44,7 +44,7 @@ type logOptions struct {
 type logger struct {
 	*slog.Logger
 	*lineBuffer
-	file *logFile // nil where stderr is the log
+	file *logFile // nil if stderr is the log
 }
 
 // openLog opens the log. A file that cannot be written is an error here; once
@@ -62,7 +62,7 @@ func openLog(o logOptions, stderr io.Writer) (*logger, error) {
 	return l, nil
 }
 
-// newLogger logs to out. When that begins to fail, notices gets one plain line.
+// newLogger logs to out. When writing to out begins to fail, notices gets one plain line.
 func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
 	b := &lineBuffer{out: out, notices: notices, wake: make(chan struct{}, 1), quit: make(chan struct{}), stopped: make(chan struct{})}
 	go b.flushLoop()
@@ -70,7 +70,7 @@ func newLogger(out io.Writer, level slog.Level, notices io.Writer) *logger {
 }
 
 // close writes the last lines and closes the file. It does not wait long for a
-// disk that hangs, or for whoever should read stderr.
+// disk that hangs, or for a stderr that nobody reads.
 func (l *logger) close() error {
 	close(l.quit)
 	select {
@@ -96,7 +96,7 @@ type lineBuffer struct {
 	quit    chan struct{} // closed by close
 	stopped chan struct{} // closed when the flusher has written its last
 
-	// The flusher's:
+	// Owned by the flusher:
 	out     io.Writer
 	notices io.Writer
 	spare   []byte // the next buffer
@@ -153,7 +153,7 @@ func (b *lineBuffer) flush() {
 
 // logFile is a file that lumberjack rotates. lumberjack alone renames whatever
 // it is given, does not notice that its file was moved or deleted, and loses
-// lines where two processes rotate one file.
+// lines if two processes rotate one file.
 type logFile struct {
 	rotated  lumberjack.Logger
 	reserved []string
@@ -196,9 +196,9 @@ func (f *logFile) Write(text []byte) (int, error) {
 	return n, err
 }
 
-// reopenIfMoved returns what the path names, or nil. If that is not the open
-// file, it closes the open one, so that the next write opens the other, and
-// refuses what must not become the log.
+// reopenIfMoved returns the file that the path names, or nil if there is none. If
+// that is not the open file, reopenIfMoved closes the open one, so that the next write
+// opens the other. It returns an error if the path names what must not become the log.
 func (f *logFile) reopenIfMoved() (os.FileInfo, error) {
 	found, _ := os.Lstat(f.rotated.Filename) // an error here shows again in the write
 	if os.SameFile(found, f.current) {
@@ -244,10 +244,10 @@ func samePlace(path, other string) bool {
 
 var errLocked = errors.New("another orderd uses it")
 
-// lockFile makes an empty file, if there is none, and takes SQLite's lock on it,
-// which Linux, macOS and Windows all have without cgo, and which ends with its
-// process, after kill -9 too. The file is never deleted: two processes could
-// then each lock one of that name. See https://sqlite.org/lockingv3.html.
+// lockFile makes an empty file, if there is none, and takes SQLite's lock on it. That
+// lock works on Linux, macOS and Windows without cgo, and ends with its process, even
+// after kill -9. The file is never deleted, because two processes could then each lock
+// a file of that name. See https://sqlite.org/lockingv3.html.
 func lockFile(path string) (io.Closer, error) {
 	if err := makeFile(path); err != nil {
 		return nil, err
@@ -304,7 +304,7 @@ func sqlitePath(path string) (string, error) {
 
 // ---- Of goroutines. ----
 
-// sleep pauses for d, or until ctx is done: then it returns false.
+// sleep pauses for d and returns true, or returns false once ctx is done.
 func sleep(ctx context.Context, d time.Duration) (whole bool) {
 	select {
 	case <-time.After(d):
@@ -314,7 +314,7 @@ func sleep(ctx context.Context, d time.Duration) (whole bool) {
 	}
 }
 
-// nudge tells the one receiver of a channel of capacity 1 to look.
+// nudge makes the only receiver of a channel of capacity 1 look. It never blocks.
 func nudge(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:

@@ -43,7 +43,7 @@ import (
 
 func main() {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if !signal.Ignored(syscall.SIGHUP) { // as it is under nohup
+	if !signal.Ignored(syscall.SIGHUP) { // nohup makes a program ignore it
 		signals = append(signals, syscall.SIGHUP)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
@@ -55,11 +55,11 @@ func main() {
 	os.Exit(report(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
 
-// loggedError is on stderr already, as a line of the log.
+// loggedError is an error that is on stderr already, as a line of the log.
 type loggedError struct{ error }
 
-// report prints err as one sentence. A bad flag is 2, anything else that
-// stopped the service 1.
+// report prints err as one sentence and returns the exit code: 2 for a bad flag, 1
+// for anything else that stopped the service, 0 for no error.
 func report(err error, stderr io.Writer) int {
 	switch {
 	case err == nil:
@@ -69,7 +69,7 @@ func report(err error, stderr io.Writer) int {
 	}
 	printed := make(chan struct{})
 	go func() {
-		fmt.Fprintf(stderr, "orderd: %s\n", strings.ReplaceAll(err.Error(), "\n", "; ")) // of errors.Join
+		fmt.Fprintf(stderr, "orderd: %s\n", strings.ReplaceAll(err.Error(), "\n", "; ")) // errors.Join puts line breaks between errors
 		close(printed)
 	}()
 	select {
@@ -82,12 +82,12 @@ func report(err error, stderr io.Writer) int {
 	return 1
 }
 
-// gcPercent is Go's GOGC. The cache is most of a long-lived heap and never
-// garbage, so less room is left for garbage than Go would leave.
+// gcPercent is the value of GOGC. Most of a long-lived heap is the cache, which is
+// never garbage, so the heap gets less room for garbage than by Go's default, 100.
 const gcPercent = 50
 
-// run does what the flags say: help, version, backup, or to serve until ctx is
-// done or the store fails.
+// run does what the flags say: it prints the help or the version, makes a backup, or
+// serves until ctx is done or the store fails.
 func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) error {
 	variables := map[string]string{}
 	for _, variable := range environ {
@@ -118,7 +118,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	return err
 }
 
-// openAndServe is the whole life of the service.
+// openAndServe runs the service, from opening its files to closing them.
 func openAndServe(ctx context.Context, cfg config, stderr io.Writer) error {
 	a, err := openApp(cfg, stderr)
 	if err != nil {
@@ -130,9 +130,9 @@ func openAndServe(ctx context.Context, cfg config, stderr io.Writer) error {
 	return a.serve(ctx)
 }
 
-// backup copies both databases into a directory that is new or empty. metrics.db
-// comes first: the orders may have gone on since it counted, but not the other
-// way round. Neither has its name before both are on disk.
+// backup copies both databases into a directory that is new or empty. It copies
+// metrics.db first, because the copy of orders.db may hold more than metrics.db has
+// counted, but never less. The copies get their names once both are on disk.
 func backup(ctx context.Context, data, directory string) error {
 	if entries, err := os.ReadDir(directory); len(entries) > 0 {
 		return fmt.Errorf("%s is not empty: name a new directory for the backup", directory)
@@ -167,7 +167,7 @@ func backup(ctx context.Context, data, directory string) error {
 		return fmt.Errorf("cannot make the directory for the backup: %w", err)
 	}
 	for _, c := range copies {
-		defer os.Remove(c.path + ".part") // of a copy that failed
+		defer os.Remove(c.path + ".part") // left by a copy that failed
 		if err := c.file.copyTo(ctx, c.path+".part"); err != nil {
 			return fmt.Errorf("no backup was made: %w", err)
 		}
@@ -184,20 +184,20 @@ func backup(ctx context.Context, data, directory string) error {
 // app is the whole service, its parts in the order of their lifetimes.
 type app struct {
 	cfg      config
-	console  io.Writer // what a person reads at the terminal
+	console  io.Writer // for people at the terminal
 	log      *logger
 	lock     io.Closer // of the data directory
 	metrics  *metrics
 	sqlite   *sqliteEngine // keeps the orders; nil with -orders
-	replica  *replica      // the same, for replicas; nil without -orders
+	replica  *replica      // keeps the orders of several replicas; nil without -orders
 	listener net.Listener
 	server   *server
 	store    *store // nil while another replica leads; so is pool
 	pool     *pool
-	pass     string // that requests passed on by other replicas carry; or empty
+	pass     string // secret in the requests that other replicas pass on; or empty
 }
 
-// openApp looks at the databases and changes nothing in them yet.
+// openApp looks at the databases without changing them yet.
 func openApp(cfg config, stderr io.Writer) (*app, error) {
 	a := &app{cfg: cfg, console: stderr}
 	if cfg.log.file == logToStderr {
@@ -246,14 +246,14 @@ func (a *app) openFiles() (err error) {
 	return err
 }
 
-// makeStoreAndPool makes them on an engine.
+// makeStoreAndPool makes the store on an engine, and the pool on the store.
 func (a *app) makeStoreAndPool(e engine) {
 	a.store = newStore(e, a.cfg.store, a.log)
 	a.pool = newPool(a.cfg.pool, a.store, a.log)
 }
 
-// start begins to write, and to work on what was left unfinished, where this
-// process leads. After it, the address is bound but not yet served.
+// start begins to write, and binds the address without serving it yet. With SQLite
+// it also resumes the unfinished orders; with PostgreSQL, lead does that.
 func (a *app) start() (err error) {
 	counted := *a.metrics.counted.Load()
 	if a.store != nil {
@@ -290,7 +290,7 @@ func (a *app) serverOptions() serverOptions {
 	return o
 }
 
-// serveOrders starts the pool, and has the server answer for orders.
+// serveOrders starts the pool, and lets the server answer requests about orders.
 func (a *app) serveOrders() {
 	a.pool.start()
 	a.server.local.Store(&localOrders{a.store, a.pool, a.pass})
@@ -299,7 +299,7 @@ func (a *app) serveOrders() {
 	}
 }
 
-// committed passes a commit on to metrics and feeder.
+// committed passes a commit on to the metrics, and wakes the feeder if it has new orders.
 func (a *app) committed(r commitReport) {
 	a.metrics.committed(r)
 	if r.creates > 0 {
@@ -308,7 +308,7 @@ func (a *app) committed(r commitReport) {
 }
 
 // serve answers requests until ctx is done or the orders cannot be kept any
-// longer, and takes everything down in the reverse order.
+// longer, and then closes everything in the reverse order.
 func (a *app) serve(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -326,8 +326,8 @@ func (a *app) serve(ctx context.Context) error {
 	return a.close(err)
 }
 
-// untilStopped returns when ctx is done, or with the reason why the orders cannot
-// be kept any longer.
+// untilStopped returns when ctx is done, or when the orders cannot be kept any
+// longer. The reason for that is its error with PostgreSQL, and close's with SQLite.
 func (a *app) untilStopped(ctx context.Context) error {
 	if a.replica != nil {
 		return a.takeTurns(ctx)
@@ -339,7 +339,8 @@ func (a *app) untilStopped(ctx context.Context) error {
 	return nil
 }
 
-// takeTurns stands by, leads, and once deposed stands by again.
+// takeTurns stands by, leads, and once deposed stands by again, until ctx is done or
+// the database cannot be used any longer.
 func (a *app) takeTurns(ctx context.Context) error {
 	for {
 		var err error
@@ -368,7 +369,7 @@ func (a *app) takeTurns(ctx context.Context) error {
 	}
 }
 
-// awaitLead returns once this replica leads; follow is told who does meanwhile.
+// awaitLead returns once this replica leads. Until then it calls follow with the leader.
 func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) error {
 	engine, err := a.replica.standBy(ctx, follow)
 	if err != nil {
@@ -379,19 +380,19 @@ func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) erro
 	return nil
 }
 
-// lead starts what awaitLead has made.
+// lead starts the store and the pool that awaitLead has made.
 func (a *app) lead() error {
 	if err := a.store.start(a.committed); err != nil {
 		return err
 	}
 	a.serveOrders()
-	a.metrics.follow(a.store.publishedTotals()) // what the leader before had no time to tell of
+	a.metrics.follow(a.store.publishedTotals()) // includes the previous leader's commits that this replica had not seen confirmed
 	a.log.Info("this replica leads", "resumed", a.store.publishedTotals().unfinished())
 	return nil
 }
 
-// stepDown takes the store and the pool down: another replica leads, or the
-// start has failed.
+// stepDown closes the pool and the store, because this replica no longer leads or
+// lead has failed.
 func (a *app) stepDown() error {
 	a.server.local.Store(nil)
 	a.pool.stop()
@@ -401,11 +402,12 @@ func (a *app) stepDown() error {
 	return err
 }
 
-const noticeAfter = 100 * time.Millisecond // a stop that takes longer tells a person what it waits for
+const noticeAfter = 100 * time.Millisecond // a stop that takes longer prints what it waits for
 
-// close lets running work and then requests end within the drain time, and
-// answers meanwhile; what is left waits in the table. The last writes come
-// after everyone who writes. cause is why the service must end, or nil.
+// close lets running work and then requests end within the drain time. The service
+// answers meanwhile, and unfinished orders wait in the table for the next start. The
+// files are closed after everyone who writes to them has ended. cause is the error
+// that ends the service, or nil.
 func (a *app) close(cause error) error {
 	atWork := int64(0)
 	if a.pool != nil {
@@ -415,7 +417,7 @@ func (a *app) close(cause error) error {
 	if a.store != nil {
 		select {
 		case <-a.store.failed():
-			drain = 0 // what is at work cannot be completed any more
+			drain = 0 // orders at work cannot be completed any more
 		default:
 		}
 	}
@@ -449,13 +451,13 @@ func (a *app) abandon(err error) error {
 	return errors.Join(err, a.closeFiles(), a.log.close())
 }
 
-// closeFiles closes the databases after the last commit, the orders' first.
+// closeFiles closes the store after its last commit, then metrics.db, then the lock.
 func (a *app) closeFiles() (err error) {
 	if a.store != nil {
 		err = a.store.close()
 	}
 	if errors.Is(err, errDeposed) && !errors.Is(err, errBroken) {
-		err = nil // another replica leads: nothing is amiss
+		err = nil // that another replica leads is no failure
 	}
 	if a.metrics != nil {
 		err = errors.Join(err, a.metrics.close())
@@ -466,7 +468,7 @@ func (a *app) closeFiles() (err error) {
 	return err
 }
 
-// listen turns the two usual failures into a remedy.
+// listen binds the address; its errors say what to do.
 func listen(addr string) (net.Listener, error) {
 	l, err := net.Listen("tcp", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -478,7 +480,7 @@ func listen(addr string) (net.Listener, error) {
 	return l, nil
 }
 
-// announce tells a person where everything is, and the log the same.
+// announce prints where everything is, and logs the same.
 func (a *app) announce() {
 	scheme := "http"
 	if a.cfg.server.certificate != nil {
@@ -517,12 +519,12 @@ type config struct {
 	addr          string
 	tokenFile     string
 	readTokenFile string
-	certFile      string // of TLS, in PEM, or empty; so is the key
-	keyFile       string
+	certFile      string // with the TLS certificate chain, in PEM; or empty
+	keyFile       string // with its private key, in PEM; or empty
 	workTokenFile string
 	data          string
 	orders        string // URL of a PostgreSQL database, or empty
-	advertise     string // where other replicas reach this one, or empty
+	advertise     string // URL at which other replicas reach this one, or empty
 	drain         time.Duration
 
 	store  storeOptions
@@ -531,13 +533,13 @@ type config struct {
 	log    logOptions
 
 	backup  string   // the directory to copy the databases into, instead of serving
-	unknown []string // variables that look like settings and are none
+	unknown []string // ORDERD_ variables that are no settings
 	version bool
 	help    bool
 }
 
-// logOptions names every file that the log would spoil. SQLite keeps the files
-// beside a database where a symbolic link leads.
+// logOptions adds the paths of orderd's other files, which the log would spoil. If a
+// database's path is a symbolic link, SQLite keeps its other files beside the target.
 func (c config) logOptions() logOptions {
 	o := c.log
 	o.reserved = []string{c.tokenFile, c.readTokenFile, c.workTokenFile, c.certFile, c.keyFile}
@@ -553,7 +555,7 @@ func (c config) logOptions() logOptions {
 	return o
 }
 
-// describeWork tells what becomes of an order, without a password in the URL.
+// describeWork says how orders are processed, and hides a password in the URL.
 func (c config) describeWork() string {
 	if u, _ := url.Parse(c.pool.endpoint.url); u.Host != "" {
 		return "each order POSTed to " + u.Redacted()
@@ -561,8 +563,8 @@ func (c config) describeWork() string {
 	return c.pool.delay.String() + " an order"
 }
 
-// advertised is where other replicas reach this one: the address, where that is
-// one that another machine can use.
+// advertised returns the URL at which other replicas reach this one: -advertise, or
+// without that -addr, which must then be an address that other machines can use.
 func (c config) advertised() (string, error) {
 	if c.advertise != "" {
 		return c.advertise, nil
@@ -582,11 +584,11 @@ func (c config) advertised() (string, error) {
 // usageError is a mistake in the flags or their variables.
 type usageError struct{ error }
 
-// flagGroups are the flags in the order of the help. One that is missing here has
-// no variable either.
+// flagGroups lists the flags in the order of the help. A flag that is missing here
+// has no environment variable either.
 var flagGroups = []struct {
 	title     string
-	noSetting bool // these have no variable
+	noSetting bool // its flags have no environment variable
 	names     []string
 }{
 	{"Serving", false, []string{"addr", "host", "token-file", "read-token-file", "tls-cert", "tls-key", "drain"}},
@@ -595,8 +597,8 @@ var flagGroups = []struct {
 	{"Instead of serving", true, []string{"backup", "version", "h"}},
 }
 
-// flags defines every flag on a new set and gives c the defaults. A value out
-// of its limits is refused while it is parsed, so the message can name all three.
+// flags defines every flag on a new set and gives c the defaults. Parsing refuses a
+// value out of its limits, so that the message can name flag, value and limits.
 func (c *config) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("orderd", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -637,7 +639,7 @@ func (c *config) flags() *flag.FlagSet {
 	return fs
 }
 
-// define adds a flag whose parser knows its limits.
+// define adds a flag with a default; parse also checks the flag's limits.
 func define[T any](fs *flag.FlagSet, p *T, name string, value T, usage string, parse func(string) (T, error)) {
 	*p = value
 	fs.Func(name, usage, func(s string) (err error) {
@@ -647,7 +649,7 @@ func define[T any](fs *flag.FlagSet, p *T, name string, value T, usage string, p
 	fs.Lookup(name).DefValue = strings.ToLower(fmt.Sprint(value))
 }
 
-// inRange adds limits to a parser; the message names both.
+// inRange adds limits to a parser; the message has a formatting verb for each.
 func inRange[T cmp.Ordered](message string, low, high T, parse func(string) (T, error)) func(string) (T, error) {
 	return func(s string) (T, error) {
 		v, err := parse(s)
@@ -714,13 +716,13 @@ func parseLevel(s string) (level slog.Level, err error) {
 	return level, level.UnmarshalText([]byte(s))
 }
 
-// variable is the environment's name of a flag.
+// variable returns the name of a flag's environment variable.
 func variable(flagName string) string {
 	return "ORDERD_" + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
 }
 
-// parseConfig takes the environment first and the flags over it. Its errors
-// are usageErrors, flag.ErrHelp, or a token file that cannot be read.
+// parseConfig reads the environment and then the flags, which override it. Its error
+// is a usageError, or flag.ErrHelp, or says that a token file cannot be read.
 func parseConfig(args []string, variables map[string]string) (config, error) {
 	c := config{store: storeOptions{now: time.Now}, pool: poolOptions{now: time.Now}}
 	fs := c.flags()
@@ -743,8 +745,8 @@ func parseConfig(args []string, variables map[string]string) (config, error) {
 	return c, c.contradiction(given)
 }
 
-// setFromVariables sets the flags that have a variable, and notes the variables
-// that look like settings and are none.
+// setFromVariables sets flags from their environment variables, and collects in
+// c.unknown the ORDERD_ variables that are no settings.
 func (c *config) setFromVariables(fs *flag.FlagSet, variables map[string]string) (err error) {
 	known := map[string]bool{}
 	for _, s := range c.secrets() {
@@ -775,8 +777,8 @@ func (c *config) setFromVariables(fs *flag.FlagSet, variables map[string]string)
 	return err
 }
 
-// contradiction finds settings that are right one by one, but not together. given
-// are the flags that were set, by whatever way.
+// contradiction returns an error for settings that are right one by one, but not
+// together. given holds the flags that were set, by argument or by variable.
 func (c config) contradiction(given map[string]bool) error {
 	switch {
 	case given["work"] && given["delay"]:
@@ -801,7 +803,7 @@ func (c config) contradiction(given map[string]bool) error {
 	return nil
 }
 
-// secret is where a bearer token comes from, and whose it is.
+// secret says where a bearer token comes from and where it is kept.
 type secret struct {
 	flag, variable string
 	file           string // the flag's value, or empty
@@ -816,8 +818,9 @@ func (c *config) secrets() []secret {
 	}
 }
 
-// read prefers the file over the variable, as a flag wins elsewhere. A token
-// that is set but empty is an error: it would leave the door open.
+// read reads the token from the file or, if there is none, from the variable, as a
+// flag overrides its variable elsewhere. A token that is set but empty is an error,
+// because it would let everyone in.
 func (s secret) read(variables map[string]string) error {
 	text, ok := variables[s.variable]
 	source := s.variable
@@ -864,7 +867,7 @@ func help() string {
 	return b.String() + examples
 }
 
-// versionLine tells the module version, the commit and the Go version.
+// versionLine names the module version, the commit and the Go version.
 func versionLine() string {
 	version, commit := buildInfo()
 	return fmt.Sprintf("orderd %s, commit %s, %s", version, commit, runtime.Version())

@@ -42,14 +42,14 @@ var lookAtCounts = map[int64]string{
 const projectEvery = 100 * time.Millisecond // least time between two commits to metrics.db
 
 // metrics owns metrics.db, a projection of the orders' totals. The two databases
-// cannot commit together; since the projector sets sums and does not add to
-// them, a crash between the commits loses and doubles nothing. The orders'
+// cannot commit together. A crash between their commits neither loses nor doubles
+// anything, because the projector sets sums and does not add to them. The orders'
 // database must never hold less than metrics.db has counted.
 type metrics struct {
 	file *database
 	log  *logger
 
-	counted atomic.Pointer[totals] // what metrics.db holds; as loaded, the fields that its table lacks are 0
+	counted atomic.Pointer[totals] // what metrics.db holds; after loading, fields that its table lacks are 0
 	latest  atomic.Pointer[totals] // what it should hold
 	changed chan struct{}          // capacity 1: latest was set
 	quit    chan struct{}          // closed by close
@@ -67,7 +67,7 @@ func openMetrics(directory string, log *logger) (*metrics, error) {
 		file: &database{
 			path: filepath.Join(directory, "metrics.db"), appID: 0x6f72646d, version: metricsVersion,
 			schema: metricsSchema, upgrades: []string{metricsUpgradeTo2},
-			autoCheckpoint: 1, // so that its counts outlive both -wal files
+			autoCheckpoint: 1, // a checkpoint after each commit, so that the counts outlive both -wal files
 		},
 		log: log, changed: make(chan struct{}, 1),
 		commitSizes: newHistogram(commitSizeBounds), commitTimes: newHistogram(latencyBounds),
@@ -89,7 +89,7 @@ func (m *metrics) check(t totals, place string) error {
 		if c.accepted > 0 && c.identity != t.identity {
 			return fmt.Errorf("%s is not the database whose %d orders %s has counted: put that one back, or delete %[3]s to go on with this one", place, c.accepted, m.file.path)
 		}
-		lost = c.identity == t.identity && c.seq > t.seq // which also sees lost steps; sums are all that older versions have
+		lost = c.identity == t.identity && c.seq > t.seq // seq also shows lost steps; older versions have only the sums
 	}
 	if lost {
 		return fmt.Errorf("%s has lost orders or their steps: it holds %d orders, %d of them completed, as of commit %d, but %s has counted %d and %d as of commit %d; put back the newest %[1]s together with its -wal file, or delete %[5]s to accept the loss",
@@ -98,8 +98,9 @@ func (m *metrics) check(t totals, place string) error {
 	return nil
 }
 
-// start prepares metrics.db and has it hold t, which also rebuilds one that was
-// deleted or put back from a backup. Then it projects.
+// start prepares metrics.db and writes t, or the totals of a commit since, to it,
+// which also rebuilds a file that was deleted or put back from a backup. Then it
+// starts the projector.
 func (m *metrics) start(t totals) error {
 	if err := m.file.open(m.log); err != nil {
 		return err
@@ -121,8 +122,8 @@ func (m *metrics) committed(r commitReport) {
 	nudge(m.changed)
 }
 
-// follow notes totals that a standby sees confirmed. A change of seq alone, as a
-// beat makes, is not written.
+// follow notes totals that a standby sees confirmed. If only seq has changed, as a
+// beat does, they are not written.
 func (m *metrics) follow(t totals) {
 	before := *m.latest.Swap(&t)
 	before.seq = t.seq
@@ -178,8 +179,8 @@ func (m *metrics) close() error {
 	return m.file.close()
 }
 
-// summary is the answer of GET /metrics in JSON. The two databases are read
-// apart: they agree once the projector has caught up.
+// summary is the answer of GET /metrics in JSON. Its figures come from two databases,
+// which agree once the projector has caught up.
 type summary struct {
 	TotalOrdersProcessed  int64   `json:"total_orders_processed"`
 	AverageProcessingTime float64 `json:"average_processing_time"` // seconds
@@ -188,7 +189,7 @@ type summary struct {
 	OrdersCompleted       int64   `json:"orders_completed"` // of those still stored
 }
 
-// summarize joins what was counted with the totals t of the orders.
+// summarize combines what metrics.db has counted with the orders' totals t.
 func (m *metrics) summarize(t totals) summary {
 	counted := m.counted.Load()
 	sum := summary{
@@ -234,7 +235,7 @@ func (h *histogram) observe(v float64) {
 // https://prometheus.io/docs/instrumenting/exposition_formats/.
 type exposition struct{ text []byte }
 
-// family starts a metric; the samples after it are its own.
+// family starts a metric; the samples that follow belong to it.
 func (e *exposition) family(name, kind, help string) {
 	e.text = fmt.Appendf(e.text, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, kind)
 }
@@ -262,7 +263,7 @@ func (e *exposition) buckets(name, help string, h *histogram) {
 	e.sample(name+"_count", "", float64(n))
 }
 
-// buildInfo tells the module version and the commit.
+// buildInfo returns the module version and the commit.
 func buildInfo() (version, commit string) {
 	version, commit = "unknown", "unknown"
 	if info, ok := debug.ReadBuildInfo(); ok {
@@ -278,7 +279,7 @@ func buildInfo() (version, commit string) {
 
 var processStarted = time.Now()
 
-// procFigures are read where the system has Linux's /proc. A pattern may capture
+// procFigures are read if the system has Linux's /proc. A pattern may capture
 // several numbers to add up.
 var procFigures = []struct {
 	name, kind, help, file string
@@ -293,8 +294,8 @@ var procFigures = []struct {
 		"/proc/self/limits", regexp.MustCompile(`(?m)^Max open files\s+(\d+)`), 1},
 }
 
-// process adds what Prometheus's own clients tell of every process, under their
-// names. What the system does not tell is left out.
+// process adds the metrics that Prometheus's own client libraries have for every
+// process, under the same names. It leaves out those that the system does not provide.
 func (e *exposition) process() {
 	e.family("go_info", "gauge", "Always 1; the label tells the version of Go.")
 	e.sample("go_info", fmt.Sprintf(`{version="%s"}`, runtime.Version()), 1)

@@ -19,10 +19,11 @@ import (
 	"github.com/oklog/ulid/v2"
 )
 
-const postgresVersion = 1 // leader.version
+const postgresVersion = 1 // of the schema: leader.version
 
-// postgresSchema is made in the first schema of the connection's search_path.
-// Every commit locks the row in leader, checks its term and seq, and counts seq up.
+// postgresSchema creates the tables in the first schema of the connection's
+// search_path. Every commit locks the only row of the table leader, checks that
+// row's term and seq, and increments seq.
 const postgresSchema = `
 CREATE TABLE orders (
 	id_high  bigint   PRIMARY KEY, -- of the ULID: (Unix ms of creation << 16) + sequence; also the queue's order
@@ -62,12 +63,12 @@ CREATE TABLE leader (
 var postgresView = ordersView("(cents / 100) || '.' || lpad((cents % 100)::text, 2, '0')",
 	`to_char(to_timestamp((%[1]s) / 1000) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.') || lpad(((%[1]s) %% 1000)::text, 3, '0') || 'Z'`)
 
-// sessionSettings make a session independent of what the server, the database
-// and the role set as their defaults. The plan of commitBatch is made while the
-// tables are empty and kept: without the enable_ settings it reads whole tables
-// later, and with them jit would compile for half a second a commit. The last
-// statement pins synchronous_commit at the value that was checked, so that a
-// reload cannot weaken it.
+// sessionSettings override what the server, the database and the role set as
+// defaults for a session. PostgreSQL plans commitBatch while the tables may be
+// empty, and keeps the plan: without the enable_ settings that plan would read whole
+// tables later. With the enable_ settings, jit would compile for half a second at
+// each commit, so jit is off. The last statement pins synchronous_commit at the
+// value that setUpSession checks, so that a reload cannot weaken it.
 const sessionSettings = `SET jit = off; SET plan_cache_mode = force_generic_plan;
 SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off;
 SET enable_indexscan = on; SET enable_nestloop = on; SET enable_material = on;
@@ -79,51 +80,55 @@ const readSettings = `SELECT current_setting('server_version_num'), current_sett
 	current_setting('synchronous_commit'), current_setting('server_encoding'), pg_is_in_recovery()::text;`
 
 const (
-	beatEvery      = 400 * time.Millisecond  // an idle leader commits a beat once its last commit is older
-	leaseTime      = 2500 * time.Millisecond // a leader answers only this long after it sent its last confirmed commit; below takeOverAfter, so that two never answer at once
-	takeOverAfter  = 4 * time.Second         // a standby takes over when seq has not changed for so long
-	pollEvery      = 100 * time.Millisecond  // between a standby's looks at the leader's row
-	connectTimeout = 2 * time.Second         // to one host of the URL
-	// After commitTimeout, and commitByte a byte of text, the outcome is looked for
-	// on another connection. Even for the largest batch that is sooner than
-	// takeOverAfter, so that waits for a synchronous standby depose nobody.
+	beatEvery      = 400 * time.Millisecond  // an idle leader commits a beat when its last commit is older than this
+	leaseTime      = 2500 * time.Millisecond // lease: a leader answers for this long after it sent its last confirmed commit; below takeOverAfter, so that two leaders never answer at once
+	takeOverAfter  = 4 * time.Second         // a standby takes over if seq has not changed for this long
+	pollEvery      = 100 * time.Millisecond  // between two reads of the leader row by a standby
+	connectTimeout = 2 * time.Second         // for one host of the URL
+	// An attempt to commit ends after commitTimeout plus commitByte for each byte of
+	// text; the writer then looks for the outcome on another connection. Even for the
+	// largest batch this is shorter than takeOverAfter, so that a wait for a
+	// synchronous standby does not depose the leader.
 	commitTimeout  = 3 * time.Second
 	commitByte     = 50 * time.Nanosecond   // 20 MB/s
-	readTimeout    = 2 * time.Second        // of a read, with all its tries
-	countTimeout   = time.Minute            // of the whole table, where its totals must be corrected
-	reconnectPause = 250 * time.Millisecond // between attempts to reach the database
-	postgresReads  = 8                      // connections that read
-	expiryLooks    = 1024                   // orders that an expiry looks at
+	readTimeout    = 2 * time.Second        // for one read, with all its tries
+	countTimeout   = time.Minute            // for each count with which start checks the totals; one may read the whole table
+	reconnectPause = 250 * time.Millisecond // between two attempts to commit; a tenth of it between two tries of a read
+	postgresReads  = 8                      // connections for reads
+	expiryLooks    = 1024                   // orders that one expiry looks at, at most
 )
 
-// replica is one replica's way to the database, whether it leads or stands by.
+// replica holds this process's access to the database and what it knows of the
+// leader row, while it leads and while it stands by.
 //
-// Its words: the row of the table leader counts commits by seq, over all terms.
-// A commit is stored once the row shows its seq, and confirmed once PostgreSQL has
-// said that it is durable, on its standby too. The row's proven is the highest seq
-// that the leader had confirmed when it wrote the row; highestConfirmed is the
-// highest that this replica knows of, from rows or from its own commits.
+// Its words: the leader row is the only row of the table leader. Its seq counts
+// commits over all terms. A beat is a commit that changes no order. A commit is
+// stored once the leader row shows its seq, and confirmed once PostgreSQL has said
+// that it is durable, on a synchronous standby too. The row's proven is the highest
+// seq that was confirmed when the leader wrote the row. highestConfirmed is the
+// highest confirmed seq that this replica knows of, from leader rows or from its own
+// commits.
 type replica struct {
 	config    *pgx.ConnConfig
-	url       string       // where other replicas reach this one
-	confirmed func(totals) // told of what a standby sees confirmed
+	url       string       // at which other replicas reach this one
+	confirmed func(totals) // called with totals that this replica, as a standby, has seen confirmed
 	log       *logger
 
-	// standBy's, or the writer's while this replica leads:
-	row              leaderRow // as a standby last read it, or as this leader left it
+	// Owned by standBy, or by the writer while this replica leads:
+	row              leaderRow // the leader row as this replica last read or wrote it
 	highestConfirmed mark
-	warned           bool // the last commit came with a WARNING: see send
+	warned           bool // PostgreSQL sent a WARNING with the last commit: see send
 
 	// For the gauges:
 	leading  atomic.Bool
 	term     atomic.Int64
-	lastSign atomic.Pointer[time.Time] // when a standby last saw seq change; of a leader, the time in postgresEngine.lease
+	lastSign atomic.Pointer[time.Time] // standing by: when seq last changed; leading: the time in postgresEngine.lease
 }
 
-// mark is a confirmed seq and the term in which it was seen.
+// mark is a confirmed seq and the term in which this replica saw it confirmed.
 type mark struct{ term, seq int64 }
 
-// leaderRow is the row in leader.
+// leaderRow is the only row of the table leader; postgresSchema explains its columns.
 type leaderRow struct {
 	term, since, proven int64
 	ended               bool
@@ -133,8 +138,8 @@ type leaderRow struct {
 
 const selectRow = "SELECT version, term, since, proven, ended, url, pass, " + totalsColumns + " FROM leader WHERE one"
 
-// newReplica connects to nothing yet. counted is what metrics.db has counted:
-// a database with less has lost orders.
+// newReplica does not connect yet. counted holds the totals in metrics.db: a
+// database that holds less than these has lost orders.
 func newReplica(dsn string, counted totals, confirmed func(totals), log *logger) (*replica, error) {
 	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
 		return nil, errors.New("-orders must be the URL of a PostgreSQL database, such as postgres://orderd@db1/orderd")
@@ -148,7 +153,7 @@ func newReplica(dsn string, counted totals, confirmed func(totals), log *logger)
 	r := &replica{config: config, confirmed: confirmed, log: log}
 	if counted.identity != 0 && counted.accepted > 0 {
 		r.row.totals.identity = counted.identity
-		r.highestConfirmed = mark{math.MaxInt64, counted.seq} // metrics.db knows no term: none is taken for a later one
+		r.highestConfirmed = mark{math.MaxInt64, counted.seq} // metrics.db stores no term; with this one, no row's term counts as later
 	}
 	r.lastSign.Store(new(time.Now()))
 	return r, nil
@@ -167,15 +172,15 @@ func (r *replica) gauges() []gauge {
 	}
 }
 
-// unfit is what no waiting mends: a server, database or role with which no
-// promise can be kept.
+// unfit is an error that does not go away by waiting: with this server, database
+// or role, orderd cannot keep its promises.
 type unfit string
 
 func (u unfit) Error() string { return string(u) }
 
-// setUpSession makes a session's settings ours. It refuses a server that is not
-// durable, and passes over one that is in recovery: pgx tries the next host of
-// the URL then.
+// setUpSession applies sessionSettings to a new session. It returns unfit if the
+// server cannot be used, for example because it is not durable, and another error
+// if the server is in recovery. After either, pgx tries the next host of the URL.
 func setUpSession(ctx context.Context, c *pgconn.PgConn) error {
 	results, err := c.Exec(ctx, readSettings+sessionSettings).ReadAll()
 	if err != nil {
@@ -204,17 +209,17 @@ func (r *replica) connect(ctx context.Context) (*pgx.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(1+len(config.Fallbacks))*connectTimeout)
 	defer cancel()
 	config.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
-		r.warned = r.warned || n.SeverityUnlocalized == "WARNING" // whatever the language
+		r.warned = r.warned || n.SeverityUnlocalized == "WARNING" // the same in every language
 	}
 	c, err := pgx.ConnectConfig(ctx, config)
 	if refused, ok := errors.AsType[unfit](err); ok {
-		return nil, refused // without the list of hosts that were tried
+		return nil, refused // without pgx's list of the hosts that it tried
 	}
 	return c, err
 }
 
-// remedies are the classes of SQLSTATE that no waiting mends, with the remedy
-// (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+// remedies maps each class of SQLSTATE that does not go away by waiting to its
+// remedy (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 var remedies = map[string]string{
 	"28": "check the user and the password (PGPASSWORD, PGPASSFILE)",
 	"3D": "make it with createdb, or correct -orders",
@@ -224,7 +229,8 @@ var remedies = map[string]string{
 	"XX": "put a backup in its place",
 }
 
-// permanent turns an error that no waiting mends into one sentence; others are nil.
+// permanent returns an error that does not go away by waiting as one sentence, and
+// nil for others, among them XX000, an unspecified internal error.
 func (r *replica) permanent(err error) error {
 	if u, ok := errors.AsType[unfit](err); ok {
 		return u
@@ -235,9 +241,9 @@ func (r *replica) permanent(err error) error {
 	return nil
 }
 
-// makeTables makes the tables in an empty database. Where several replicas start
-// at once, one makes them: the others' transactions fail on the catalogue's own
-// uniqueness.
+// makeTables creates the tables if there are none. If several replicas start at
+// once, only one creates them: the transactions of the others fail on the unique
+// indexes of PostgreSQL's catalog, and makeTables ignores that error.
 func (r *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
@@ -257,7 +263,8 @@ func (r *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	return err
 }
 
-// readRow reads the leader's row and notices a loss.
+// readRow reads the leader row and passes it to observe. Its error wraps errBroken
+// if commits were lost.
 func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
@@ -271,11 +278,12 @@ func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err 
 	return row, r.observe(row)
 }
 
-// observe takes over a row that was read, unless it tells of a loss.
+// observe replaces r.row by a row that was read, unless that row shows a loss.
 func (r *replica) observe(row leaderRow) error {
 	if err := r.checkNotLost(row); err != nil {
 		return err
 	}
+	// The commit of the previous row is confirmed by now: its totals may be counted.
 	if before := r.row; before.term == row.term && before.totals.seq <= row.proven && before.totals.seq > r.highestConfirmed.seq {
 		r.confirmed(before.totals)
 	}
@@ -290,15 +298,15 @@ func (r *replica) observe(row leaderRow) error {
 	return nil
 }
 
-// checkNotLost holds a row against all that was confirmed before. Commits are
-// lost where seq went back, or where a later term began before the confirmed seq.
+// checkNotLost compares a row with highestConfirmed. Confirmed commits are lost if
+// the row's seq is lower, or if a later term began with that seq or a lower one.
 func (r *replica) checkNotLost(row leaderRow) error {
 	if known := r.row.totals.identity; known != 0 && known != row.totals.identity {
 		return fmt.Errorf("%w: %s is not the one whose orders metrics.db has counted: go back to that, or choose another -data, or delete each replica's metrics.db to go on with this one", errBroken, r.describe())
 	}
-	kept := row.totals.seq // at most, of what was confirmed
+	kept := row.totals.seq // highest seq of the earlier commits that the database can still hold
 	later := row.term > r.highestConfirmed.term
-	begunTwice := row.term == r.row.term && row.since != r.row.since // by two replicas, on two servers that each took it for the next
+	begunTwice := row.term == r.row.term && row.since != r.row.since // two replicas began the same term, on two servers
 	if later || begunTwice {
 		kept = min(kept, row.since-1)
 	}
@@ -309,13 +317,14 @@ func (r *replica) checkNotLost(row leaderRow) error {
 	return nil
 }
 
-// standBy returns once this replica leads. follow is told who leads, "" for
-// nobody. A database that cannot be reached is waited for.
+// standBy returns an engine once this replica leads. Until then it calls follow with
+// the leader's URL and pass, or with "" if nobody leads. While the database cannot be
+// reached, it tries again.
 func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*postgresEngine, error) {
 	for {
 		e, err := r.followRow(ctx, follow)
-		// A server that is being replaced may refuse for a while: only before the first
-		// row is that final.
+		// A server that is being replaced may refuse for a while. So once a term was
+		// seen, only unfit is final.
 		final := errors.As(err, new(unfit)) || r.term.Load() == 0
 		switch {
 		case err == nil:
@@ -327,7 +336,7 @@ func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*
 		case final && r.permanent(err) != nil:
 			return nil, r.permanent(err)
 		}
-		if time.Since(*r.lastSign.Load()) > takeOverAfter { // until then the leader may still reach the database
+		if time.Since(*r.lastSign.Load()) > takeOverAfter { // before that, the leader may still reach the database
 			follow("", "")
 		}
 		r.log.Warn("the database cannot be used; trying again", "error", err, "in", retryPause.String())
@@ -335,8 +344,8 @@ func (r *replica) standBy(ctx context.Context, follow func(url, pass string)) (*
 	}
 }
 
-// followRow looks at the row, on one connection, until this replica leads or the
-// connection fails.
+// followRow reads the leader row every pollEvery, on one connection, until this
+// replica leads, the connection fails, or ctx is done.
 func (r *replica) followRow(ctx context.Context, follow func(url, pass string)) (e *postgresEngine, err error) {
 	c, err := r.connect(ctx)
 	if err != nil {
@@ -367,7 +376,7 @@ func (r *replica) followRow(ctx context.Context, follow func(url, pass string)) 
 		if e, err := r.takeOver(ctx, c, row); !errors.Is(err, errDeposed) {
 			return e, err
 		}
-		changed = time.Now()
+		changed = time.Now() // another replica was faster
 	}
 	return nil, ctx.Err()
 }
@@ -375,8 +384,9 @@ func (r *replica) followRow(ctx context.Context, follow func(url, pass string)) 
 const beginTerm = `UPDATE leader SET term = term + 1, seq = seq + 1, since = seq + 1, ended = false, url = $3, pass = $4
 WHERE one AND term = $1 AND seq = $2`
 
-// takeOver begins a term where the row is still as it was seen. Where that was
-// done and its answer was lost, the term ends as any other whose leader is gone.
+// takeOver begins a term if the leader row has not changed since it was read as row,
+// else it returns errDeposed. If the update takes effect but its answer is lost, the
+// new term has no leader, and a standby ends it after takeOverAfter.
 func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*postgresEngine, error) {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
@@ -407,36 +417,38 @@ func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*po
 	return e, nil
 }
 
-// postgresEngine is the store's engine, for one term of the replica that leads.
+// postgresEngine is the store's engine for one term, while this replica leads.
 type postgresEngine struct {
 	replica *replica
 	term    int64
 	pass    string
 	reads   *pgxpool.Pool
 
-	// The writer's:
+	// Owned by the writer:
 	conn    *pgx.Conn
-	failure error // why this engine leads no more
+	failure error // why this engine has given up, or nil
 	state   commitState
 
 	confirmedSeq atomic.Int64              // the highest seq that PostgreSQL has confirmed
-	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil where there is none
+	lease        atomic.Pointer[time.Time] // when the last confirmed commit was sent; nil before the first one and after the last
 }
 
-// commitState is what is known of the last commit.
+// commitState is what this leader knows of the last commit that it sent.
 type commitState uint8
 
 const (
-	settled      commitState = iota // it is durable: the next batch may follow
-	inDoubt                         // it is in the table, or not, or still to arrive: send the same again
-	unproven                        // it is in the table, but perhaps on the primary alone: a confirmed beat proves it durable
-	proofInDoubt                    // the same, and that beat is in doubt: send it again
+	settled      commitState = iota // it is durable or was rolled back: the next batch may follow
+	inDoubt                         // it may be stored, lost, or still arrive: send the same batch again
+	unproven                        // it is stored, but perhaps on the primary alone: a confirmed beat proves that it is durable
+	proofInDoubt                    // as unproven, and the beat is in doubt: send a beat again
 )
 
+// mayArrive reports whether the last attempt may still take effect, and stored
+// whether the batch is in the table.
 func (s commitState) mayArrive() bool { return s == inDoubt || s == proofInDoubt }
 func (s commitState) stored() bool    { return s == unproven || s == proofInDoubt }
 
-// afterLoss is the state once the answer to what was sent is lost.
+// afterLoss returns the state after the answer to an attempt was lost.
 func (s commitState) afterLoss() commitState {
 	if s.stored() {
 		return proofInDoubt
@@ -445,14 +457,17 @@ func (s commitState) afterLoss() commitState {
 }
 
 // commitBatch runs a whole batch in one statement, and so in one transaction
-// and one round trip. Everything joins held: where the row is no longer as this
-// leader left it, nothing is written and no row is answered. A statement that
-// waits for the row's lock checks it anew when it gets it. It answers an earlier
-// order and its key for every key that was used before, or else no order; then
+// and one round trip. Each part joins held, which is the fence: if the leader row no
+// longer is as this leader left it, held is empty, nothing is written, and no row is
+// returned. If the statement must wait for the lock on the leader row, PostgreSQL
+// checks term and seq again when it has the lock.
+//
+// It returns one row for each key that an earlier order has, with that order and the
+// key, or if there is none one row without an order. Each row also holds the IDs of
 // the steps that did not find their order, and the new totals.
 //
-// $1 and $2 are term and seq of the row, $3 and $4 its new proven and ended; the
-// orders, the steps and the orders to remove follow: see send.
+// $1 and $2 are the term and the seq that the leader row must have, $3 and $4 its new
+// proven and ended. The orders, the steps and the orders to remove follow: see send.
 const commitBatch = `
 WITH held AS MATERIALIZED (
 	SELECT one FROM leader WHERE one AND term = $1 AND seq = $2 FOR UPDATE
@@ -491,19 +506,19 @@ SELECT ` + maybeOrder + `, coalesce(o.key, ''),
 	CASE WHEN (SELECT count(*) FROM moved) < cardinality($11::bigint[]) THEN ARRAY(SELECT unnest($11::bigint[]) EXCEPT SELECT id_high FROM moved) END, t.*
 FROM (SELECT ` + totalsColumns + ` FROM done) t LEFT JOIN used o ON true`
 
-// maybeOrder are the columns of an order that may be missing.
+// maybeOrder lists the columns of an order o, as zero values if a join found none.
 const maybeOrder = "coalesce(o.id_high, 0), coalesce(o.id_low, 0), coalesce(o.status, 0), coalesce(o.user_id, ''), coalesce(o.item_ids, ''), coalesce(o.cents, 0), coalesce(o.started, 0), coalesce(o.took, 0)"
 
 const preparedCommit = "orderd_commit"
 
-// prepareCommit has commitBatch parsed on the writer's connection.
+// prepareCommit prepares commitBatch on c, the writer's connection.
 func (e *postgresEngine) prepareCommit(ctx context.Context, c *pgx.Conn) error {
 	_, err := c.Prepare(ctx, preparedCommit, commitBatch)
 	return err
 }
 
-// start confirms the take-over with a first beat, and mends the totals where
-// somebody has changed the table by hand.
+// start confirms the take-over with a first beat. It corrects the totals if somebody
+// has changed the table by hand.
 func (e *postgresEngine) start() (totals, error) {
 	if err := e.commit(newBatch(nil)); err != nil {
 		return totals{}, err
@@ -524,11 +539,12 @@ func (e *postgresEngine) start() (totals, error) {
 		return totals{}, err
 	}
 	e.replica.row.totals = t
-	err := e.commit(newBatch(nil)) // fails where the totals were not written
+	err := e.commit(newBatch(nil)) // is fenced if the UPDATE found no row
 	return e.replica.row.totals, err
 }
 
-// count reads one row, which may take long: beats go on meanwhile.
+// count runs a query for one row, which may take long. It commits beats meanwhile, so
+// that this replica keeps the lead.
 func (e *postgresEngine) count(query string, into ...any) error {
 	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
 	defer cancel()
@@ -546,21 +562,22 @@ func (e *postgresEngine) count(query string, into ...any) error {
 	}
 }
 
-// parcel is a batch as the arguments of commitBatch.
+// parcel holds a batch as the arguments of commitBatch.
 type parcel struct {
 	batch                   *batch
-	ended                   bool // the last one: the leader hands over
+	ended                   bool // this is the leader's last commit: it hands over
 	ids, lows, cents        []int64
 	users, items, keys      []string
 	movedIDs, started, took []int64
 	previous, next          []int16
 	removedIDs              []int64
-	refusedLeftOut          bool // what the tables refused, see without
+	refusedLeftOut          bool // it lacks the creates that the tables refuse: see without
 }
 
-// pack leaves out a create whose key an earlier one of the batch has.
+// pack makes a parcel of b. It leaves out a create whose key an earlier create of the
+// batch has: answerKeys answers that one.
 func pack(b *batch) *parcel {
-	p := &parcel{batch: b, movedIDs: make([]int64, 0, len(b.steps))} // not NULL: its cardinality counts
+	p := &parcel{batch: b, movedIDs: make([]int64, 0, len(b.steps))} // never NULL, since commitBatch reads its cardinality
 	keys := map[string]bool{}
 	for _, c := range b.creates {
 		if c.key != "" {
@@ -582,8 +599,8 @@ func pack(b *batch) *parcel {
 	return p
 }
 
-// answerKeys answers the creates whose key has created an earlier order, in the
-// table or in this batch.
+// answerKeys answers each create whose key has already created an order: one of the
+// table, which is in earlier, or one of this batch.
 func (p *parcel) answerKeys(earlier map[string]order) {
 	for _, c := range p.batch.creates {
 		if c.key == "" || c.err != nil {
@@ -597,15 +614,16 @@ func (p *parcel) answerKeys(earlier map[string]order) {
 	}
 }
 
-// Why the row is not as this leader left it.
+// Reasons why the leader row is not as this leader left it.
 var (
 	errFenced            = errors.New("the row of the leader is no longer as this leader left it")
 	errUnconfirmedIsGone = fmt.Errorf("%w: PostgreSQL went on without a commit that it had not confirmed", errDeposed)
 	errTampered          = fmt.Errorf("%w: something other than orderd has changed the row in the table leader: stop it, and start orderd again", errBroken)
 )
 
-// commit tries until the outcome is known, or for commitTimeout. While an attempt
-// is in doubt only the same batch may be sent: the original may still arrive.
+// commit makes attempts until the outcome is known, or for commitTimeout. While an
+// attempt is in doubt, only the same batch may be sent, because the first attempt may
+// still arrive.
 func (e *postgresEngine) commit(b *batch) error {
 	b.totals = e.replica.row.totals
 	if e.failure != nil {
@@ -614,7 +632,7 @@ func (e *postgresEngine) commit(b *batch) error {
 	if err := e.expire(b); err != nil {
 		b.skipExpiry(e.replica.log, err)
 	}
-	if !e.state.stored() { // else what its keys have created is known
+	if !e.state.stored() { // a stored batch already has its answers by key
 		for _, c := range b.creates {
 			c.reset()
 		}
@@ -648,8 +666,8 @@ func (e *postgresEngine) commit(b *batch) error {
 	}
 }
 
-// without returns a refused batch again, less what the tables refuse: its expiry,
-// or else the creates that are refused alone, too.
+// without returns a refused batch without its expiry or, if there is none to remove,
+// without the creates that the tables refuse even when each is alone.
 func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	if len(p.removedIDs) > 0 {
 		p.batch.skipExpiry(e.replica.log, cause)
@@ -670,8 +688,8 @@ func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	return next, nil
 }
 
-// refusedAlone tries to insert each order alone, rolls that back, and returns
-// those that fail.
+// refusedAlone tries to insert each order alone, rolls each insert back, and returns
+// the creates that the tables refuse.
 func (e *postgresEngine) refusedAlone(creates []*creation) (refused map[*creation]error, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
@@ -695,15 +713,16 @@ func (e *postgresEngine) refusedAlone(creates []*creation) (refused map[*creatio
 	return refused, nil
 }
 
-// isRejection reports whether the tables refuse what was sent: a constraint, or
-// data that does not fit.
+// isRejection reports whether the tables refuse the data: a value does not fit
+// (class 22), a constraint is violated (23), or a trigger raises an error (P0001).
 func isRejection(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (e.Code[:2] == "22" || e.Code[:2] == "23" || e.Code == "P0001") // the last is a trigger's
+	return ok && (e.Code[:2] == "22" || e.Code[:2] == "23" || e.Code == "P0001")
 }
 
-// advance finds out what became of the last attempt, and makes the next: sends
-// the batch, or the beat that confirms it.
+// advance finds out the outcome of the last attempt if that is in doubt, and makes
+// the next attempt: it sends the batch or, once the batch is stored, a beat that
+// proves it durable.
 func (e *postgresEngine) advance(p *parcel) error {
 	if err := e.reconnect(); err != nil {
 		return err
@@ -719,7 +738,7 @@ func (e *postgresEngine) advance(p *parcel) error {
 			return err
 		}
 	}
-	if e.state.stored() { // from before, or since the batch came with a warning
+	if e.state.stored() { // by an earlier attempt, or just now with a WARNING
 		sent = time.Now()
 		if err := e.send(pack(newBatch(nil))); err != nil {
 			return err
@@ -735,7 +754,7 @@ func (e *postgresEngine) advance(p *parcel) error {
 	return nil
 }
 
-// reconnect makes the writer's connection anew where it is gone.
+// reconnect opens a new connection for the writer if the old one is closed.
 func (e *postgresEngine) reconnect() (err error) {
 	if e.conn != nil && !e.conn.IsClosed() {
 		return nil
@@ -751,20 +770,21 @@ func (e *postgresEngine) reconnect() (err error) {
 		return nil
 	}
 	e.conn.Close(ctx)
-	if permanent := e.replica.permanent(err); permanent != nil { // a table is gone
+	if permanent := e.replica.permanent(err); permanent != nil { // for example, a table is gone
 		return fmt.Errorf("%w: %w", errBroken, permanent)
 	}
 	return err
 }
 
-// findOut looks in the row for what was sent last.
+// findOut reads the leader row to learn whether the last attempt is stored. If that
+// attempt was the batch, findOut also answers its keys.
 func (e *postgresEngine) findOut(p *parcel) error {
 	before := e.replica.row
 	row, err := e.ownRow()
 	switch {
 	case err != nil:
 		return err
-	case row.totals.seq == before.totals.seq: // not yet, or never: the fence lets only one of two in
+	case row.totals.seq == before.totals.seq: // not stored, or not yet: sending it again is safe, as the fence lets only one of the two in
 		return nil
 	case row.totals.seq != before.totals.seq+1:
 		return errTampered
@@ -772,7 +792,7 @@ func (e *postgresEngine) findOut(p *parcel) error {
 	if !e.state.stored() {
 		earlier, err := e.ordersOfKeys(p.keys)
 		if err != nil {
-			e.replica.row = before
+			e.replica.row = before // so that the next attempt finds the same difference
 			return err
 		}
 		p.answerKeys(earlier)
@@ -781,12 +801,12 @@ func (e *postgresEngine) findOut(p *parcel) error {
 	return nil
 }
 
-// ordersOfKeys reads, for the writer, the orders that keys have created.
+// ordersOfKeys reads the orders that keys have created, on the writer's connection.
 func (e *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
 	found := map[string]order{}
-	rows, _ := e.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys) // rows.Err tells the error, too
+	rows, _ := e.conn.Query(ctx, "SELECT "+orderColumns+", key FROM orders WHERE key = ANY($1)", keys) // rows.Err returns this error, too
 	defer rows.Close()
 	for rows.Next() {
 		var key string
@@ -799,8 +819,8 @@ func (e *postgresEngine) ordersOfKeys(keys []string) (map[string]order, error) {
 	return found, rows.Err()
 }
 
-// send sends a batch once. An ERROR of the server has rolled it back; a FATAL
-// one, or a lost connection, tells nothing.
+// send sends a batch once. If the server answers with an ERROR, it has rolled the
+// batch back. After a FATAL error or a lost connection, the outcome is unknown.
 func (e *postgresEngine) send(p *parcel) error {
 	row := &e.replica.row
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
@@ -816,10 +836,10 @@ func (e *postgresEngine) send(p *parcel) error {
 		return fmt.Errorf("%w: %w", errRejected, err)
 	}
 	if err != nil {
-		e.conn.Close(ctx) // the server may have become read-only, or its plans invalid: another connection finds out
+		e.conn.Close(ctx) // the server may have become read-only, or the plan invalid: a new connection can find another server and makes a new plan
 		pgErr, rolledBack := errors.AsType[*pgconn.PgError](err)
 		rolledBack = rolledBack && pgErr.SeverityUnlocalized == "ERROR"
-		if rolledBack && e.replica.permanent(err) != nil && pgErr.Code != "0A000" { // the prepared plan became invalid
+		if rolledBack && e.replica.permanent(err) != nil && pgErr.Code != "0A000" { // 0A000: the prepared plan has become invalid
 			return fmt.Errorf("%w: %w", errBroken, e.replica.permanent(err))
 		}
 		if !rolledBack && !pgconn.SafeToRetry(err) {
@@ -828,14 +848,15 @@ func (e *postgresEngine) send(p *parcel) error {
 		return err
 	}
 	row.totals, e.state = t, settled
-	if e.replica.warned { // a cancelled wait for a synchronous standby is success, and a warning
+	if e.replica.warned { // if a wait for a synchronous standby is cancelled, PostgreSQL reports success with a WARNING
 		e.state = unproven
 	}
 	return nil
 }
 
-// fenced explains errFenced: our own earlier attempt while in doubt, else another
-// leader, or somebody who has changed the row.
+// fenced finds the reason for errFenced. While an earlier attempt is in doubt, that
+// attempt may be the reason, and findOut comes next. Otherwise another replica leads,
+// or somebody has changed the leader row.
 func (e *postgresEngine) fenced(err error) error {
 	if e.state.mayArrive() {
 		return err
@@ -844,8 +865,8 @@ func (e *postgresEngine) fenced(err error) error {
 	return cmp.Or(readErr, errTampered)
 }
 
-// ownRow reads the row anew. Its error tells where that is another leader's, or
-// behind what this one has left.
+// ownRow reads the leader row again. It returns errDeposed if another replica leads,
+// and errUnconfirmedIsGone if seq is lower than this leader left it.
 func (e *postgresEngine) ownRow() (leaderRow, error) {
 	left := e.replica.row.totals.seq
 	row, err := e.replica.readRow(context.Background(), e.conn)
@@ -860,7 +881,8 @@ func (e *postgresEngine) ownRow() (leaderRow, error) {
 	return row, nil
 }
 
-// absorb reads the answer of commitBatch.
+// absorb reads what commitBatch returns: the answers for the batch, and the new
+// totals. It returns errFenced if there is no row.
 func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 	defer rows.Close()
 	var void []int64
@@ -888,9 +910,9 @@ func (p *parcel) absorb(rows pgx.Rows) (t totals, err error) {
 	return t, nil
 }
 
-// expire looks up what the batch is to remove. Completed orders never change,
-// and only this writer removes them, so the list stays right however often it
-// is sent.
+// expire looks up the orders that the batch is to remove. Completed orders never
+// change, and only this writer removes them, so the list stays right however often
+// the batch is sent.
 func (e *postgresEngine) expire(b *batch) error {
 	x := b.expiry
 	if x == nil || b.removed != nil || e.state != settled {
@@ -908,7 +930,7 @@ func (e *postgresEngine) expire(b *batch) error {
 	b.removed, x.looked = []ulid.ULID{}, 0
 	for ; rows.Next(); x.looked++ {
 		var idLow int64
-		var expired *bool // NULL where somebody else completed it
+		var expired *bool // NULL if somebody completed the order by hand, without its times
 		if err := rows.Scan(&x.through, &idLow, &expired); err != nil {
 			return err
 		}
@@ -920,8 +942,8 @@ func (e *postgresEngine) expire(b *batch) error {
 	return rows.Err()
 }
 
-// tidy commits a beat where the last commit is long enough ago: standbys see by
-// it that the leader is there.
+// tidy commits a beat if the last confirmed commit is older than beatEvery. The beat
+// renews the lease and shows the standbys that the leader is alive.
 func (e *postgresEngine) tidy() (totals, error) {
 	var err error
 	if sent := e.lease.Load(); sent == nil || time.Since(*sent) > beatEvery {
@@ -930,9 +952,9 @@ func (e *postgresEngine) tidy() (totals, error) {
 	return e.replica.row.totals, err
 }
 
-// current refuses once the lease has run out: leaseTime after this leader sent its
-// last confirmed commit, another may have taken over. It asks both clocks, since
-// the monotonic one stands still while the machine sleeps.
+// current returns errDeposed if there is no lease, and errSilent if it has run out:
+// soon after that, another replica may lead. It compares both clocks, because the
+// monotonic clock stands still while the machine sleeps.
 func (e *postgresEngine) current() error {
 	sent := e.lease.Load()
 	if sent == nil {
@@ -945,7 +967,8 @@ func (e *postgresEngine) current() error {
 	return nil
 }
 
-// close hands over: standbys need not wait. Nothing is shown from here on.
+// close ends the lease, so that nothing is shown any more, and hands over, so that a
+// standby takes over without waiting.
 func (e *postgresEngine) close() error {
 	e.lease.Store(nil)
 	e.replica.leading.Store(false)
@@ -965,9 +988,9 @@ func (e *postgresEngine) close() error {
 	return nil
 }
 
-// query reads what source finds, in one snapshot with the leader's row, and
-// returns that row's seq. It ends after readBytes of text, and then more is true.
-// A connection that has died says so only when it is used: then a new one is tried.
+// query reads the orders that source selects, in one snapshot with the leader row,
+// and returns that row's seq. It stops after readBytes of text and then returns more
+// as true. It tries three times, because only using a connection shows that it has died.
 func (e *postgresEngine) query(source string, args ...any) (orders []order, more bool, seq int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readTimeout)
 	defer cancel()
@@ -976,7 +999,7 @@ func (e *postgresEngine) query(source string, args ...any) (orders []order, more
 		if err == nil || errors.Is(err, errDeposed) {
 			return orders, more, seq, err
 		}
-		e.reads.Reset() // the other connections have died with this one
+		e.reads.Reset() // the other connections have probably died, too
 		sleep(ctx, reconnectPause/10)
 	}
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)
@@ -995,7 +1018,7 @@ func (e *postgresEngine) tryQuery(ctx context.Context, source string, args []any
 		if err != nil {
 			return nil, false, 0, err
 		}
-		if term != e.term || seq < least { // seq < least: a server that lags behind
+		if term != e.term || seq < least { // seq < least: this server lacks confirmed commits
 			return nil, false, 0, errDeposed
 		}
 		if !o.id.IsZero() {
@@ -1007,7 +1030,7 @@ func (e *postgresEngine) tryQuery(ctx context.Context, source string, args []any
 	if err := rows.Err(); err != nil {
 		return nil, false, 0, err
 	}
-	if !answered { // the leader's row is gone
+	if !answered { // there is no leader row
 		return nil, false, 0, errDeposed
 	}
 	return orders, room <= 0, seq, nil
@@ -1033,8 +1056,8 @@ func (e *postgresEngine) findKey(key string) (order, int64, error) {
 }
 
 // list bounds the cost of a page by its length, not by the table's: Pending and
-// Processing orders have an index of their own, and no Completed order is newer
-// than the newest that was started.
+// Processing orders have an index of their own, and a list of Completed orders begins
+// at the newest order that was ever started, since no newer one is Completed.
 func (e *postgresEngine) list(f filter) (p page, seq int64, err error) {
 	where, args := "id_high < $1", []any{f.before, f.limit + 1}
 	add := func(condition string, arg any) {
@@ -1049,7 +1072,7 @@ func (e *postgresEngine) list(f filter) (p page, seq int64, err error) {
 		if f.status.final() {
 			where += " AND id_high <= l.newest_started"
 		} else {
-			where += " AND status < 2"
+			where += " AND status < 2" // the condition of the index orders_unfinished
 		}
 	}
 	orders, more, seq, err := e.query("SELECT * FROM orders WHERE "+where+" ORDER BY id_high DESC LIMIT $2", args...)
@@ -1060,10 +1083,11 @@ func (e *postgresEngine) list(f filter) (p page, seq int64, err error) {
 	return p, seq, err
 }
 
-// backlog reads both unfinished statuses by their index; most of it is Pending.
-// It waits until what it has read is confirmed: no order is worked on before.
+// backlog reads Pending and Processing orders apart, since their index is ordered by
+// ID only within a status. It returns once the commit that it has read is confirmed,
+// so that no order is worked on before.
 func (e *postgresEngine) backlog(after int64, limit int) (found []queued, err error) {
-	// Without text, of which a page holds only so much.
+	// The texts are left out, so that query does not stop after readBytes of them.
 	const part = "(SELECT id_high, id_low, status, '' AS user_id, '' AS item_ids, cents, started, took FROM orders WHERE status < 2 AND status = %d AND id_high > $1 ORDER BY id_high LIMIT $2)"
 	orders, _, seq, err := e.query(fmt.Sprintf(part+" UNION ALL "+part+" ORDER BY id_high LIMIT $2", pending, processing), after, limit)
 	for err == nil && e.confirmedSeq.Load() < seq {

@@ -43,7 +43,7 @@ import (
 
 const (
 	maxBody     = 64 << 10 // bytes of a request's body
-	maxRefused  = 1 << 20  // bytes that are read of the body of a request that is refused; nginx sends no more
+	maxRefused  = 1 << 20  // bytes that are read of a refused request's body; nginx sends no more
 	maxHeader   = 64 << 10 // bytes of a request's header
 	maxUserID   = 128      // bytes, trimmed
 	maxItems    = 1000
@@ -53,7 +53,7 @@ const (
 	maxWait     = 60 * time.Second // longest Prefer: wait
 	maxPage     = 1000             // orders in a list
 	defaultPage = 50
-	answerTime  = 500 * time.Millisecond // least time at shutdown for what is in flight
+	answerTime  = 500 * time.Millisecond // minimum time at shutdown for requests in flight
 )
 
 var (
@@ -66,19 +66,19 @@ var (
 // serverOptions are the server's part of the configuration.
 type serverOptions struct {
 	token       string       // bearer token that requests must carry; empty asks for none
-	readToken   string       // another one, which only reads; or empty
+	readToken   string       // another token, which may only read; or empty
 	certificate *certificate // to serve HTTPS with, or nil
 	proxyHosts  []string     // Host names from -host, in lower case; if there are any, a peer on loopback is a proxy
-	ownHosts    []string     // all Host names that are ours; empty takes any
+	ownHosts    []string     // all Host names that this server answers to; if empty, any name
 	gauges      func() []gauge
 }
 
-// localOrders is what answers for orders: with SQLite from start to end, with
-// PostgreSQL while this replica leads.
+// localOrders answers requests about orders in this process: with SQLite from start
+// to end, with PostgreSQL while this replica leads.
 type localOrders struct {
 	store *store
 	pool  *pool
-	pass  string // that requests passed on by other replicas carry; or empty
+	pass  string // secret in the requests that other replicas pass on; or empty
 }
 
 // server is the HTTP side: Echo routes to the handlers, everything else is
@@ -86,7 +86,7 @@ type localOrders struct {
 type server struct {
 	serverOptions
 	local     atomic.Pointer[localOrders] // nil while another replica leads
-	forwarder *forwarder                  // passes requests on to the leader, if that is another
+	forwarder *forwarder                  // passes requests on to the leader, if another replica leads
 	metrics   *metrics
 	log       *logger
 	http      *http.Server
@@ -158,13 +158,14 @@ func (s *server) handler() http.Handler {
 	return e
 }
 
-// localOrForwarded has a request answered by whoever leads: here, or by the leader.
+// localOrForwarded answers a request by here while this process has the orders, and
+// else passes the request on to the leader.
 func (s *server) localOrForwarded(here func(echo.Context, *localOrders) error) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		if l := s.local.Load(); l != nil {
 			return here(c, l)
 		}
-		body, err := readBody(c) // before it is sent on: what does not arrive here is no fault of the way there
+		body, err := readBody(c) // read first, so that a body that does not arrive here is not taken for a failure of the leader
 		if err != nil {
 			return err
 		}
@@ -172,15 +173,15 @@ func (s *server) localOrForwarded(here func(echo.Context, *localOrders) error) e
 	}
 }
 
-// canonical undoes percent-encoding that changes nothing, and gives an absolute
-// address without a path the root's: these are the same resource (RFC 3986,
-// sections 6.2.2.2 and 6.2.3), but Echo routes by the path as it was sent.
+// canonical removes needless percent-encoding from the path, and turns the empty path
+// of an absolute URL into /. Both forms name the same resource (RFC 3986, sections
+// 6.2.2.2 and 6.2.3), but Echo routes by the path as it was sent.
 func canonical(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if u := r.URL; u.RawPath != "" {
 			segments := strings.Split(u.RawPath, "/")
 			for i, segment := range segments {
-				text, _ := url.PathUnescape(segment) // net/url has checked it
+				text, _ := url.PathUnescape(segment) // net/url has checked the escapes
 				segments[i] = url.PathEscape(text)
 			}
 			if u.RawPath = strings.Join(segments, "/"); u.RawPath == u.Path {
@@ -212,17 +213,18 @@ func (l listener) Accept() (net.Conn, error) {
 	return accepted, err
 }
 
-// conn can do without net/http's watch: a read, in a goroutine of its own, that
-// tells while a handler waits that the client has gone. A create is not given up
-// then, and without the watch takes a tenth less.
+// conn can end net/http's watch: a read, in a goroutine of its own, which notices
+// that the client has gone while a handler works. A create goes on even if its client
+// has gone, and takes a tenth less time without the watch.
 type conn struct {
 	*net.TCPConn
-	// The next read returns at once, with nothing, as an io.Reader may: that of the
-	// watch, or where it has begun that of the next request, which is then repeated.
+	// unwatched makes the next Read return at once without bytes or error, as an
+	// io.Reader may. This is the watch's read or, if the watch is already reading, that
+	// of the next request, which net/http then repeats.
 	unwatched atomic.Bool
 }
 
-type connKey struct{} // of the connection in a request's context
+type connKey struct{} // key of the connection in a request's context
 
 func (c *conn) Read(p []byte) (int, error) {
 	if c.unwatched.Load() {
@@ -232,8 +234,8 @@ func (c *conn) Read(p []byte) (int, error) {
 	return c.TCPConn.Read(p)
 }
 
-// shutdown answers what is in flight, and cuts it off at the deadline, but not
-// before it had answerTime.
+// shutdown waits for requests in flight and cuts them off at the deadline, but leaves
+// them at least answerTime.
 func (s *server) shutdown(deadline time.Time) {
 	ctx, cancel := context.WithTimeout(context.Background(), max(answerTime, time.Until(deadline)))
 	defer cancel()
@@ -244,18 +246,18 @@ func (s *server) shutdown(deadline time.Time) {
 	}
 }
 
-const renewEvery = 5 * time.Second // least time between two looks at a certificate's files
+const renewEvery = 5 * time.Second // minimum time between two reads of a certificate's files
 
-// certificate is a pair of files for TLS. They are read again as handshakes come
-// in, so that a renewed pair is taken up without a restart.
+// certificate is a pair of files for TLS: the certificate chain and its key. get reads
+// them again during handshakes, so that a renewed pair is used without a restart.
 type certificate struct {
 	certFile, keyFile string
 	log               *logger
 
 	mu      sync.Mutex       // guards the rest
-	pair    *tls.Certificate // the last that was good
-	read    time.Time        // when the files were
-	trouble string           // what was wrong with them then; it is logged once
+	pair    *tls.Certificate // the last valid pair
+	read    time.Time        // when the files were last read
+	trouble string           // error of that read, or empty; logged when it changes
 }
 
 func openCertificate(certFile, keyFile string, log *logger) (*certificate, error) {
@@ -266,7 +268,7 @@ func openCertificate(certFile, keyFile string, log *logger) (*certificate, error
 	return &certificate{certFile: certFile, keyFile: keyFile, log: log, pair: &pair, read: time.Now()}, nil
 }
 
-// get is for tls.Config.
+// get is the GetCertificate of tls.Config.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -307,16 +309,16 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		}
 		s.logRequest(id, began, took, request, response, err)
 		if errors.Is(err, http.ErrAbortHandler) {
-			panic(http.ErrAbortHandler) // net/http cuts the connection, or the answer would look whole
+			panic(http.ErrAbortHandler) // makes net/http cut the connection, else the answer would look whole
 		}
 		return nil
 	}
 }
 
-// traceparent is the form of W3C's header: https://www.w3.org/TR/trace-context/.
+// traceparent matches the value of W3C's header: https://www.w3.org/TR/trace-context/.
 var traceparent = regexp.MustCompile(`^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$`)
 
-// logRequest tells of a 503 the cause, too: its client is not told all of it.
+// logRequest logs a request, and of a 503 the cause, which the client is not told.
 func (s *server) logRequest(id string, began time.Time, took time.Duration, request *http.Request, response *echo.Response, err error) {
 	handler := s.log.Handler()
 	if !handler.Enabled(context.Background(), slog.LevelInfo) {
@@ -335,8 +337,9 @@ func (s *server) logRequest(id string, began time.Time, took time.Duration, requ
 	handler.Handle(context.Background(), line)
 }
 
-// client is the peer. Behind a proxy on this machine, or passed on by a replica,
-// it is the last entry of X-Forwarded-For, the one that they have added.
+// client returns the client's address. If a proxy on this machine or another replica
+// has passed the request on, this is the last entry of X-Forwarded-For, which the proxy
+// or the replica has added; otherwise it is the peer.
 func (s *server) client(r *http.Request) string {
 	forwarded := r.Header["X-Forwarded-For"]
 	if len(forwarded) == 0 {
@@ -356,20 +359,20 @@ func (s *server) client(r *http.Request) string {
 	return addr.WithZone("").String()
 }
 
-// passedOn reports whether another replica, which follows this one, has passed
-// the request on: its word on client and Host is good.
+// passedOn reports whether a replica that follows this one has passed the request on:
+// what that replica says of the client and the Host can be trusted.
 func (s *server) passedOn(r *http.Request) bool {
 	l, pass := s.local.Load(), r.Header[passHeader]
 	return l != nil && l.pass != "" && len(pass) == 1 && subtle.ConstantTimeCompare([]byte(pass[0]), []byte(l.pass)) == 1
 }
 
-// admitAndHandle calls the handler of a request that is admitted. A panic becomes an
-// error, with the stack for the log.
+// admitAndHandle calls the handler if the request is admitted. It turns a panic into
+// an error that holds the stack, for the log.
 func (s *server) admitAndHandle(c echo.Context, handler echo.HandlerFunc) (err error) {
 	defer func() {
 		switch r := recover(); r {
 		case nil:
-		case http.ErrAbortHandler: // an answer that was passed on has ended half-way: see observe
+		case http.ErrAbortHandler: // the leader's answer, passed on, has ended half-way: see observe
 			err = http.ErrAbortHandler
 		default:
 			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
@@ -384,9 +387,9 @@ func (s *server) admitAndHandle(c echo.Context, handler echo.HandlerFunc) (err e
 // public are the paths that need no token, and that any page may ask for.
 var public = map[string]bool{"/": true, "/livez": true, "/readyz": true, "/healthz": true}
 
-// admit keeps out requests for another host's name (DNS rebinding) while we
-// listen on loopback only, those that a page of another site made a browser
-// send, and those without the token where one is set.
+// admit refuses requests for another host's name (DNS rebinding) while the server
+// listens on loopback only, requests that a page of another site made a browser
+// send, and requests without the token if one is set.
 func (s *server) admit(c echo.Context) error {
 	request, path := c.Request(), c.Path()
 	switch {
@@ -414,10 +417,10 @@ func (s *server) ours(host string) bool {
 // harmless are the methods that the read token allows.
 var harmless = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 
-// authorize demands the token; the read token will do for harmless methods.
+// authorize requires the token, or for harmless methods one of the two tokens.
 func (s *server) authorize(c echo.Context) error {
 	scheme, given, _ := strings.Cut(c.Request().Header.Get(echo.HeaderAuthorization), " ")
-	hash := sha256.Sum256([]byte(given)) // equal lengths to compare
+	hash := sha256.Sum256([]byte(given)) // so that both lengths are equal when compared
 	mayPlace := subtle.ConstantTimeCompare(hash[:], s.tokenHash[:]) == 1
 	reads := mayPlace || s.readToken != "" && subtle.ConstantTimeCompare(hash[:], s.readTokenHash[:]) == 1
 	switch {
@@ -461,7 +464,8 @@ func (s *server) createOrder(c echo.Context, l *localOrders) error {
 	if o.replayed {
 		header.Set("Idempotent-Replayed", "true")
 	}
-	// By hand, as in getOrder: an ID needs no escaping, and these are the answers that are many.
+	// The JSON is made by hand, as in getOrder, because these two answers are the most
+	// frequent ones and an ID needs no escaping.
 	return c.JSONBlob(http.StatusCreated, []byte(`{"message":"Order created","order_id":"`+id+`"}`+"\n"))
 }
 
@@ -469,11 +473,11 @@ func readBody(c echo.Context) ([]byte, error) {
 	request := c.Request()
 	if request.ContentLength > maxBody {
 		if request.ProtoMajor == 1 {
-			c.Response().Header().Set(echo.HeaderConnection, "close") // or net/http would wait for the body
+			c.Response().Header().Set(echo.HeaderConnection, "close") // else net/http would wait for the body
 		}
 		return nil, unreadable(&http.MaxBytesError{Limit: maxBody})
 	}
-	// MaxBytesReader closes the connection only through net/http's own writer.
+	// MaxBytesReader can close the connection only if it gets net/http's own writer.
 	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, request.Body, maxBody))
 	if err != nil {
 		return nil, unreadable(err)
@@ -481,7 +485,7 @@ func readBody(c echo.Context) ([]byte, error) {
 	return body, nil
 }
 
-// unreadable tells why a body did not arrive whole.
+// unreadable returns the fault that says why a body did not arrive whole.
 func unreadable(err error) error {
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return newFault(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", tooLarge.Limit)
@@ -494,8 +498,8 @@ func unreadable(err error) error {
 
 var quotedString = regexp.MustCompile(`^"(?:[^"\\]|\\["\\])*"$`)
 
-// idempotencyKey reads the header of the IETF draft, whose value is a quoted
-// string, and the bare form that most clients send:
+// idempotencyKey reads the header Idempotency-Key: either a quoted string, as in the
+// IETF draft, or the bare key that most clients send. The draft:
 // https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
 func idempotencyKey(values []string) (string, error) {
 	if len(values) == 0 {
@@ -513,10 +517,10 @@ func idempotencyKey(values []string) (string, error) {
 	return key, nil
 }
 
-// decodeCreate reads a body into an order. A body that is no single JSON object
-// is a 400; all that is wrong with its fields is one 422.
+// decodeCreate reads a body into an order. A body that is not a single JSON object
+// is a 400; one 422 lists everything that is wrong with its fields.
 func decodeCreate(body []byte) (*creation, error) {
-	var members map[string]json.RawMessage // exact names, unlike a struct's
+	var members map[string]json.RawMessage // a map tells upper from lower case in names, a struct does not
 	if !utf8.Valid(body) || json.Unmarshal(body, &members) != nil || members == nil {
 		return nil, newFault(http.StatusBadRequest, "The body must be one JSON object in UTF-8, such as "+
 			`{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}.`)
@@ -539,7 +543,7 @@ func decodeCreate(body []byte) (*creation, error) {
 			bad("is missing")
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(members)) { // what is left is unknown
+	for _, name := range slices.Sorted(maps.Keys(members)) { // the names that are left are unknown
 		problems = append(problems, fieldError{name, "is not a field of an order: the fields are user_id, item_ids and total_amount"})
 	}
 	for _, name := range repeated(body, count) {
@@ -554,10 +558,10 @@ func decodeCreate(body []byte) (*creation, error) {
 }
 
 // repeated lists the names that a valid JSON object has more than once. different
-// is how many names it has.
+// is the number of its different names.
 func repeated(object []byte, different int) (names []string) {
-	// Each name has a colon behind it: a second look, which costs a twentieth of a
-	// create, is for an object with more of them.
+	// A colon follows each name, so without more colons than different names none is
+	// repeated. This saves reading again, which costs a twentieth of a create.
 	if bytes.Count(object, []byte(":")) == different {
 		return nil
 	}
@@ -577,8 +581,8 @@ func repeated(object []byte, different int) (names []string) {
 	return names
 }
 
-// unquote reads a valid JSON string. whole is false for an escape such as
-// \ud800 that is half a character: encoding/json puts U+FFFD in its place.
+// unquote reads a valid JSON string. whole is false if the string has an escape for
+// half a character, such as \ud800, which encoding/json replaces by U+FFFD.
 func unquote(value json.RawMessage) (text string, whole bool) {
 	if bytes.IndexByte(value, '\\') < 0 {
 		return string(value[1 : len(value)-1]), true
@@ -589,7 +593,7 @@ func unquote(value json.RawMessage) (text string, whole bool) {
 	return text, strings.Count(text, "\uFFFD") == meant
 }
 
-// complain notes what is wrong with a field.
+// complain records what is wrong with a field.
 type complain func(format string, args ...any)
 
 func (c *creation) parseUserID(value json.RawMessage, bad complain) {
@@ -632,8 +636,8 @@ func (c *creation) parseAmount(value json.RawMessage, bad complain) {
 	}
 }
 
-// plainText takes a string without control characters (Unicode's category Cc).
-// ok is false only for what is no string.
+// plainText reads a string, and complains if it has control characters (Unicode's
+// category Cc) or half a character. ok is false only if value is not a string.
 func plainText(value json.RawMessage, bad complain) (text string, ok bool) {
 	if kind := kindOf(value); kind != "a string" {
 		bad("must be a string, not %s", kind)
@@ -671,13 +675,13 @@ func parseCents(number string) (int64, error) {
 	mantissa, exponent := number, 0
 	if i := strings.IndexAny(number, "eE"); i >= 0 {
 		mantissa = number[:i]
-		exponent, _ = strconv.Atoi(number[i+1:]) // out of range: the largest int
+		exponent, _ = strconv.Atoi(number[i+1:]) // if out of range, the int nearest to it
 		exponent = min(max(exponent, -maxBody*2), maxBody*2)
 	}
 	mantissa, negative := strings.CutPrefix(mantissa, "-")
 	whole, fraction, _ := strings.Cut(mantissa, ".")
 	digits := strings.TrimRight(whole+fraction, "0")
-	zeros := len(whole) + exponent + 2 - len(digits) // to append to the digits to get cents
+	zeros := len(whole) + exponent + 2 - len(digits) // how many to append to digits to get cents
 	digits = strings.TrimLeft(digits, "0")
 	switch {
 	case digits == "":
@@ -696,7 +700,7 @@ func parseCents(number string) (int64, error) {
 
 // getOrder answers from memory, or on a miss from one indexed row; with
 // view=full always from the row. With Prefer: wait it holds the answer until the
-// order is Completed.
+// order is Completed, the wait is over, or the service stops.
 func (s *server) getOrder(c echo.Context, l *localOrders) error {
 	id, err := ulid.ParseStrict(c.Param("order_id"))
 	if err != nil {
@@ -730,7 +734,7 @@ func (s *server) getOrder(c echo.Context, l *localOrders) error {
 // Values of headers, made once.
 var noStore, typeJSON = []string{"no-store"}, []string{echo.MIMEApplicationJSON}
 
-// fullView reads the parameter view. Others are ignored, unreadable ones too.
+// fullView reads the parameter view. It ignores other parameters, even unreadable ones.
 func fullView(query string) (full bool, err error) {
 	for pair := range strings.SplitSeq(query, "&") {
 		name, value, _ := strings.Cut(pair, "=")
@@ -754,8 +758,8 @@ func wholeOrder(c echo.Context, s *store, id ulid.ULID) error {
 	return answerJSON(c, http.StatusOK, echo.MIMEApplicationJSON, newOrderDocument(o))
 }
 
-// The elements of a header that is a list (a comma in quotes belongs to its
-// element), and of those of Prefer the one to wait.
+// listElements matches each element of a header that is a list; a comma in quotes
+// belongs to its element. waitPreference matches the element of Prefer that asks to wait.
 var (
 	listElements   = regexp.MustCompile(`(?:[^,"]|"(?:[^"\\]|\\.)*"?)+`)
 	waitPreference = regexp.MustCompile(`^\s*(?i:wait)\s*=\s*(?:(\d+)|"(\d+)")\s*(?:;.*)?$`)
@@ -766,7 +770,7 @@ var (
 func preferredWait(values []string) (wait time.Duration, ok bool) {
 	for _, preference := range listElements.FindAllString(strings.Join(values, ","), -1) {
 		if m := waitPreference.FindStringSubmatch(preference); m != nil {
-			seconds, _ := strconv.ParseUint(m[1]+m[2], 10, 64) // out of range: the largest
+			seconds, _ := strconv.ParseUint(m[1]+m[2], 10, 64) // if out of range, the largest
 			return time.Duration(min(seconds, uint64(maxWait/time.Second))) * time.Second, true
 		}
 	}
@@ -781,8 +785,8 @@ type orderDocument struct {
 	TotalAmount json.Number `json:"total_amount"`
 	Status      string      `json:"status"`
 	CreatedAt   string      `json:"created_at"`
-	StartedAt   *string     `json:"started_at"` // null until then, as is the next
-	CompletedAt *string     `json:"completed_at"`
+	StartedAt   *string     `json:"started_at"`   // null until the order is Processing
+	CompletedAt *string     `json:"completed_at"` // null until the order is Completed
 }
 
 func newOrderDocument(o order) orderDocument {
@@ -799,8 +803,8 @@ func newOrderDocument(o order) orderDocument {
 	return d
 }
 
-// listOrders answers a page, newest first. Its cursor is the ID of the last
-// order, so pages stay right while orders arrive.
+// listOrders answers with a page, newest first. The cursor is the ID of the page's
+// last order, so that pages stay right while orders arrive.
 func (s *server) listOrders(c echo.Context, l *localOrders) error {
 	query, err := url.ParseQuery(c.Request().URL.RawQuery)
 	if err != nil {
@@ -875,8 +879,9 @@ func parseFilter(query url.Values) (filter, error) {
 	return f, nil
 }
 
-// getMetrics answers in JSON for the orders, and in Prometheus's format for this
-// process, or with ?of=leader, as the page asks, for the one that leads.
+// getMetrics answers with the summary of the orders in JSON, or with this process's
+// metrics in Prometheus's format. With ?of=leader, which our page uses, the latter are
+// those of the leader.
 func (s *server) getMetrics(c echo.Context) error {
 	header := c.Response().Header()
 	header[echo.HeaderCacheControl] = noStore
@@ -902,7 +907,7 @@ func (s *server) summary(c echo.Context, l *localOrders) error {
 }
 
 // prefersText reports whether an Accept header ranks Prometheus's text format
-// above JSON. For each the most specific range counts (RFC 9110, section 12.5.1).
+// above JSON. For each format the most specific range counts (RFC 9110, section 12.5.1).
 func prefersText(accept []string) bool {
 	qualities := map[string]float64{} // by range
 	for _, element := range listElements.FindAllString(strings.Join(accept, ","), -1) {
@@ -951,7 +956,7 @@ func (s *server) prometheus() []byte {
 	return e.text
 }
 
-// ordersMetrics tells of the orders and the work on them.
+// ordersMetrics adds the metrics of the orders and of the work on them.
 func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	t, cache := l.store.publishedTotals(), l.store.cache
 	sum := s.metrics.summarize(t)
@@ -980,7 +985,7 @@ func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	e.single("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
 }
 
-// oldestPending is an age in seconds.
+// oldestPending returns the age of the oldest Pending order in seconds, 0 without one.
 func oldestPending(s *store) float64 {
 	first, err := s.oldest(pending)
 	if err != nil {
@@ -999,7 +1004,7 @@ func (s *server) getReady(c echo.Context) error {
 	return c.String(http.StatusOK, "ready\n")
 }
 
-// ready tells why creates are not taken, or soon will not be.
+// ready returns why creates are not taken now, or soon will not be; else nil.
 func (s *server) ready() error {
 	l := s.local.Load()
 	switch {
@@ -1018,8 +1023,8 @@ func (s *server) ready() error {
 	return nil
 }
 
-// servePage serves the one page. Its policy allows its own script and style by
-// their hashes, and requests to this server only.
+// servePage serves the only page. The page's Content-Security-Policy allows its own
+// script and style by their hashes, and requests to this server only.
 func (s *server) servePage(c echo.Context) error {
 	header := c.Response().Header()
 	header.Set(echo.HeaderContentSecurityPolicy, pagePolicy)
@@ -1032,7 +1037,7 @@ func (s *server) servePage(c echo.Context) error {
 var pagePolicy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; script-src " +
 	inlineHash("script") + "; style-src " + inlineHash("style")
 
-// inlineHash is the CSP source of the page's one element of that name.
+// inlineHash returns the CSP source that allows the page's only element of that name.
 func inlineHash(element string) string {
 	_, rest, _ := bytes.Cut(pageHTML, []byte("<"+element+">"))
 	text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
@@ -1043,27 +1048,27 @@ func inlineHash(element string) string {
 func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
 
 // passHeader carries the leader's pass in a request that a replica passes on.
-// None passes such a request on again.
+// A replica never passes such a request on again.
 const passHeader = "Orderd-Passed-On"
 
-// errNoLeader says that a request has not come to a leader.
+// errNoLeader says that a request has not reached a leader.
 var errNoLeader = errors.New("no replica leads that this one can reach")
 
-// forwarder passes requests on to the replica that leads, of which standBy tells.
+// forwarder passes requests on to the leader. replica.standBy calls follow to name it.
 type forwarder struct {
 	transport *http.Transport
 	buffers   sync.Pool
-	target    atomic.Pointer[destination] // nil where there is none
-	stopping  context.Context             // done when this replica stops: waits are given up
+	target    atomic.Pointer[destination] // nil while no leader is known
+	stopping  context.Context             // done when this replica stops, which ends requests with Prefer
 	stop      context.CancelFunc
 }
 
 // destination is a leader during its term.
 type destination struct {
-	address string   // as it was told
-	url     *url.URL // the same
+	address string   // as follow got it
+	url     *url.URL // the parsed address
 	pass    string
-	gone    context.Context // done when it no longer leads: requests to it are given up
+	gone    context.Context // done when this leader no longer leads, which ends requests to it
 	leave   context.CancelFunc
 }
 
@@ -1072,10 +1077,10 @@ func newForwarder() *forwarder {
 		transport: &http.Transport{
 			DialContext:         (&net.Dialer{Timeout: time.Second}).DialContext,
 			TLSHandshakeTimeout: time.Second,
-			// Above the longest wait: only a leader whose packets are lost takes longer.
+			// Above the longest wait, so that only a leader whose packets are lost exceeds it.
 			ResponseHeaderTimeout: maxWait + 10*time.Second,
 			MaxIdleConnsPerHost:   1024,
-			IdleConnTimeout:       time.Minute, // below the server's: no request meets a connection that it is closing
+			IdleConnTimeout:       time.Minute, // below the leader's, so that no request uses a connection that the leader is closing
 			DisableCompression:    true,
 		},
 		buffers: sync.Pool{New: func() any { return new([32 << 10]byte) }},
@@ -1084,11 +1089,11 @@ func newForwarder() *forwarder {
 	return f
 }
 
-// Get and Put make it a httputil.BufferPool.
+// Get and Put make forwarder an httputil.BufferPool.
 func (f *forwarder) Get() []byte  { return f.buffers.Get().(*[32 << 10]byte)[:] }
 func (f *forwarder) Put(b []byte) { f.buffers.Put((*[32 << 10]byte)(b)) }
 
-// follow is told where the leader is, "" for nowhere. It has one caller.
+// follow takes the leader's address and pass, or "" for no leader. It has one caller.
 func (f *forwarder) follow(address, pass string) {
 	old := f.target.Load()
 	if old == nil && address == "" || old != nil && old.pass == pass && old.address == address {
@@ -1105,7 +1110,7 @@ func (f *forwarder) follow(address, pass string) {
 	}
 }
 
-// ready tells why requests cannot be passed on.
+// ready returns errNoLeader if requests cannot be passed on.
 func (f *forwarder) ready() error {
 	if f.target.Load() == nil {
 		return errNoLeader
@@ -1113,8 +1118,8 @@ func (f *forwarder) ready() error {
 	return nil
 }
 
-// forward answers with the leader's answer. It returns errNoLeader if the request
-// has not reached the leader, and errOutcomeUnknown if a create may have.
+// forward answers with the leader's answer. Without one it returns errOutcomeUnknown
+// if the leader may have got a create, else errNoLeader.
 func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte, client string) error {
 	leader := f.target.Load()
 	if leader == nil || r.Header.Get(passHeader) != "" {
@@ -1131,7 +1136,7 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 	proxy := httputil.ReverseProxy{
 		Transport:  f.transport,
 		BufferPool: f,
-		Rewrite: func(p *httputil.ProxyRequest) { // it has removed the client's own X-Forwarded headers
+		Rewrite: func(p *httputil.ProxyRequest) { // ReverseProxy has removed the client's own X-Forwarded headers
 			p.SetURL(leader.url)
 			p.SetXForwarded()
 			if host, _, err := net.SplitHostPort(client); err == nil {
@@ -1139,13 +1144,13 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 			}
 			p.Out.Header.Set("X-Forwarded-For", client)
 			p.Out.Header.Set(passHeader, leader.pass)
-			p.Out.Header.Del("Expect")             // its 100 would be taken for the answer
-			p.Out.URL.RawQuery = p.In.URL.RawQuery // what cannot be read, too
+			p.Out.Header.Del("Expect")             // the leader's 100 would be taken for the answer
+			p.Out.URL.RawQuery = p.In.URL.RawQuery // including parameters that ReverseProxy cannot read and leaves out
 			p.Out.Host = p.In.Host
 		},
 		ModifyResponse: func(answer *http.Response) error {
 			for name := range w.Header() {
-				answer.Header.Del(name) // this replica has set it already
+				answer.Header.Del(name) // this replica has set that header already
 			}
 			return nil
 		},
@@ -1156,7 +1161,7 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 			}
 		},
 	}
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from here on it may have been sent
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from here on the request may have been sent
 	r = r.WithContext(httptrace.WithClientTrace(ctx, trace))
 	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
 	proxy.ServeHTTP(w, r)
@@ -1184,7 +1189,7 @@ func newFault(status int, format string, args ...any) *fault {
 func (f *fault) Error() string { return f.Detail }
 
 // faultOf is the one place where an error becomes a status. An unknown error
-// is a 500 that tells nothing.
+// becomes a 500 that does not tell its cause.
 func faultOf(err error, c echo.Context) *fault {
 	if f, ok := errors.AsType[*fault](err); ok {
 		return f
@@ -1217,7 +1222,7 @@ func faultOf(err error, c echo.Context) *fault {
 	return newFault(http.StatusInternalServerError, "The server failed to answer; the cause is in its log under this X-Request-Id.")
 }
 
-// problem answers an error.
+// problem answers a request with the problem document for err.
 func (s *server) problem(err error, c echo.Context) {
 	f := faultOf(err, c)
 	header := c.Response().Header()
@@ -1236,9 +1241,10 @@ func (s *server) problem(err error, c echo.Context) {
 	}
 }
 
-// readRest reads what a request that is refused still sends, if its connection
-// ends with it, as nginx has it: a close before would be a reset, and nginx would
-// answer 502 (RFC 9112, section 9.6). net/http does so for connections that stay.
+// readRest reads the rest of a refused request's body if the connection closes after
+// this request, as nginx asks by default. To close it before the body has arrived would
+// reset it, and nginx would answer 502 (RFC 9112, section 9.6). On a connection that
+// stays open, net/http reads the rest itself.
 func readRest(r *http.Request) {
 	if r.Close && r.ContentLength <= maxRefused && r.Header.Get("Expect") == "" {
 		io.CopyN(io.Discard, r.Body, maxRefused)

@@ -28,24 +28,24 @@ import (
 
 // ---- The domain: orders, their steps, the totals, and what can go wrong. ----
 
-// order is one row. Its ULID says when it was created and, since the writer
-// makes the IDs in commit order, its place in the queue.
+// order is one row. Its ULID holds its time of creation and its place in the
+// queue, because the writer makes the IDs in commit order.
 type order struct {
 	id         ulid.ULID
 	userID     string
 	itemIDs    string // comma-separated, no spaces around the commas
 	cents      int64
 	status     status
-	startedMS  int64 // Unix ms of the first attempt since the last start, by the wall clock; 0 until Processing
-	tookMicros int64 // µs from start to completion, by the monotonic clock
+	startedMS  int64 // Unix ms of the first attempt since the last start, by the wall clock; 0 while Pending
+	tookMicros int64 // µs from the start to the completion, by the monotonic clock; 0 until Completed
 }
 
-// amount is the total as JSON shows it, exact.
+// amount returns the exact total as a JSON number.
 func (o *order) amount() json.Number {
 	return json.Number(fmt.Sprintf("%d.%02d", o.cents/100, o.cents%100))
 }
 
-// timestamp is how JSON shows Unix ms.
+// timestamp returns Unix ms as JSON shows it: RFC 3339, in UTC.
 func timestamp(ms int64) string {
 	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
 }
@@ -65,13 +65,13 @@ func joinID(high, low int64) (id ulid.ULID) {
 type creation struct {
 	order
 	key      string    // idempotency key, or empty
-	newID    ulid.ULID // set by the writer: the ID if this create stores an order
-	replayed bool      // order is the one that the key created earlier
-	err      error     // of this create alone
+	newID    ulid.ULID // set by the writer: the ID that the order gets if it is stored
+	replayed bool      // the field order is the one that the key created earlier
+	err      error     // why this create alone failed, or nil
 }
 
-// replay resolves c with the order that its key created earlier: that order if
-// the content is the same, else errKeyReused.
+// replay answers c with the order that its key created earlier if both have the
+// same content, else with errKeyReused.
 func (c *creation) replay(earlier order) {
 	if earlier.userID == c.userID && earlier.itemIDs == c.itemIDs && earlier.cents == c.cents {
 		c.order, c.replayed, c.err = earlier, true, nil
@@ -80,10 +80,10 @@ func (c *creation) replay(earlier order) {
 	}
 }
 
-// reset undoes what an attempt that was rolled back has set.
+// reset undoes what a rolled back attempt to commit c has set.
 func (c *creation) reset() { c.id, c.replayed, c.err = c.newID, false, nil }
 
-// stored reports whether c made a new order. Ask after the commit.
+// stored reports whether c made a new order. Call it after the commit.
 func (c *creation) stored() bool { return !c.replayed && c.err == nil }
 
 // transition is one order's move to a later status.
@@ -91,15 +91,15 @@ type transition struct {
 	id                    ulid.ULID
 	from, to              status
 	startedMS, tookMicros int64 // as in order
-	void                  bool  // set by the engine: the order was not in from, nothing changed
+	void                  bool  // set by the engine: the order did not have status from, so nothing changed
 }
 
-// totals are written by every commit together with its orders (SQLite: table
-// totals; PostgreSQL: row leader). metrics.db copies the sums instead of adding
-// to them, so taking them over twice does no harm.
+// totals are counts and sums over all orders. Every commit writes them together
+// with its orders (SQLite: table totals; PostgreSQL: the row in leader), as the
+// outbox to metrics.db, which copies them: copying twice does no harm.
 type totals struct {
-	identity      int64 // of the database: random, made with it
-	seq           int64 // commits so far; each is valid only on the seq before it
+	identity      int64 // of the database: a random number, made with it
+	seq           int64 // commits so far; a commit succeeds only on the seq that the previous one left
 	accepted      int64 // orders ever
 	processing    int64 // orders now
 	completed     int64 // orders ever
@@ -109,7 +109,7 @@ type totals struct {
 	newestStarted int64 // id_high of the newest order that ever left Pending
 }
 
-// logCorrection says that somebody has changed the table by hand.
+// logCorrection logs that t was wrong, because somebody changed the table by hand.
 func logCorrection(log *logger, t, corrected totals) {
 	log.Warn("the totals did not agree with the orders, which somebody has changed: they were counted anew",
 		"accepted", corrected.accepted, "were", t.accepted, "completed", corrected.completed, "completed_were", t.completed)
@@ -118,7 +118,7 @@ func logCorrection(log *logger, t, corrected totals) {
 func (t totals) pending() int64    { return t.accepted - t.processing - t.completed }
 func (t totals) unfinished() int64 { return t.accepted - t.completed }
 
-// with returns the totals after b.
+// with returns the totals as they are after the commit of b.
 func (t totals) with(b *batch) totals {
 	t.seq++
 	for _, c := range b.creates {
@@ -146,21 +146,21 @@ func (t totals) with(b *batch) totals {
 	return t
 }
 
-// census is a count of the table itself, to check the totals against.
+// census is a count of the orders in the table, which the totals are checked against.
 type census struct {
 	pending, processing, final int64 // orders
 	sumTook                    int64 // µs, sum over the final
 	newest, newestStarted      int64 // as in totals
 }
 
-// matches compares what the index of unfinished orders tells cheaply; the rest
-// needs a scan of the whole table.
+// matches reports whether t agrees with the counts that are cheap: unfinished
+// orders, which have an index, and newest. The rest needs a scan of the whole table.
 func (c census) matches(t totals) bool {
 	return c.pending == t.pending() && c.processing == t.processing && c.newest <= t.newest
 }
 
-// correct returns t corrected, as of the next commit. took stays where orders
-// were removed: their times are gone.
+// correct returns t with the counts of c, for the next commit to write. sumTook
+// stays as it is if orders were removed, because their times are gone.
 func (c census) correct(t totals) totals {
 	t.seq++
 	t.completed = t.removed + c.final
@@ -173,21 +173,21 @@ func (c census) correct(t totals) totals {
 	return t
 }
 
-// expiry asks a commit to remove some completed orders, the oldest IDs first,
-// with their keys and their rows in the index of users.
+// expiry asks a commit to remove some completed orders, oldest IDs first, together
+// with their idempotency keys and their rows in the index of users.
 type expiry struct {
-	after  int64 // id_high; only newer orders
-	before int64 // Unix ms; only orders created and completed earlier
+	after  int64 // id_high; only newer orders are removed
+	before int64 // Unix ms; only orders created and completed earlier are removed
 
 	// Set by the engine:
-	looked  int   // orders that it looked at
-	through int64 // id_high of the last of them
-	ended   bool  // the sweep is over: nothing newer can have expired, or it failed
+	looked  int   // number of orders that were examined
+	through int64 // id_high up to which they were examined; the next expiry begins after it
+	ended   bool  // the sweep is over: no newer order can have expired, or the expiry failed
 }
 
 // filter is what a list asks for.
 type filter struct {
-	before int64 // id_high; only older orders
+	before int64 // id_high; only older orders are listed
 	userID string
 	status *status
 	limit  int
@@ -196,112 +196,113 @@ type filter struct {
 // page is a part of a list, newest first.
 type page struct {
 	orders []order
-	next   ulid.ULID // the next page begins before it; zero on the last page
+	next   ulid.ULID // the next page holds orders older than this one; zero on the last page
 }
 
-// queued is an unfinished order, as the feeder reads it: without its content,
-// which stays in the table until the work reads it.
+// queued is an unfinished order as the feeder reads it, without the content: that
+// stays in the table until the work reads it.
 type queued struct {
 	id     ulid.ULID
 	status status
 }
 
-// Why a create is refused; nothing of its order is stored. A fourth reason is
-// errInDoubt below.
+// These errors say why a create is refused, and that nothing of its order is
+// stored. A fourth reason is errInDoubt below.
 var (
 	errBusy       = errors.New("too many orders wait to be written")
 	errUnwritable = errors.New("the store cannot be written")
 	errClosed     = errors.New("the store is closed")
 )
 
-// What becomes of one order.
+// These errors are about one order.
 var (
 	errNotFound  = errors.New("no such order")
 	errKeyReused = errors.New("the idempotency key was used with other content")
 	errRejected  = errors.New("the table does not take this order")
 )
 
-// Why nothing is shown now: what was read may be outdated, or not confirmed yet.
+// These errors refuse a read whose result may be outdated or not confirmed yet.
 var (
 	errBehind = errors.New("a commit is not confirmed yet")
 	errSilent = errors.New("the database has not answered for too long")
 )
 
-// How a commit fails. Each wraps its cause. What follows from it:
+// A commit that fails returns one of these errors, which wraps the cause. They have
+// these consequences:
 //
 //	the commit's error  its creates are told  later creates are told  the writer
 //	errNotWritten       errUnwritable         errUnwritable           commits the steps again
-//	errInDoubt          errOutcomeUnknown     errInDoubt              commits the same again
+//	errInDoubt          errOutcomeUnknown     errInDoubt              commits the same batch again
 //	errOutcomeUnknown   errOutcomeUnknown     errInDoubt              gives up
 //	errBroken           errUnwritable         errUnwritable           gives up
 //	errDeposed          errUnwritable         errUnwritable           gives up
 var (
 	errNotWritten     = errors.New("nothing was written")
-	errInDoubt        = errors.New("the outcome of a commit is not known yet") // the same commit, made again, finds out
-	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")     // only a new start can find out
-	errBroken         = errors.New("the orders cannot be written any longer")  // and that will not mend itself
+	errInDoubt        = errors.New("the outcome of a commit is not known yet") // repeating the same commit finds out
+	errOutcomeUnknown = errors.New("the outcome of the commit is unknown")     // only a new start of orderd finds out
+	errBroken         = errors.New("the orders cannot be written any longer")  // no retry mends that
 	errDeposed        = errors.New("another replica leads")                    // nothing was written, unless the error wraps errOutcomeUnknown too
 )
 
 // ---- The store: the one door to orders. ----
 
-// Limits of a batch. Beyond them a create is refused and a worker waits.
+// Limits of the open batch. A create beyond them is refused; a worker's step waits.
 const (
 	maxCreates     = 4096
-	maxCreateBytes = 16 << 20 // of text
+	maxCreateBytes = 16 << 20 // bytes of text in its creates
 	maxSteps       = 8192
 )
 
 const (
-	maxStepDelay = 5 * time.Millisecond   // of a batch without creates, so that its fsync is shared
-	retryPause   = time.Second            // before another attempt at a write, a checkpoint or a read of the backlog that failed
-	tidyEvery    = 500 * time.Millisecond // between calls of tidy while nothing is written
-	stalledAfter = 2 * time.Second        // a batch at work for longer makes /readyz say 503
+	maxStepDelay = 5 * time.Millisecond   // longest delay of a batch without creates, so that its fsync is shared
+	retryPause   = time.Second            // pause before a failed write, checkpoint or read of the backlog is tried again
+	tidyEvery    = 500 * time.Millisecond // pause between calls of tidy while nothing is written
+	stalledAfter = 2 * time.Second        // if the writer works on a batch for longer, /readyz answers 503
 	publishPause = 100 * time.Microsecond // polling interval of await
-	maxBehind    = 2 * time.Second        // maximum wait of a read for the commit it saw to be published
+	maxBehind    = 2 * time.Second        // longest wait of a read until the commit that it saw is published
 )
 
-// engine keeps orders durably. Only the writer calls commit and tidy; a read
-// also returns the seq that it saw.
+// engine stores orders durably. Only the writer calls commit and tidy. find,
+// findKey and list also return the seq that they saw: the last commit in the table.
 type engine interface {
-	// start prepares for writing: schema, upgrade, the check of the totals.
+	// start makes or upgrades the schema, checks the totals, and returns them.
 	start() (totals, error)
-	// commit writes a batch whole, or nothing of it. Its error wraps one of those
+	// commit writes a whole batch or nothing of it. Its error wraps one of the errors
 	// above. It sets
-	//   - totals: with errNotWritten, too, to what the table holds then;
-	//   - of each create, after creation.reset: err, if the table refuses this order
-	//     alone, or by creation.replay the order that its key has created;
-	//   - of each step void;
-	//   - removed, and what an expiry says of itself. One that fails is left out.
-	// After errInDoubt it gets a copy of the same batch next.
+	//   - the batch's totals: after errNotWritten, those that the table holds then;
+	//   - in each create, after creation.reset: err, if the table refuses this order
+	//     alone, or, with creation.replay, the order that its key created earlier;
+	//   - void in each step;
+	//   - removed, and the expiry's results. If an expiry fails, commit goes on without.
+	// After errInDoubt, the writer's next call has a copy of the same batch.
 	commit(*batch) error
-	// tidy does, between batches, what nobody waits for, and returns the totals as
-	// it leaves them. Its errors are commit's.
+	// tidy does upkeep between batches, for which nobody waits (SQLite: checkpoints;
+	// PostgreSQL: beats). It returns the totals after that. Its errors are commit's.
 	tidy() (totals, error)
-	// current returns why what was just read may be outdated and must not be shown.
-	// Call it after the read. SQLite has no reason.
+	// current returns an error if what was just read may be outdated and must not be
+	// shown. Call it after the read. SQLite always returns nil.
 	current() error
 
 	find(id ulid.ULID) (o order, seq int64, err error)
 	findKey(key string) (o order, seq int64, err error)
 	list(filter) (p page, seq int64, err error)
-	// backlog returns up to limit orders after an ID that are not final, in order.
+	// backlog returns at most limit unfinished orders above the id_high after, in order.
 	backlog(after int64, limit int) ([]queued, error)
-	// oldest is the id_high of the oldest order in a status that is not final, or math.MaxInt64.
+	// oldest returns the id_high of the oldest order in an unfinished status, or math.MaxInt64.
 	oldest(status) (idHigh int64, err error)
 
-	// close releases the engine. SQLite: not the files where an outcome is unknown,
-	// as nothing may be synced again then. PostgreSQL: hands over.
+	// close releases the engine. SQLite leaves its files open if an outcome is unknown,
+	// because nothing may be synced again then. PostgreSQL hands over to a standby.
 	close() error
 }
 
-// gauge is a figure that only one kind of engine has.
+// gauge is a metric that only one engine has.
 type gauge struct {
 	name, help string
 	value      float64
 }
 
-// oneIf is a gauge that tells yes or no.
+// oneIf returns the value of a yes-or-no gauge: 1 for true, 0 for false.
 func oneIf(b bool) float64 {
 	if b {
 		return 1
@@ -313,24 +314,24 @@ func oneIf(b bool) float64 {
 type storeOptions struct {
 	cache int              // statuses in memory
 	keep  time.Duration    // how long completed orders stay; 0 is for ever
-	now   func() time.Time // the wall clock; tests set it, and the pool's
+	now   func() time.Time // the wall clock; tests replace it, here and in the pool
 }
 
 // store takes creates and steps, hands them to its writer in batches, and
 // answers reads from the cache or the engine.
 //
-// No read is behind an earlier answer. Commits are counted by seq. The writer
-// commits, then changes the cache, then publishes the commit's totals, and only
-// then has anybody answered; the table shows a commit a moment before. So a read
-// of the table returns the seq that it saw, await holds it until that seq is
-// published, and engine.current says whether this process may still show
-// anything: with PostgreSQL, another may lead by now.
+// A read never shows an older state than an earlier answer did. seq counts the
+// commits. The writer commits, then changes the cache, then publishes the commit's
+// totals, and only then answers. The table shows a commit before the cache does, so
+// a read of the table returns the seq that it saw, and await holds the answer back
+// until that seq is published. engine.current says whether this process may still
+// show anything: with PostgreSQL, another replica may lead by now.
 type store struct {
 	engine    engine
 	cache     *cache
 	intake    *intake
 	writer    *writer
-	published *atomic.Pointer[totals] // of the last commit that is durable and in the cache
+	published *atomic.Pointer[totals] // totals of the last commit that is durable and in the cache
 }
 
 func newStore(e engine, o storeOptions, log *logger) *store {
@@ -340,8 +341,8 @@ func newStore(e engine, o storeOptions, log *logger) *store {
 	return s
 }
 
-// start starts the engine and the writer. onCommit is called after each batch
-// that was written, on the writer's goroutine.
+// start starts the engine and the writer. The writer calls onCommit on its own
+// goroutine after each batch that it has written.
 func (s *store) start(onCommit func(commitReport)) error {
 	t, err := s.engine.start()
 	if err != nil {
@@ -355,9 +356,9 @@ func (s *store) start(onCommit func(commitReport)) error {
 	return nil
 }
 
-// create puts an order into the open batch and returns once that batch is on
-// disk. The writer gives c.order its ID. A key that has already created an order
-// is answered with that order, even while creates are refused.
+// create puts an order into the open batch and returns once that batch is on disk
+// or has failed. The writer gives c.order its ID. If the idempotency key has already
+// created an order, create returns that order, even while creates are refused.
 func (s *store) create(c *creation) error {
 	b, err := s.intake.add(c)
 	if err == nil {
@@ -370,22 +371,23 @@ func (s *store) create(c *creation) error {
 	return cmp.Or(err, c.err)
 }
 
-// answerByKey answers a create that has failed with err by the order that its key
-// has created earlier.
+// answerByKey answers a create that failed with err. If its key created an order
+// earlier, it replays that order and returns nil; otherwise it returns an error.
 func (s *store) answerByKey(c *creation, err error) error {
 	earlier, findErr := s.whenShowable(s.engine.findKey(c.key))
 	switch {
 	case findErr == nil:
 		c.replay(earlier)
 		return nil
-	case errors.Is(err, errInDoubt): // the key's first create may be in that commit
+	case errors.Is(err, errInDoubt): // the commit in doubt may hold the key's first create
 		return errOutcomeUnknown
 	}
 	return err
 }
 
-// step adds a step to the open batch. It does not wait for the commit, only
-// while the batch is full.
+// step adds a step to the open batch. It does not wait for the step's commit; it
+// waits only while the batch is full. After the writer has ended it drops the step:
+// the next start takes up the order again.
 func (s *store) step(st transition) {
 	for {
 		full := s.intake.addStep(st)
@@ -400,7 +402,7 @@ func (s *store) step(st transition) {
 	}
 }
 
-// status answers from memory, or on a miss from the table.
+// status reads an order's status from the cache, or on a miss from the table.
 func (s *store) status(id ulid.ULID) (status, error) {
 	if st, ok := s.cache.get(id); ok {
 		return st, s.engine.current()
@@ -409,8 +411,8 @@ func (s *store) status(id ulid.ULID) (status, error) {
 	return o.status, err
 }
 
-// wait returns once the order is final or ctx is done, with an error only if the
-// order cannot be read.
+// wait returns once the order is final or ctx is done. It returns an error only if
+// the order cannot be read.
 func (s *store) wait(ctx context.Context, id ulid.ULID) error {
 	final, stop := s.cache.watch(id)
 	defer stop()
@@ -438,16 +440,16 @@ func (s *store) list(f filter) (page, error) {
 	return p, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
-// whenShowable waits until what was read may be shown, and says why it may not.
-// A failed read saw seq 0, and waits for nothing. That there is no such order is
-// an answer like any other, which may be outdated: so err comes last.
+// whenShowable waits until the result of a read may be shown, or returns an error
+// that says why it may not. A failed read has seq 0 and does not wait. err comes
+// last because errNotFound is a result, too, and may be outdated like any other.
 func (s *store) whenShowable(o order, seq int64, err error) (order, error) {
 	return o, cmp.Or(s.await(seq), s.engine.current(), err)
 }
 
-// await returns once the commit seq is published. The table shows a commit a
-// moment before the cache does: after an answer in between, the next one, from
-// the cache, would be older.
+// await returns once the commit seq is published. Without it, a read of the table
+// could show a commit that is not in the cache yet, and the next read, which the
+// cache answers, would go back to an older status.
 func (s *store) await(seq int64) error {
 	for began := time.Now(); s.publishedTotals().seq < seq; time.Sleep(publishPause) {
 		if time.Since(began) > maxBehind {
@@ -465,25 +467,26 @@ func (s *store) backlog(after int64, limit int) ([]queued, error) {
 // oldest: see engine.
 func (s *store) oldest(st status) (idHigh int64, err error) { return s.engine.oldest(st) }
 
-// publishedTotals are those of the last published commit.
+// publishedTotals returns the totals of the last published commit.
 func (s *store) publishedTotals() totals { return *s.published.Load() }
 
-// showableTotals are the totals, unless they may not be shown now.
+// showableTotals returns the published totals, or an error if they may not be shown.
 func (s *store) showableTotals() (totals, error) { return s.publishedTotals(), s.engine.current() }
 
-// clockBehind is how far the newest order's time is ahead of the clock, or 0.
+// clockBehind returns how far the newest order's time is ahead of the clock, or 0.
 func (s *store) clockBehind() time.Duration {
 	return max(0, time.UnixMilli(s.publishedTotals().newest>>16).Sub(s.writer.now()))
 }
 
-// ready tells why a create would be refused now, or wait too long.
+// ready returns an error if a create would be refused now, or would wait too long.
 func (s *store) ready() error { return s.intake.ready() }
 
-// failed is closed when the writer has given up; close tells why.
+// failed returns a channel that is closed when the writer has ended. If the writer
+// gave up, close says why.
 func (s *store) failed() <-chan struct{} { return s.writer.stopped }
 
-// close writes what waits and closes the engine. Its error says why the writer
-// gave up, if it did.
+// close has the writer commit the open batch, then closes the engine. If the writer
+// gave up, the error says why.
 func (s *store) close() error {
 	s.intake.close()
 	if s.writer.quit != nil { // it was started
@@ -492,25 +495,26 @@ func (s *store) close() error {
 	}
 	err := s.engine.close()
 	if err != nil && errors.Is(s.writer.failure, err) {
-		err = nil // why SQLite's files are left alone, which is what the failure wraps
+		err = nil // the failure already says why SQLite's files stay open
 	}
 	return errors.Join(s.writer.failure, err)
 }
 
-// batch is what one commit holds. It belongs to the intake while it is open, then
-// to the writer until done is closed, and after that to those who waited.
+// batch is the content of one commit. Creates and steps share it, so that they share
+// an fsync. The intake owns a batch while it is open, then the writer until done is
+// closed, and after that the callers that waited for it.
 type batch struct {
 	creates []*creation
 	steps   []transition
-	bytes   int               // of text in creates
-	stepOf  map[ulid.ULID]int // an order's index in steps
+	bytes   int               // length of the text in creates
+	stepOf  map[ulid.ULID]int // index in steps, by order
 	expiry  *expiry           // or nil
 	done    chan struct{}     // closed by release
-	err     error             // of every create in it: the kind, without the cause
+	err     error             // result of the commit for every create, without the cause; set by release
 
-	totals  totals      // set by the engine: after this commit
+	totals  totals      // set by the engine: the totals after this commit
 	removed []ulid.ULID // set by the engine: orders that this commit removed
-	again   *batch      // set by writer.fail where the outcome is in doubt: the same for another attempt
+	again   *batch      // set by writer.fail if the outcome is in doubt: a copy for the next attempt
 }
 
 func newBatch(steps []transition) *batch {
@@ -521,17 +525,17 @@ func newBatch(steps []transition) *batch {
 	return b
 }
 
-// retryCopy returns a copy of b for another attempt: who waited for b has an answer.
+// retryCopy returns a copy of b for another attempt, for which no create waits.
 func (b *batch) retryCopy() *batch {
 	next := newBatch(b.steps)
 	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
 	for _, c := range b.creates {
-		next.creates = append(next.creates, new(*c)) // the waiters keep their own
+		next.creates = append(next.creates, new(*c)) // the original is its caller's again once b is released
 	}
 	return next
 }
 
-// skipExpiry leaves the orders of an expiry that failed to a later sweep.
+// skipExpiry takes a failed expiry out of b, and leaves its orders to a later sweep.
 func (b *batch) skipExpiry(log *logger, cause error) {
 	log.Warn("orders that were kept long enough could not be removed", "error", cause)
 	b.expiry.ended, b.expiry, b.removed = true, nil, nil
@@ -539,8 +543,8 @@ func (b *batch) skipExpiry(log *logger, cause error) {
 
 func (b *batch) changes() int { return len(b.creates) + len(b.steps) + len(b.removed) }
 
-// move adds a step. A second step of the same order is merged into the first: a
-// commit moves an order once.
+// move adds a step. It merges a second step of the same order into the first,
+// because a commit moves an order at most once.
 func (b *batch) move(st transition) {
 	if i, ok := b.stepOf[st.id]; ok {
 		st.from = b.steps[i].from
@@ -551,20 +555,20 @@ func (b *batch) move(st transition) {
 	b.steps = append(b.steps, st)
 }
 
-// release answers everyone who waits for the batch.
+// release answers everyone who waits for the batch. b.err is err from then on.
 func (b *batch) release(err error) {
 	b.err = err
 	close(b.done)
 }
 
-// intake holds the open batch, and says whether creates are taken.
+// intake holds the open batch and decides whether creates are taken.
 type intake struct {
-	wake    chan struct{} // capacity 1: a create, or a full batch, waits for the writer
-	stepped chan struct{} // capacity 1: a step waits, up to maxStepDelay
+	wake    chan struct{} // capacity 1; a create, or a batch full of steps, waits for the writer
+	stepped chan struct{} // capacity 1; a step waits for the writer, which may delay it by maxStepDelay
 
 	mu        sync.Mutex // guards the rest
 	open      *batch
-	busySince time.Time // when the writer took the batch that it works on; zero when it rests
+	busySince time.Time // when the writer took the batch that it works on; zero while it has none
 	refusing  error     // why creates are refused now, or nil
 	closed    bool
 }
@@ -573,7 +577,7 @@ func newIntake() *intake {
 	return &intake{wake: make(chan struct{}, 1), stepped: make(chan struct{}, 1), open: newBatch(nil)}
 }
 
-// add puts a create into the open batch and returns that, for the caller to wait.
+// add puts a create into the open batch, and returns the batch to wait for.
 func (in *intake) add(c *creation) (*batch, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -599,7 +603,7 @@ func (in *intake) addStep(st transition) (full *batch) {
 	return nil
 }
 
-// refusal tells why a create is not taken now. It needs in.mu.
+// refusal returns why a create is refused now, or nil. The caller holds in.mu.
 func (in *intake) refusal() error {
 	switch {
 	case in.closed:
@@ -624,7 +628,7 @@ func (in *intake) ready() error {
 	return err
 }
 
-// take closes the open batch and opens the next.
+// take hands the open batch to the writer and opens the next one.
 func (in *intake) take() *batch {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -633,7 +637,7 @@ func (in *intake) take() *batch {
 	return b
 }
 
-// finished says that the writer is done with the batch that it took.
+// finished notes that the writer is done with the batch that it took.
 func (in *intake) finished() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -646,8 +650,8 @@ func (in *intake) creates() int {
 	return len(in.open.creates)
 }
 
-// refuse makes creates fail with err from now on, those in the open batch too. It
-// reports whether that is a change.
+// refuse makes creates fail with err from now on, including those in the open batch,
+// whose steps stay. It reports whether err is a new reason.
 func (in *intake) refuse(err error) (changed bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -660,7 +664,7 @@ func (in *intake) refuse(err error) (changed bool) {
 	return changed
 }
 
-// accept lets creates in again, and reports whether they were refused.
+// accept takes creates again, and reports whether they were refused before.
 func (in *intake) accept() (changed bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -675,15 +679,15 @@ func (in *intake) close() {
 	in.closed = true
 }
 
-// commitReport is what the writer tells of a commit.
+// commitReport describes a successful commit to onCommit.
 type commitReport struct {
 	creates, steps int
 	duration       time.Duration
 	totals         totals
 }
 
-// writer is one goroutine that takes whatever waits, has the engine commit it
-// with one fsync (group commit), and only then updates the cache and answers.
+// writer is one goroutine that takes the open batch, has the engine commit it with
+// one fsync (group commit), and only then updates the cache and answers the creates.
 type writer struct {
 	engine    engine
 	intake    *intake
@@ -695,14 +699,14 @@ type writer struct {
 	onCommit  func(commitReport)
 
 	lastID  int64    // id_high of the newest ID given to an order
-	changes []change // of the last commit; reused
+	changes []change // changes of the last commit; the slice is reused
 
 	quit    chan struct{} // closed by store.close
 	stopped chan struct{} // closed when the writer has ended
 	failure error         // why the writer gave up; written before stopped is closed
 }
 
-// run ends with the batch that quit found open, or when the writer gives up.
+// run commits batches until the writer gives up. After quit it commits a last one.
 func (w *writer) run() {
 	defer close(w.stopped)
 	tick := time.Tick(tidyEvery)
@@ -727,8 +731,8 @@ func (w *writer) run() {
 	}
 }
 
-// awaitCreate delays steps, which nobody waits for, by up to maxStepDelay, so that
-// they share a create's fsync.
+// awaitCreate waits up to maxStepDelay for a create, so that the waiting steps share
+// its fsync. Nobody waits for steps, so the delay costs nothing.
 func (w *writer) awaitCreate() {
 	select {
 	case <-w.intake.wake:
@@ -737,8 +741,8 @@ func (w *writer) awaitCreate() {
 	}
 }
 
-// gather yields until the batch stops growing. Under load that fills it with
-// the creates of everyone who is ready to run; when idle it costs no time.
+// gather yields until the batch stops growing. Under load, the goroutines that are
+// ready to run add their creates meanwhile; when idle, yielding costs no time.
 func (w *writer) gather() {
 	for previous := -1; ; {
 		runtime.Gosched()
@@ -750,8 +754,8 @@ func (w *writer) gather() {
 	}
 }
 
-// turn is one round: a batch, then tidy. An error means that the writer must not
-// go on.
+// turn commits a batch, then calls tidy. If it returns an error, the writer must
+// not go on.
 func (w *writer) turn(b *batch) error {
 	b.expiry = w.retention.next(len(b.creates))
 	if b.changes() > 0 || b.expiry != nil {
@@ -762,20 +766,20 @@ func (w *writer) turn(b *batch) error {
 	}
 	t, err := w.engine.tidy()
 	if err != nil {
-		return w.retry(newBatch(nil), err) // an empty commit shows when the disk takes writes again
+		return w.retry(newBatch(nil), err) // with an empty batch, to find out when the engine takes writes again
 	}
-	if t.seq > w.published.Load().seq {
+	if t.seq > w.published.Load().seq { // a beat of PostgreSQL is a commit, too
 		w.publishTotals(t)
 	}
 	return nil
 }
 
-// commit has the engine commit a batch, and answers whoever waits for it.
+// commit has the engine commit a batch, and answers everyone who waits for it.
 func (w *writer) commit(b *batch) error {
 	began, expiry := time.Now(), b.expiry
 	err := w.engine.commit(b)
 	if expiry != nil {
-		if err != nil { // the removal may not fit on the disk: begin the sweep again after its pause, so that orders go first
+		if err != nil { // the removal may not fit on the disk: end the sweep, so that orders go first until its pause is over
 			expiry.ended = true
 		}
 		w.retention.record(expiry, time.Since(began))
@@ -789,16 +793,16 @@ func (w *writer) commit(b *batch) error {
 }
 
 func (w *writer) fail(b *batch, err error) {
-	if errors.Is(err, errNotWritten) { // the seq may have moved on, and reads wait for it
+	if errors.Is(err, errNotWritten) { // the table may have a new seq, which reads wait for
 		w.publishTotals(b.totals)
 	}
 	if errors.Is(err, errInDoubt) {
-		b.again = b.retryCopy() // before the creates are their callers' again
+		b.again = b.retryCopy() // release gives the creates back to their callers, so copy them first
 	}
 	b.release(errForWaiting(err))
 }
 
-// succeed publishes a batch before it answers: who has an answer finds the order.
+// succeed publishes a batch before it answers, so that an answered order is found.
 func (w *writer) succeed(b *batch, began time.Time) {
 	w.publish(b)
 	b.release(nil)
@@ -808,7 +812,7 @@ func (w *writer) succeed(b *batch, began time.Time) {
 	w.onCommit(commitReport{creates: len(b.creates), steps: len(b.steps), duration: time.Since(began), totals: b.totals})
 }
 
-// errForWaiting returns what the creates of a failed commit are answered.
+// errForWaiting returns the error for the creates of a failed commit.
 func errForWaiting(err error) error {
 	if errors.Is(err, errOutcomeUnknown) || errors.Is(err, errInDoubt) {
 		return errOutcomeUnknown
@@ -816,7 +820,7 @@ func errForWaiting(err error) error {
 	return errUnwritable
 }
 
-// errForLater returns what later creates are answered, until a commit succeeds.
+// errForLater returns the error for later creates, until a commit succeeds.
 func errForLater(err error) error {
 	if errForWaiting(err) == errOutcomeUnknown {
 		return errInDoubt
@@ -824,7 +828,7 @@ func errForLater(err error) error {
 	return errUnwritable
 }
 
-// number gives new orders their IDs, each above every earlier one, also when the
+// number gives new orders their IDs. Each is above every earlier ID, even if the
 // clock is set back.
 func (w *writer) number(creates []*creation) {
 	ms := w.now().UnixMilli()
@@ -835,7 +839,8 @@ func (w *writer) number(creates []*creation) {
 	}
 }
 
-// publish lets readers see a commit: the cache first, then the totals.
+// publish shows a commit to readers: first in the cache, then in the totals, because
+// await takes the totals' seq as the sign that the cache is up to date.
 func (w *writer) publish(b *batch) {
 	w.changes = w.changes[:0]
 	for _, c := range b.creates {
@@ -859,15 +864,15 @@ func (w *writer) publish(b *batch) {
 
 func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 
-// retry commits once a second until a commit succeeds; creates are refused
-// meanwhile. After errNotWritten it commits the steps alone, since the creates have
-// been answered; after errInDoubt the same batch, which may be stored already. It
-// returns an error that no retry mends, or errClosed.
+// retry commits once every retryPause until a commit succeeds. Creates are refused
+// meanwhile. After errNotWritten it commits the steps alone, because the creates have
+// been answered; after errInDoubt it commits the same batch, which may be stored
+// already. It returns an error that no retry can mend, or errClosed after quit.
 func (w *writer) retry(b *batch, err error) error {
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = cmp.Or(b.again, b) // b itself where it was tidy's commit
+			b = cmp.Or(b.again, b) // tidy's commit has no copy: its b is empty
 		case errors.Is(err, errNotWritten):
 			b = newBatch(b.steps)
 		default:
@@ -879,7 +884,7 @@ func (w *writer) retry(b *batch, err error) error {
 		select {
 		case <-time.After(retryPause):
 		case <-w.quit:
-			return errClosed // the next start takes these steps again
+			return errClosed // the next start takes up the orders of these steps again
 		}
 		if err = w.commit(b); err == nil {
 			return nil
@@ -887,8 +892,8 @@ func (w *writer) retry(b *batch, err error) error {
 	}
 }
 
-// giveUp ends the writer after an outcome that only a new start can find out,
-// or a fault that no retry mends.
+// giveUp records why the writer ends, and has creates refused: the outcome of a
+// commit is unknown until the next start, or no retry can mend the fault.
 func (w *writer) giveUp(err error) {
 	w.failure = err
 	if !errors.Is(err, errDeposed) {
@@ -898,26 +903,26 @@ func (w *writer) giveUp(err error) {
 }
 
 // retention decides when completed orders are removed. It sweeps over the table
-// again and again, a few orders to a commit: an order that is not completed yet
-// is left to a later sweep.
+// again and again, a few orders in each commit. It leaves orders that are not
+// completed yet to a later sweep. Only the writer uses it.
 type retention struct {
-	keep time.Duration // 0 is for ever
+	keep time.Duration // how long completed orders stay; 0 is for ever
 	now  func() time.Time
 	log  *logger
 
 	began  time.Time // when the writer started, by the monotonic clock
-	wall   time.Time // the same, by the wall clock
-	warned bool      // of a jump of the clock
+	wall   time.Time // the same moment, by the wall clock
+	warned bool      // a jump of the clock has been logged
 
-	last    expiry           // of this sweep; ended between two sweeps
-	created int              // orders created since then
-	due     time.Time        // of the next expiry
-	wake    <-chan time.Time // fires then
+	last    expiry           // the previous expiry; its ended is true between two sweeps
+	created int              // creates since the previous expiry
+	due     time.Time        // when the next expiry is due
+	wake    <-chan time.Time // fires at due
 }
 
 const (
-	expiryPauseFactor = 8              // an expiry is followed by this many times its commit's duration without one
-	sweepPause        = time.Minute    // between two sweeps; less where orders are kept for minutes
+	expiryPauseFactor = 8              // the pause after an expiry, in durations of its commit, unless the table grows
+	sweepPause        = time.Minute    // pause between two sweeps; less if orders are kept for less than ten minutes
 	clockJump         = 24 * time.Hour // if the clock jumps ahead by more, nothing is removed
 )
 
@@ -925,12 +930,13 @@ func (r *retention) start() {
 	if r.keep == 0 {
 		return
 	}
-	r.began, r.wall = time.Now(), r.now().Round(0) // the wall clock alone
+	r.began, r.wall = time.Now(), r.now().Round(0) // Round(0) drops the monotonic reading
 	r.record(&expiry{ended: true}, 0)
 }
 
-// next returns an expiry when one is due: after a pause, or at once where the
-// table grows, since as many orders were created as the last expiry looked at.
+// next returns an expiry if one is due, else nil. One is due after a pause, or, in
+// the middle of a sweep, as soon as there were as many creates as the previous
+// expiry examined orders: otherwise the table would grow faster than it is swept.
 func (r *retention) next(created int) *expiry {
 	r.created += created
 	grows := !r.last.ended && r.created >= r.last.looked
@@ -951,8 +957,8 @@ func (r *retention) next(created int) *expiry {
 	return x
 }
 
-// clockJump is how far the wall clock has gone ahead of the monotonic one since
-// the start. If that is much, it may be wrong, and orders removed too early.
+// clockJump returns how far the wall clock has gone ahead of the monotonic clock since
+// the start. If that is far, it may be wrong, and orders would be removed too early.
 func (r *retention) clockJump() time.Duration { return r.now().Sub(r.wall) - time.Since(r.began) }
 
 // record notes how far an expiry came, and sets when the next is due.
@@ -1012,9 +1018,9 @@ CREATE TABLE totals (
 ) STRICT;
 INSERT INTO totals (accepted, processing, completed, took, newest_started, identity) VALUES (0, 0, 0, 0, 0, random());`
 
-// ordersUpgradeTo3 leads from version 2: a key became a column of its order, so
-// that it is free again once the order is gone, and the user index keeps its
-// bounds itself.
+// ordersUpgradeTo3 upgrades version 2. It moves the idempotency keys into a column
+// of orders, so that removing an order also frees its key, and the bounds of the
+// user index from totals into user_runs.
 const ordersUpgradeTo3 = `
 ALTER TABLE orders ADD COLUMN key TEXT;
 CREATE INDEX keys_by_order ON idempotency_keys (id_high); -- lets the UPDATE read both tables in one order: ten times faster
@@ -1033,7 +1039,7 @@ ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;
 UPDATE totals SET newest = (SELECT coalesce(max(id_high), 0) FROM orders), identity = random();`
 
-// The columns of the totals; fields and values have the same order.
+// totalsColumns are the columns of the totals, in the order of fields and values.
 const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
 
 func (t *totals) fields() []any {
@@ -1047,30 +1053,30 @@ func (t *totals) values() (values []any) {
 	return values
 }
 
-// lookAtTotals is, by schema version, the query for what totalsColumns holds.
+// lookAtTotals has the query for the columns of totalsColumns, by schema version.
 var lookAtTotals = map[int64]string{
 	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
 	3: "SELECT " + totalsColumns + " FROM totals",
 }
 
-// The columns of an order as scanOrder reads them, and those that an INSERT binds.
+// The columns of an order that scanOrder reads, and those that an INSERT sets.
 const (
 	orderColumns  = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
 	insertColumns = "id_high, id_low, status, user_id, item_ids, cents, key"
 	insertValues  = "(?, ?, 0, ?, ?, ?, ?)"
-	insertArgs    = 6  // placeholders of a row
-	insertRows    = 16 // most rows of one INSERT: they share the price of running a statement
+	insertArgs    = 6  // placeholders in a row
+	insertRows    = 16 // most rows in one INSERT; they share the cost of running a statement
 )
 
 func appendOrder(args []any, c *creation) []any {
-	var key any // NULL without one
+	var key any // NULL if c has no key
 	if c.key != "" {
 		key = c.key
 	}
 	return append(args, high(c.id), low(c.id), c.userID, c.itemIDs, c.cents, key)
 }
 
-// scanOrder scans orderColumns, and into more the columns after them.
+// scanOrder scans orderColumns into an order, and the columns after them into more.
 func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	var idHigh, idLow int64
 	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.startedMS, &o.tookMicros}, more...)...)
@@ -1078,8 +1084,8 @@ func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	return o, err
 }
 
-// The statements of a census, and the condition of an expired order up to the
-// bound (Unix ms), for both engines.
+// Both engines use these: the queries of a census, and the condition that an order
+// has expired, to which the bound (Unix ms) must be appended.
 const (
 	expiredBefore   = "status = 2 AND started + took / 1000 < "
 	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
@@ -1088,10 +1094,10 @@ const (
 	FROM orders WHERE status = 2`
 )
 
-// ordersView is for people with an SQL command line. amount and timePattern are
-// the SQL in which the engines differ.
+// ordersView returns the SQL of a view that shows orders to people at an SQL prompt.
+// The engines differ in amount and timePattern, which are SQL expressions.
 func ordersView(amount, timePattern string) string {
-	digits := make([]string, 26) // Crockford's base 32, 5 bits a digit, from the right
+	digits := make([]string, 26) // of a ULID in Crockford's base 32: 5 bits each, computed from the right
 	for i := range digits {
 		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
 		switch {
@@ -1113,21 +1119,21 @@ FROM orders;`
 
 var sqliteView = ordersView("printf('%d.%02d', cents / 100, cents % 100)", "strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', (%s) / 1000.0, 'unixepoch')")
 
-// sqliteEngine keeps orders in one SQLite file. One connection writes; reads
-// have connections of their own, which WAL mode lets read beside it.
+// sqliteEngine keeps orders in one SQLite file. One connection writes. Reads have
+// their own connections, which WAL mode lets read while it writes.
 type sqliteEngine struct {
 	file        *database
 	log         *logger
 	write       *statements
-	rowReaders  *reader // one order
-	listReaders *reader // many
+	rowReaders  *reader // for single orders and the backlog
+	listReaders *reader // for lists
 
 	last     totals // as of the last commit
 	users    *userIndex
 	wal      *checkpointer
-	handsOff error // why the files must be left alone: an outcome is unknown
+	handsOff error // set by unknown: why the files must not be synced or closed any more
 
-	beforeCommit func(*batch) // set by tests: called just before COMMIT
+	beforeCommit func(*batch) // called just before COMMIT; only tests set it
 }
 
 func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
@@ -1137,7 +1143,7 @@ func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
 	}}
 }
 
-// look returns the totals and changes nothing.
+// look reads the totals before start, and changes nothing.
 func (e *sqliteEngine) look() (t totals, err error) {
 	err = e.file.inspect(lookAtTotals, t.fields()...)
 	return t, err
@@ -1156,8 +1162,8 @@ func (e *sqliteEngine) start() (t totals, err error) {
 	return e.last, nil
 }
 
-// openParts opens all that works on the open file: statements, totals, user
-// index, checkpointer, readers.
+// openParts prepares everything that uses the open file: statements, totals, user
+// index, checkpointer and readers.
 func (e *sqliteEngine) openParts() (err error) {
 	if e.write, err = prepareStatements(e.file.DB); err != nil {
 		return err
@@ -1179,8 +1185,8 @@ func (e *sqliteEngine) openParts() (err error) {
 }
 
 // recount corrects the totals if somebody has changed the table by hand. It scans
-// the whole table only if the unfinished orders, which have an index, do not
-// match the totals.
+// the whole table only if the totals do not match what is cheap to count: the
+// unfinished orders, which have an index, and the newest ID.
 func (e *sqliteEngine) recount() error {
 	var c census
 	err := e.file.QueryRow(countUnfinished+"INDEXED BY orders_unfinished WHERE status < 2").Scan(&c.pending, &c.processing, &c.newest)
@@ -1198,7 +1204,9 @@ func (e *sqliteEngine) recount() error {
 	return e.writeTotals(corrected)
 }
 
-// writeTotals is a compare-and-set on seq: it fails if another program has written.
+// writeTotals is a compare-and-set on seq: it fails with errBroken if another program
+// has changed seq since e.last. Otherwise two orderd on one file would overwrite each
+// other's totals, and answer from caches that lack each other's steps.
 func (e *sqliteEngine) writeTotals(t totals) error {
 	changed, err := e.write.totals.exec(append(t.values(), e.last.seq)...)
 	if err != nil {
@@ -1211,14 +1219,14 @@ func (e *sqliteEngine) writeTotals(t totals) error {
 	return nil
 }
 
-// statement is the driver's own prepared statement; through database/sql it would
-// cost a sixth of the writer's time.
+// statement is a prepared statement of the driver itself. Going through database/sql
+// instead would cost a sixth of the writer's time.
 type statement struct {
 	driver.Stmt
 	args []driver.NamedValue // reused
 }
 
-// exec takes int64, string and nil. It returns how many rows it changed.
+// exec returns how many rows it changed. Each arg is an int64, a string or nil.
 func (s *statement) exec(args ...any) (changed int64, err error) {
 	s.args = s.args[:0]
 	for i, arg := range args {
@@ -1231,16 +1239,16 @@ func (s *statement) exec(args ...any) (changed int64, err error) {
 	return result.RowsAffected()
 }
 
-// statements are the writer's. Those that run for each commit or order are the
-// driver's.
+// statements are those of the writer. The ones that run for each commit or order are
+// of type statement, for their speed.
 type statements struct {
 	begin, commit, rollback, insertOne, step, totals statement
-	insert                                           [insertRows + 1]statement // by the number of rows
+	insert                                           [insertRows + 1]statement // index: number of rows
 
 	findKey, expirable, remove *sql.Stmt
 }
 
-// preparer prepares statements of database/sql, and keeps the first error.
+// preparer prepares statements of database/sql and keeps the first error.
 type preparer struct {
 	db  *sql.DB
 	err error
@@ -1267,7 +1275,7 @@ func prepareStatements(db *sql.DB) (*statements, error) {
 	if err != nil {
 		return s, err
 	}
-	defer conn.Close() // back to db, which keeps its one connection
+	defer conn.Close() // returns it to db, which keeps its one connection open
 	err = conn.Raw(func(c any) (err error) {
 		for stmt, query := range s.queries() {
 			stmt.Stmt, err = c.(driver.Conn).Prepare(query)
@@ -1281,7 +1289,7 @@ func prepareStatements(db *sql.DB) (*statements, error) {
 }
 
 func (s *statements) queries() map[*statement]string {
-	// An order whose key has created another is left out.
+	// An INSERT skips an order whose key has already created another one.
 	const insert = " INTO orders (" + insertColumns + ") VALUES " + insertValues
 	const unlessReplayed = " ON CONFLICT (key) WHERE key IS NOT NULL DO NOTHING"
 	queries := map[*statement]string{
@@ -1294,13 +1302,14 @@ func (s *statements) queries() map[*statement]string {
 			strings.Repeat(", ?", strings.Count(totalsColumns, ",")) + ") WHERE seq = ?",
 	}
 	for rows := 1; rows <= insertRows; rows++ {
-		// OR ROLLBACK spares SQLite a statement journal.
+		// With OR ROLLBACK, SQLite needs no journal to undo a part of the INSERT.
 		queries[&s.insert[rows]] = "INSERT OR ROLLBACK" + insert + strings.Repeat(", "+insertValues, rows-1) + unlessReplayed
 	}
 	return queries
 }
 
-// close must come before the connection's: SQLite would keep that open.
+// close closes the driver's statements. Call it before the connection is closed:
+// SQLite keeps a connection open until its statements are closed.
 func (s *statements) close() (err error) {
 	if s == nil {
 		return nil
@@ -1313,9 +1322,9 @@ func (s *statements) close() (err error) {
 	return err
 }
 
-// commit runs a batch in one transaction. Where old orders cannot be removed, or
-// one create is not taken by the table, the transaction is run again without the
-// expiry, or with each create on its own so that only that one fails.
+// commit writes a batch in one transaction. If the expiry fails, it runs the
+// transaction again without the expiry. If the table refuses a create, it runs the
+// transaction again with one INSERT for each create, so that only that one fails.
 func (e *sqliteEngine) commit(b *batch) error {
 	err := e.transaction(b, e.insertTogether)
 	onlyExpiryFailed := errors.Is(err, errNotRemoved) && !errors.Is(err, errOutcomeUnknown) && !errors.Is(err, errBroken)
@@ -1338,7 +1347,7 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) err
 	err := e.fill(b, insert)
 	if err != nil {
 		e.last = before
-		e.write.rollback.exec() // fails where SQLite has rolled back by itself
+		e.write.rollback.exec() // fails if SQLite has already rolled back
 		return e.outcome(err)
 	}
 	if e.beforeCommit != nil {
@@ -1377,22 +1386,21 @@ func (e *sqliteEngine) fill(b *batch, insert func([]*creation) error) error {
 }
 
 const (
-	expiryTime = 5 * time.Millisecond // that an expiry may take of a commit, checked every expiryRows
-	expiryRows = 256                  // orders
+	expiryTime = 5 * time.Millisecond // an expiry ends after this time, checked every expiryRows
+	expiryRows = 256                  // orders that are examined at a time
 )
 
 // errNotRemoved says that an expiry failed; commit goes on without it.
 var errNotRemoved = errors.New("no order was removed")
 
-// What the statements of an expiry have in common.
+// The statements of an expiry share these conditions.
 const (
 	isExpired     = expiredBefore + "@before"
 	expiredOrders = "id_high > @after AND id_high <= @through AND " + isExpired
 )
 
-// expire removes orders for up to expiryTime. It comes before the creates: so a
-// key is free in the commit that removes its order, and freed pages are used at
-// once.
+// expire removes orders for about expiryTime. It runs before the creates, so that
+// they can use a removed order's key and the freed pages in the same commit.
 func (e *sqliteEngine) expire(b *batch) error {
 	b.removed = nil
 	x := b.expiry
@@ -1411,7 +1419,7 @@ func (e *sqliteEngine) expire(b *batch) error {
 	return nil
 }
 
-// expireNext removes those of the next expiryRows orders that have expired.
+// expireNext examines the next expiryRows orders and removes those that have expired.
 func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 	x := b.expiry
 	window := []any{sql.Named("after", x.through), sql.Named("before", x.before)}
@@ -1421,7 +1429,7 @@ func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 	}
 	x.looked += looked
 	if more = looked == expiryRows; !more {
-		x.through = x.before<<16 - 1 // nothing newer can have expired
+		x.through = x.before<<16 - 1 // no newer order can have expired
 	}
 	window = append(window, sql.Named("through", x.through))
 	if err := e.users.removeExpired(window); err != nil {
@@ -1439,7 +1447,7 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 	defer rows.Close()
 	for ; rows.Next(); looked++ {
 		var idLow int64
-		var expired sql.NullBool // NULL where somebody else completed it
+		var expired sql.NullBool // NULL if somebody completed the order by hand, without its times
 		if err := rows.Scan(&b.expiry.through, &idLow, &expired); err != nil {
 			return 0, err
 		}
@@ -1450,8 +1458,8 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 	return looked, rows.Err()
 }
 
-// insertTogether inserts many orders a statement. It fails with errRejected if
-// the table refuses one of them.
+// insertTogether inserts up to insertRows orders with each statement. It fails with
+// errRejected if the table refuses one of them.
 func (e *sqliteEngine) insertTogether(creates []*creation) error {
 	for some := range slices.Chunk(creates, insertRows) {
 		if err := e.insert(&e.write.insert[len(some)], some); err != nil {
@@ -1461,8 +1469,8 @@ func (e *sqliteEngine) insertTogether(creates []*creation) error {
 	return nil
 }
 
-// insertEach inserts one order a statement, so that one that the table refuses
-// fails alone.
+// insertEach inserts one order with each statement, so that an order which the table
+// refuses fails alone.
 func (e *sqliteEngine) insertEach(creates []*creation) error {
 	for one := range slices.Chunk(creates, 1) {
 		err := rejected(e.insert(&e.write.insertOne, one))
@@ -1476,8 +1484,8 @@ func (e *sqliteEngine) insertEach(creates []*creation) error {
 	return nil
 }
 
-// insert inserts orders, and finds those that their keys created earlier. First
-// it resets what a rolled back attempt has set.
+// insert resets creates, inserts their orders with stmt, and replays the creates
+// whose key has already created an order.
 func (e *sqliteEngine) insert(stmt *statement, creates []*creation) error {
 	args := make([]any, 0, insertRows*insertArgs)
 	for _, c := range creates {
@@ -1511,7 +1519,7 @@ func rejected(err error) error {
 	return err
 }
 
-// applyStep moves an order, if it is in st.from.
+// applyStep moves an order if its status is st.from, and sets st.void otherwise.
 func (e *sqliteEngine) applyStep(st *transition) error {
 	var took any // NULL until final
 	if st.to.final() {
@@ -1522,7 +1530,7 @@ func (e *sqliteEngine) applyStep(st *transition) error {
 	return err
 }
 
-// outcome says how a transaction ended that did not reach COMMIT.
+// outcome classifies the error of a transaction that did not reach COMMIT.
 func (e *sqliteEngine) outcome(err error) error {
 	if errors.Is(err, errRejected) || errors.Is(err, errBroken) {
 		return err
@@ -1535,23 +1543,25 @@ func (e *sqliteEngine) outcome(err error) error {
 		sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w: %w", errNotWritten, err)
 	case sqlite3.SQLITE_CONSTRAINT:
-		if errors.Is(err, errNotRemoved) { // something else refers to the orders
+		if errors.Is(err, errNotRemoved) { // a table that somebody added refers to the orders
 			return err
 		}
 	}
 	return fmt.Errorf("%w: %w", errBroken, explain(e.file.path, err))
 }
 
-// commitOutcome turns an error of COMMIT into one of the writer's.
+// commitOutcome classifies an error of COMMIT.
 func (e *sqliteEngine) commitOutcome(err error) error {
 	switch sqliteCode(err) {
-	// Only these two are known to leave the transaction rolled back:
+	// Only after these two errors is it known that nothing was committed. SQLite may
+	// have rolled back already, and recommends to roll back in any case:
 	// https://sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction.
 	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE:
 		e.write.rollback.exec()
 		return fmt.Errorf("%w: %w", errNotWritten, err)
-	// No room for the WAL's index (-shm). The batch is in the WAL and synced: a start
-	// would find it. A commit of nothing but a new seq takes its place in the WAL.
+	// There is no room for the WAL's index (-shm), but the batch is in the WAL and
+	// synced: the next start would find it. So a commit of nothing but a new seq
+	// overwrites the batch in the WAL.
 	case sqlite3.SQLITE_IOERR_SHMSIZE:
 		t := e.last
 		t.seq++
@@ -1562,9 +1572,9 @@ func (e *sqliteEngine) commitOutcome(err error) error {
 	return e.unknown(err)
 }
 
-// unknown sets handsOff, so that the same fsync is never tried again: the kernel
-// may have dropped what it could not write, and would call the next fsync good
-// (https://wiki.postgresql.org/wiki/Fsync_Errors).
+// unknown sets handsOff, so that a failed fsync is never repeated: the kernel may
+// have dropped the data that it could not write, and the next fsync would succeed
+// without that data (https://wiki.postgresql.org/wiki/Fsync_Errors).
 func (e *sqliteEngine) unknown(err error) error {
 	e.handsOff = fmt.Errorf("%w: check the disk, then start orderd again to find out; no order it confirmed is lost (%w)", errOutcomeUnknown, err)
 	return e.handsOff
@@ -1580,12 +1590,12 @@ func (e *sqliteEngine) tidy() (totals, error) {
 	return e.last, nil
 }
 
-// current is always nil: nobody else writes, as every commit makes sure.
+// current always returns nil: nobody else writes, which every commit checks by seq.
 func (e *sqliteEngine) current() error { return nil }
 
-// close closes the readers first, so that the writer's connection is the last
-// and removes the WAL. Files that are not in place are left alone: closing them
-// would remove the -wal of others in their place.
+// close closes the readers first, so that the writer's connection is the last one,
+// which removes the WAL. It closes nothing if handsOff is set, or if the files were
+// removed or replaced: SQLite would remove the -wal of the files now in their place.
 func (e *sqliteEngine) close() error {
 	if err := cmp.Or(e.handsOff, e.file.inPlace()); err != nil {
 		return err
@@ -1601,35 +1611,35 @@ func (e *sqliteEngine) gauges() []gauge {
 	return []gauge{{"orderd_wal_bytes", "Size of the write-ahead log of orders.db.", float64(size)}}
 }
 
-// userIndex maintains orders_by_user. An ordinary index on user_id would change a
-// page of its own for each order. This one is cut into runs of consecutive orders,
-// each sorted by user, and extended by indexEvery orders at once, which change few
-// pages of the newest run. A list by user looks into the table for what is not
-// indexed yet, and then into one place of each run.
+// userIndex maintains orders_by_user. In an ordinary index on user_id, each order
+// would change another page. This index is cut into runs of consecutive orders, each
+// run sorted by user. It takes in indexEvery or more orders at once, which change few
+// pages of the newest run. A list by user reads the orders that are not indexed yet
+// from the table, and then searches one place in each run.
 type userIndex struct {
-	savepoint, release, revert                *sql.Stmt // within the writer's transaction
+	savepoint, release, revert                *sql.Stmt // a savepoint within the writer's transaction
 	add, extend, beginRun, remove, removeRuns *sql.Stmt
 
-	state, next indexState // as of the last commit, and of the one under way
-	retryBehind int64      // after a failed try: how many must be behind before the next
+	state, next indexState // as of the last commit, and of the commit under way
+	retryBehind int64      // after a failure: the value of behind from which update tries again; else 0
 }
 
 type indexState struct {
 	run    int64 // user_runs.first of the newest run
-	last   int64 // id_high of the newest order in it
-	orders int64 // in it
+	last   int64 // id_high of the newest order in the index
+	orders int64 // orders indexed in that run
 	behind int64 // orders that are not indexed yet
 }
 
-// A larger runOrders makes lists of users with few orders cheaper, and creates by
-// many users dearer.
+// A larger runOrders makes lists of users with few orders cheaper, but creates by
+// many users more expensive.
 const (
 	indexEvery = 1024  // orders; the index lags by at most this and one batch
-	runOrders  = 16384 // orders in a run; also in ordersUpgradeTo3: do not change
+	runOrders  = 16384 // orders that fill a run; ordersUpgradeTo3 has the same number: do not change it
 	pageRuns   = 1024  // most runs that one page searches
 )
 
-// runsOfExpired holds for the runs that can have orders of an expiry's window.
+// runsOfExpired selects the runs that can hold orders from @after to @through.
 const runsOfExpired = "first >= coalesce((SELECT max(first) FROM user_runs WHERE first <= @after), 0) AND first <= @through"
 
 func openUserIndex(db *sql.DB) (*userIndex, error) {
@@ -1655,9 +1665,9 @@ func openUserIndex(db *sql.DB) (*userIndex, error) {
 	return u, err
 }
 
-// update counts new orders and indexes them once there are enough. After a
-// failure it tries again later: an index must not stop an order. It returns an
-// error only if SQLite has ended the transaction.
+// update counts new orders and indexes them once there are indexEvery. If that fails,
+// it tries again after another indexEvery, because the index must not stop an order.
+// It returns an error only if the transaction cannot go on.
 func (u *userIndex) update(added, newest int64, log *logger) error {
 	u.next = u.state
 	u.next.behind += added
@@ -1679,7 +1689,7 @@ func (u *userIndex) update(added, newest int64, log *logger) error {
 	return err
 }
 
-// index adds what is behind to the newest run, and begins another after a full one.
+// index adds the orders behind to the newest run, and begins another if it is full.
 func (u *userIndex) index(newest int64) error {
 	n := u.next
 	if _, err := u.add.Exec(n.run, n.last); err != nil {
@@ -1699,8 +1709,9 @@ func (u *userIndex) index(newest int64) error {
 	return nil
 }
 
-// removeExpired removes the expired orders of a window, which must still be in
-// the table, and then empty runs. The newest run stays: the next orders go there.
+// removeExpired removes the expired orders of a window from the index, and then empty
+// runs. Call it while the orders are still in the table, where it finds their users.
+// The newest run stays even if it is empty, because the next orders go there.
 func (u *userIndex) removeExpired(window []any) error {
 	if _, err := u.remove.Exec(window...); err != nil {
 		return err
@@ -1711,33 +1722,34 @@ func (u *userIndex) removeExpired(window []any) error {
 
 func (u *userIndex) committed() { u.state = u.next }
 
-// checkpointer moves the WAL into the database. SQLite's own checkpoints would
-// hold up a commit, and swallow a failed fsync.
+// checkpointer moves the WAL into the database. SQLite's automatic checkpoints would
+// delay a commit's answer, and hide a failed fsync.
 type checkpointer struct {
 	file       *database
 	log        *logger
 	length     *sql.Stmt
-	written    int       // operations since the last look at the WAL's length
-	retryAt    time.Time // retry timer of an incomplete checkpoint; or zero
-	pagesMoved int64     // by the last try; unchanged by the next: the same reader still blocks it
+	written    int       // changes of orders since the WAL's length was last read
+	retryAt    time.Time // when to retry an incomplete checkpoint; zero if there is none
+	pagesMoved int64     // pages that the previous try had moved; if the next has moved as many, the same reader still blocks
 }
 
 const (
-	walCheckEvery      = 512                    // operations, of a few pages each, between looks at the WAL's length
+	walCheckEvery      = 512                    // changes of orders, a few pages each, after which the WAL's length is read
 	checkpointPages    = 4000                   // WAL pages (16 MB) after which the writer checkpoints
-	truncateAbovePages = 8000                   // a longer WAL gives its space back
-	readerPause        = 100 * time.Millisecond // longest wait of a checkpoint for a reader; commits wait with it
+	truncateAbovePages = 8000                   // if the WAL is longer, the checkpoint truncates it
+	readerPause        = 100 * time.Millisecond // longest wait of a checkpoint for a reader; commits wait meanwhile
 )
 
 func newCheckpointer(file *database, log *logger) (*checkpointer, error) {
-	// NOOP reads the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
+	// NOOP returns the WAL's length and moves nothing: https://sqlite.org/pragma.html#pragma_wal_checkpoint
 	length, err := file.Prepare("PRAGMA wal_checkpoint(NOOP)")
 	return &checkpointer{file: file, log: log, length: length}, err
 }
 
-// checkpointIfDue checkpoints a WAL of checkpointPages. A reader that blocks it is
-// waited for once, for readerPause; then it is retried every retryPause without
-// waiting, until another reader blocks it. See https://sqlite.org/wal.html#ckpt.
+// checkpointIfDue runs a checkpoint if the WAL has checkpointPages. If a reader blocks
+// the checkpoint, it waits for that reader once, for readerPause. Then it retries the
+// checkpoint every retryPause, and does not wait for the same reader again. See
+// https://sqlite.org/wal.html#ckpt.
 func (c *checkpointer) checkpointIfDue() error {
 	retry := !c.retryAt.IsZero()
 	if retry && time.Now().Before(c.retryAt) || !retry && c.written < walCheckEvery {
@@ -1776,10 +1788,10 @@ func (c *checkpointer) checkpoint(mode string) (walState, error) {
 	return scanWAL(c.file.QueryRow("PRAGMA wal_checkpoint(" + mode + ")"))
 }
 
-// walState is what a checkpoint tells of the WAL.
+// walState is the result of a checkpoint.
 type walState struct {
-	busy         bool // a reader, or another program, was in the way
-	pages, moved int64
+	busy         bool  // a reader or another program blocked the checkpoint
+	pages, moved int64 // length of the WAL; pages of it that are in the database
 }
 
 func (w walState) complete() bool { return w.moved >= w.pages }
@@ -1794,19 +1806,19 @@ func scanWAL(row *sql.Row) (w walState, err error) {
 const (
 	rowConnections  = 3         // for single orders and for the feeder, which must not wait for lists
 	listConnections = 4         // for lists
-	readBytes       = 256 << 10 // of text, after which a page ends
+	readBytes       = 256 << 10 // bytes of text after which a page of a list ends
 )
 
 const (
 	selectByID  = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE id_high = ?"
 	selectByKey = "SELECT " + orderColumns + ", (SELECT seq FROM totals) FROM orders WHERE key = ?"
-	// Each status is read in the order of the index, and no content: the cost is that
-	// of the orders returned, wherever they are in the table.
+	// A part reads one status, in the order of the index, and no content. So its cost
+	// depends on the number of orders returned, not on their place in the table.
 	partOfBacklog = "SELECT * FROM (SELECT id_high, id_low, status FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = %d AND id_high > ?1 ORDER BY id_high LIMIT ?2)"
 )
 
-// reader is a pool of read-only connections. They are opened at start and kept,
-// so that a read needs no descriptor that others may have used up.
+// reader is a pool of read-only connections. They are opened at start and stay open,
+// so that no read fails because the process has run out of file descriptors.
 type reader struct {
 	*sql.DB
 	findID, findKey, backlog *sql.Stmt
@@ -1837,8 +1849,8 @@ func openReader(path string, connections int) (*reader, error) {
 
 const readEndTimeout = 5 * time.Second // longest wait of close for reads under way
 
-// close waits for reads under way: the last connection to close must be the
-// writer's.
+// close waits for reads under way, up to readEndTimeout, because the writer's
+// connection must be the last one to close.
 func (r *reader) close() error {
 	if r == nil {
 		return nil
@@ -1858,7 +1870,8 @@ func (e *sqliteEngine) findKey(key string) (order, int64, error) {
 	return e.readOne(e.rowReaders.findKey, key, func(order) bool { return true })
 }
 
-// readOne reads one order. Not finding it is an answer too, as of a seq.
+// readOne reads one order. With errNotFound, too, it returns a seq, because that
+// result must wait until a commit which removed the order is published.
 func (e *sqliteEngine) readOne(query *sql.Stmt, by any, matches func(order) bool) (o order, seq int64, err error) {
 	o, err = scanOrder(query.QueryRow(by).Scan, &seq)
 	if err == nil && matches(o) {
@@ -1888,7 +1901,7 @@ func (e *sqliteEngine) backlog(after int64, limit int) (found []queued, err erro
 	return found, rows.Err()
 }
 
-// oldestUnfinished lacks the status at its end, and is math.MaxInt64 without orders.
+// oldestUnfinished needs a status appended. Without an order it is math.MaxInt64.
 const oldestUnfinished = "SELECT coalesce(min(id_high), 9223372036854775807) FROM orders INDEXED BY orders_unfinished WHERE status < 2 AND status = "
 
 func (e *sqliteEngine) oldest(st status) (idHigh int64, err error) {
@@ -1914,15 +1927,15 @@ func (e *sqliteEngine) list(f filter) (p page, seq int64, err error) {
 	return l.result(stoppedAt), seq, err
 }
 
-// listBounds are id_high values that bound the cost of a page by its length, not
-// by the table's.
+// listBounds are id_high values that limit a search, so that the cost of a page
+// depends on its length, not on the table's.
 type listBounds struct {
 	oldestPending int64 // no earlier order is Pending
 	newestStarted int64 // no later order is Completed
 	newestIndexed int64 // later orders are not in the index of users
 }
 
-// window bounds the orders that a filter can find: from oldest, before before.
+// window returns the range of a filter's orders: oldest <= id_high < before.
 func (b listBounds) window(f filter) (oldest, before int64) {
 	before = f.before
 	if f.status != nil && *f.status == pending {
@@ -1934,7 +1947,7 @@ func (b listBounds) window(f filter) (oldest, before int64) {
 	return oldest, before
 }
 
-// Where the orders of a page are read from, newest first.
+// These are the sources from which a page reads orders, newest first.
 const (
 	fromTable      = "orders NOT INDEXED WHERE id_high >= @oldest AND id_high < @before"
 	fromUnfinished = "orders INDEXED BY orders_unfinished WHERE status < 2 AND id_high < @before"
@@ -1950,8 +1963,8 @@ type listing struct {
 	orders []order
 }
 
-// search runs the queries of a page. stoppedAt is the id_high at which it gave
-// up looking further back; 0 at the end of the table.
+// search runs the queries of a page. stoppedAt is the id_high below which it has not
+// searched, or 0 if it has searched the whole window.
 func (l *listing) search(b listBounds) (stoppedAt int64, err error) {
 	oldest, before := b.window(l.filter)
 	switch {
@@ -1966,7 +1979,7 @@ func (l *listing) search(b listBounds) (stoppedAt int64, err error) {
 	return l.searchUserIndex(oldest, min(before, b.newestIndexed+1))
 }
 
-// searchUserIndex searches pageRuns runs at most, back to the run that holds oldest.
+// searchUserIndex searches at most pageRuns runs, back to the one that holds oldest.
 func (l *listing) searchUserIndex(oldest, before int64) (stoppedAt int64, err error) {
 	var run int64
 	if err := l.tx.QueryRow(`SELECT max(coalesce((SELECT max(first) FROM user_runs WHERE first <= @oldest), 0),
@@ -1980,8 +1993,8 @@ func (l *listing) searchUserIndex(oldest, before int64) (stoppedAt int64, err er
 	return stoppedAt, l.read(fromUserIndex, "first DESC, id_high DESC", oldest, before, sql.Named("oldest_run", run))
 }
 
-// read appends the filter's orders of a window, up to one order more than the
-// page holds: that one tells of another page.
+// read appends the orders of a window that match the filter, up to one more than the
+// page holds: the extra order shows that there is another page.
 func (l *listing) read(from, sort string, oldest, before int64, more ...any) error {
 	if l.full() {
 		return nil
@@ -2026,25 +2039,25 @@ func (l *listing) result(stoppedAt int64) (p page) {
 
 // ---- SQLite files. ----
 
-const busyTimeout = time.Second // for another program's lock on a database
+const busyTimeout = time.Second // longest wait for another program's lock on a database
 
 // database is orders.db or metrics.db.
 type database struct {
-	*sql.DB  // one connection; nil until open
+	*sql.DB  // has one connection; nil until open
 	path     string
 	appID    int64 // PRAGMA application_id
 	version  int64 // PRAGMA user_version
 	schema   string
-	upgrades []string // each leads one version up; the last one to version
+	upgrades []string // each upgrades by one version, the last one to version
 
-	autoCheckpoint int // PRAGMA wal_autocheckpoint, in pages; 0 where a checkpointer does it
+	autoCheckpoint int // PRAGMA wal_autocheckpoint, in pages; 0 if a checkpointer does that
 
-	foundVersion int64                  // by inspect; 0 if there is no schema yet
-	opened       map[string]os.FileInfo // by path: what it named when the database was opened
-	checked      time.Time              // when inPlace last looked
+	foundVersion int64                  // set by inspect; 0 if there is no schema yet
+	opened       map[string]os.FileInfo // the files that were opened, by path; for inPlace
+	checked      time.Time              // when inPlace last found them in place
 }
 
-// openSQLite opens lazily: it touches no file before the first statement.
+// openSQLite opens a database lazily: it touches no file before the first statement.
 // See https://pkg.go.dev/modernc.org/sqlite#Driver.Open for the parameters.
 func openSQLite(path string, params ...string) (*sql.DB, error) {
 	abs, err := sqlitePath(path)
@@ -2055,7 +2068,7 @@ func openSQLite(path string, params ...string) (*sql.DB, error) {
 	if !strings.HasPrefix(name, "/") {
 		name = "/" + name // a Windows drive
 	}
-	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()), "_pragma=temp_store(2)") // in memory
+	params = append(params, fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()), "_pragma=temp_store(2)") // 2 is memory
 	dsn := url.URL{Scheme: "file", Path: name, RawQuery: strings.Join(params, "&")}
 	db, err := sql.Open("sqlite", dsn.String())
 	if err == nil {
@@ -2064,8 +2077,8 @@ func openSQLite(path string, params ...string) (*sql.DB, error) {
 	return db, err
 }
 
-// resolve follows links once, before anything looks beside the file: SQLite
-// keeps -wal and -shm beside the target of a link.
+// resolve returns the path with its links followed. inspect calls it first, because
+// SQLite keeps -wal and -shm beside the target of a link.
 func resolve(path string) (string, error) {
 	real, err := filepath.EvalSymlinks(path)
 	if !errors.Is(err, os.ErrNotExist) {
@@ -2078,9 +2091,9 @@ func resolve(path string) (string, error) {
 	return filepath.Join(directory, filepath.Base(path)), err
 }
 
-// inspect makes sure that the file, if there is one, is a database of orderd's,
-// of a known version and whole, and reads its totals with that version's query.
-// It writes nothing, except that SQLite rolls back what a -journal beside it has.
+// inspect makes sure that the file, if there is one, is a database of orderd, of a
+// known version and whole, and reads its totals with that version's query. It writes
+// nothing, except that SQLite rolls back a -journal beside the file.
 func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	if d.path, err = resolve(d.path); err != nil {
 		return err
@@ -2090,12 +2103,12 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 		return err
 	}
 	noWAL := !exists(d.path + "-wal")
-	params := []string{"mode=ro"} // closing it moves no WAL into a file that is refused
+	params := []string{"mode=ro"} // so that closing db does not move the WAL into a file that is refused
 	switch {
-	case noWAL && exists(d.path+"-journal"): // of a version that was cut off while it made the file: SQLite rolls it back
+	case noWAL && exists(d.path+"-journal"): // an older orderd was cut off while it made the file: SQLite rolls that back
 		params = []string{"mode=rw"}
 	case noWAL:
-		params = append(params, "immutable=1") // makes no -wal and -shm either
+		params = append(params, "immutable=1") // so that SQLite makes no -wal and -shm
 	}
 	db, err := openSQLite(d.path, params...)
 	if err != nil {
@@ -2107,7 +2120,7 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 		return err
 	}
 	if noWAL && info.Size()%pageSize != 0 {
-		return damaged(d.path) // SQLite would take zeros for the rest of the last page
+		return damaged(d.path) // SQLite would read the missing part of the last page as zeros
 	}
 	err = db.QueryRow(queries[d.foundVersion]).Scan(into...)
 	if err != nil && sqliteCode(err) == 0 { // no row, or no numbers in it
@@ -2116,8 +2129,8 @@ func (d *database) inspect(queries map[int64]string, into ...any) (err error) {
 	return explain(d.path, err)
 }
 
-// checkFile makes sure that the file can be written. It returns nil if there is
-// no file.
+// checkFile makes sure that the file is a regular one and can be written. It returns
+// nil and no error if there is no file.
 func (d *database) checkFile() (os.FileInfo, error) {
 	info, err := os.Stat(d.path)
 	switch {
@@ -2158,8 +2171,8 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// open makes the database if need be, opens it durably, and upgrades an older
-// one. Call inspect first.
+// open makes the database if there is none, opens it for durable commits, and
+// upgrades an older version. Call inspect first.
 func (d *database) open(log *logger) (err error) {
 	if d.foundVersion == 0 {
 		if err := d.makeNew(); err != nil {
@@ -2183,8 +2196,8 @@ func (d *database) open(log *logger) (err error) {
 	return nil
 }
 
-// upgrade runs in one transaction. Its indexes are sorted in files beside the
-// database, since memory may not have room for them.
+// upgrade runs all upgrades in one transaction. SQLite sorts new indexes in files
+// beside the database, because they may not fit into memory.
 func (d *database) upgrade() error {
 	directory := strings.ReplaceAll(filepath.Dir(d.path), "'", "''")
 	steps := strings.Join(d.upgrades[len(d.upgrades)-int(d.version-d.foundVersion):], "")
@@ -2193,15 +2206,15 @@ func (d *database) upgrade() error {
 	return err
 }
 
-// setDurable sets what makes a commit survive a power cut, and reads it back.
+// setDurable makes commits survive a power cut, and checks the settings afterwards.
 func (d *database) setDurable() error {
 	var journal string
 	var synchronous int
 	if err := d.QueryRow("PRAGMA journal_mode = WAL").Scan(&journal); err != nil {
 		return explain(d.path, err)
 	}
-	// fullfsync matters on macOS only. The checkpoint empties the WAL: an fsync of it
-	// may have failed before this start.
+	// fullfsync matters on macOS only. The checkpoint moves the WAL into the database,
+	// because an fsync of the WAL may have failed before this start.
 	settings := fmt.Sprintf("PRAGMA synchronous = FULL; PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1; PRAGMA cache_size = -8192; PRAGMA wal_autocheckpoint = %d; PRAGMA wal_checkpoint(PASSIVE);", d.autoCheckpoint)
 	if _, err := d.Exec(settings); err != nil {
 		return explain(d.path, err)
@@ -2212,11 +2225,11 @@ func (d *database) setDurable() error {
 	return nil
 }
 
-// makeNew makes the database under another name and moves it into place, so
-// that no power cut leaves a part of one.
+// makeNew makes the database under another name and then renames it, so that no power
+// cut leaves an incomplete one.
 func (d *database) makeNew() error {
 	unfinished := d.path + ".new"
-	// SQLite would take a -wal or a -journal of an earlier file for this one's.
+	// SQLite would apply a -wal or a -journal that an earlier file left to the new one.
 	for _, leftover := range []string{unfinished, d.path + "-wal", d.path + "-shm", d.path + "-journal"} {
 		if err := os.Remove(leftover); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("cannot remove %s, whose database is gone: %w", leftover, err)
@@ -2240,12 +2253,12 @@ func (d *database) makeNew() error {
 		return fmt.Errorf("cannot make %s: %w", d.path, err)
 	}
 	syncDirectory(filepath.Dir(d.path))
-	syncDirectory(filepath.Dir(filepath.Dir(d.path))) // where the log may have made the directory
+	syncDirectory(filepath.Dir(filepath.Dir(d.path))) // the log may have made the directory without a sync
 	d.foundVersion = d.version
 	return nil
 }
 
-// remember notes what the database's paths name now, for inPlace.
+// remember notes which files the database's paths name now, for inPlace.
 func (d *database) remember() {
 	d.opened = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
@@ -2255,10 +2268,10 @@ func (d *database) remember() {
 	}
 }
 
-const lookEvery = 100 * time.Millisecond // between looks at whether the files are in place
+const lookEvery = 100 * time.Millisecond // shortest pause between two checks that the files are in place
 
-// inPlace fails if the paths no longer name the open files. What is written to a
-// file that was removed or replaced is gone at the next start.
+// inPlace returns an error if the paths no longer name the open files: the next start
+// would not find what is written to a removed or replaced file.
 func (d *database) inPlace() error {
 	if time.Since(d.checked) < lookEvery {
 		return nil
@@ -2273,13 +2286,13 @@ func (d *database) inPlace() error {
 	return nil
 }
 
-const copyPages = 1024 // 4 MB at a time
+const copyPages = 1024 // pages copied at a time (4 MB)
 
-// copyTo writes a copy, as of one moment, while others read and write. Its
-// transaction keeps the copy from starting over with every commit; the WAL grows
-// meanwhile (https://sqlite.org/backup.html). Each part is brought to disk at
-// once, with a pause after it: one large fsync at the end would hold up those of
-// the service.
+// copyTo writes a copy of the database as of one moment to path, while others read
+// and write. It reads in one transaction, because each commit would otherwise make
+// the copy start again (https://sqlite.org/backup.html). The WAL grows meanwhile.
+// copyTo syncs each part and pauses after it, because one large fsync at the end would
+// delay those of the service.
 func (d *database) copyTo(ctx context.Context, path string) error {
 	if err := makeFile(path); err != nil {
 		return err
@@ -2307,7 +2320,7 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 		for more := true; more && err == nil; {
 			began := time.Now()
 			more, err = b.Step(copyPages)
-			err = cmp.Or(err, syncFile(path), ctx.Err()) // nobody else has the copy open, whose locks a close would drop
+			err = cmp.Or(err, syncFile(path), ctx.Err()) // syncFile's close drops SQLite's locks on the copy, which nobody else opens
 			time.Sleep(2 * time.Since(began))
 		}
 		return cmp.Or(err, b.Finish())
@@ -2315,7 +2328,7 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	if ctx.Err() != nil {
 		return errors.New("it was interrupted")
 	}
-	if sqliteCode(err)&0xff == sqlite3.SQLITE_FULL { // it is the copy's disk
+	if sqliteCode(err)&0xff == sqlite3.SQLITE_FULL { // the copy's disk is full, not the service's
 		return explain(path, err)
 	}
 	if err != nil {
@@ -2324,7 +2337,7 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	return nil
 }
 
-// setBusyTimeout changes it on the one connection.
+// setBusyTimeout changes the busy timeout of the one connection.
 func (d *database) setBusyTimeout(t time.Duration) {
 	d.Exec(fmt.Sprintf("PRAGMA busy_timeout = %d", t.Milliseconds()))
 }
@@ -2336,7 +2349,7 @@ func (d *database) close() error {
 	return d.Close()
 }
 
-// lockDirectory makes dir and keeps other processes from it.
+// lockDirectory makes dir and locks it against any other orderd.
 func lockDirectory(dir string) (io.Closer, error) {
 	if err := makeDirectory(dir); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w; choose another with -data", err)
@@ -2355,8 +2368,8 @@ func lockDirectory(dir string) (io.Closer, error) {
 	return lock, nil
 }
 
-// makeDirectory makes dir and what is missing above it, for their owner only,
-// and makes their names durable.
+// makeDirectory makes dir and the directories that are missing above it, which only
+// their owner may use, and makes their names durable.
 func makeDirectory(dir string) error {
 	_, err := os.Stat(dir)
 	if !errors.Is(err, os.ErrNotExist) || filepath.Dir(dir) == dir {
@@ -2372,8 +2385,8 @@ func makeDirectory(dir string) error {
 	return nil
 }
 
-// syncDirectory makes the names in dir durable, if the system can do that. A
-// failure loses no order: the directory is new.
+// syncDirectory makes the names in dir durable. It ignores errors, because not every
+// system can do that, and SQLite syncs the directory again when it makes a -wal.
 func syncDirectory(dir string) {
 	if d, err := os.Open(dir); err == nil {
 		d.Sync()
@@ -2389,9 +2402,9 @@ func makeDataFile(path string) error {
 	return nil
 }
 
-// syncFile brings a file to disk, if there is one. A -wal that a killed process
-// left must be on disk before anything of it is shown; the checkpoint at start
-// does not sync it while another program reads an older state.
+// syncFile brings a file to disk, if there is one. A -wal that a killed process left
+// must be on disk before anything in it is shown. The checkpoint at start is not
+// enough: it does not sync the WAL while another program reads an older state.
 func syncFile(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -2403,7 +2416,7 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// sqliteCode is SQLite's extended result code of err, or 0.
+// sqliteCode returns SQLite's extended result code of err, or 0 if it has none.
 func sqliteCode(err error) int {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()
@@ -2415,8 +2428,8 @@ func damaged(path string) error {
 	return fmt.Errorf("%s is damaged or not a database: put a backup in its place (the files were left as they are)", path)
 }
 
-// explain turns an SQLite error into one sentence with the remedy. The low byte
-// of a code is its kind: https://sqlite.org/rescode.html.
+// explain turns an SQLite error into one sentence with the remedy. It looks at the
+// low byte, the primary result code: https://sqlite.org/rescode.html.
 func explain(path string, err error) error {
 	if err == nil {
 		return nil

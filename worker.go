@@ -22,46 +22,46 @@ import (
 
 const (
 	feedRows      = 512                    // orders that the feeder reads at a time, to keep its reads short
-	feedPause     = 5 * time.Millisecond   // after a read that reached the end, so that the next one finds more
-	firstRetry    = 100 * time.Millisecond // pause after a first failure; it doubles with each that follows
-	maxOrderPause = time.Minute            // pause of an order, and the longest that an endpoint can ask for
-	maxPoolPause  = 5 * time.Second        // of the pool while the endpoint is in trouble, and of the orders that met with it
-	trialLimit    = 5 * time.Second        // of an endpoint in trouble: one that takes an order and is silent for so long is busy with it
-	troubleExtra  = 10 * time.Millisecond  // an order that met with trouble waits this much longer than the pool, so that another is tried first
-	maxParked     = 1_000_000              // orders in a pause; beyond them the feeder waits
-	parkedPause   = 100 * time.Millisecond // between its looks whether they are fewer
+	feedPause     = 5 * time.Millisecond   // pause after a read that reached the newest order, so that the next read finds more
+	firstRetry    = 100 * time.Millisecond // pause after the first failure; it doubles with each further one
+	maxOrderPause = time.Minute            // longest pause of an order, also if the endpoint asks for a longer one
+	maxPoolPause  = 5 * time.Second        // longest pause between trials of an endpoint in trouble, and of an order that failed because of it
+	trialLimit    = 5 * time.Second        // a longer trial ends the trouble: the endpoint has taken the order and is busy with it
+	troubleExtra  = 10 * time.Millisecond  // an order that failed because of trouble waits this much longer than the pool, so that another order is tried first
+	maxParked     = 1_000_000              // parked orders from which on the feeder waits
+	parkedPause   = 100 * time.Millisecond // between the feeder's checks whether they are fewer
 )
 
 // poolOptions are the pool's part of the configuration.
 type poolOptions struct {
 	workers  int
-	places   int              // in the channel
-	delay    time.Duration    // of simulated work, where there is no endpoint
-	endpoint endpointOptions  // without a url: no endpoint
+	places   int              // capacity of the channel
+	delay    time.Duration    // of simulated work, if there is no endpoint
+	endpoint endpointOptions  // its url is empty if there is none
 	now      func() time.Time // the wall clock
 }
 
-// work is what processing an order means. attempt counts from 1 since the process
-// started. What it returns:
+// work processes one order. attempt counts the order's attempts in this pool, from 1.
+// The result decides what follows:
 //
 //	nil       the order is completed
 //	*trouble  every order would fail now: the whole pool pauses, then tries one by one
 //	*refusal  this order is tried again later; a pause of the pool ends
 //	other     this order is tried again later; a pause of the pool goes on
 //
-// It may run more than once for one order (after an error, a time-out, a stop or
-// a crash), around a fail-over also on two replicas at the same time. It must end
-// soon after ctx is done.
+// A work may run more than once for one order (after an error, a time-out, a stop or
+// a crash), and around a fail-over on two replicas at the same time. It must end soon
+// after ctx is done.
 type work func(ctx context.Context, id ulid.ULID, attempt int) error
 
 // pool runs orders through Processing to Completed. The channel is a window on
-// the table: the feeder is its only sender, the workers receive.
+// the table: only the feeder sends to it, and the workers receive.
 type pool struct {
 	poolOptions
 	work  work
 	store *store
 	log   *logger
-	made  time.Time
+	made  time.Time // job.began counts from here
 
 	channel   chan queued
 	stored    chan struct{} // capacity 1: the table has new orders
@@ -73,11 +73,11 @@ type pool struct {
 
 	orderWarnings, endpointWarnings *limitedLog
 
-	// stopping is cancelled by stop, when the service begins to stop: no worker
-	// takes another order, and /readyz says no.
+	// stop cancels stopping when the service begins to stop, or this replica no longer
+	// leads: no worker takes another order then. A stopping service's /readyz says no.
 	stopping context.Context
 	stop     context.CancelFunc
-	working  context.Context // cancelled by drain at its deadline: ends running work
+	working  context.Context // drain cancels it at the deadline, which cuts running work off
 	cancel   context.CancelFunc
 	running  sync.WaitGroup // feeder and workers
 }
@@ -87,9 +87,9 @@ type pool struct {
 type job struct {
 	id        ulid.ULID
 	startedMS int64         // as in order
-	began     time.Duration // first attempt, monotonic, since pool.made
-	due       tick          // of the next attempt, while it is parked
-	attempts  int32         // that failed
+	began     time.Duration // start of the first attempt: monotonic time since pool.made
+	due       tick          // time of the next attempt, while the order is parked
+	attempts  int32         // attempts that failed
 }
 
 func newPool(o poolOptions, s *store, log *logger) *pool {
@@ -107,7 +107,7 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 	return p
 }
 
-// start begins with what the last start left unfinished.
+// start starts the workers, and the feeder with the oldest unfinished order.
 func (p *pool) start() {
 	p.running.Go(p.feed)
 	for range p.workers {
@@ -141,7 +141,8 @@ func (p *pool) feed() {
 	}
 }
 
-// push waits for a place in the channel; false says that the pool is stopping.
+// push sends an order to the channel, once fewer than maxParked are parked and the
+// channel has room. It returns false if the pool is stopping.
 func (p *pool) push(o queued) bool {
 	for p.parked.len() >= maxParked {
 		if !sleep(p.stopping, parkedPause) {
@@ -156,7 +157,8 @@ func (p *pool) push(o queued) bool {
 	}
 }
 
-// runWorker is one worker. It takes no more orders once the pool is stopped.
+// runWorker is the loop of one worker. It ends once the pool is stopping. The worker
+// that meets with trouble and shuts the gate probes the endpoint.
 func (p *pool) runWorker() {
 	for p.stopping.Err() == nil {
 		shut, changed := p.gate.state()
@@ -178,7 +180,8 @@ func (p *pool) runWorker() {
 	}
 }
 
-// next takes a new order or a parked one that is due.
+// next waits for a new order or a parked one that is due. ok is false if it got none
+// because of interrupted or a stop, or because another worker took the parked one.
 func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 	select {
 	case o := <-p.channel:
@@ -191,7 +194,8 @@ func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 	return j, false
 }
 
-// begin starts on an order for the first time since the start of the process.
+// begin makes the job of an order that is new to this pool, and stores its step to
+// Processing.
 func (p *pool) begin(o queued) job {
 	j := job{id: o.id, startedMS: p.now().UnixMilli(), began: time.Since(p.made)}
 	if o.status == pending {
@@ -200,8 +204,8 @@ func (p *pool) begin(o queued) job {
 	return j
 }
 
-// attempt works on an order once. If that fails, the order is parked for a pause,
-// unless the work was cut off: then it waits in the table for the next start.
+// attempt works on an order once. If the work fails, attempt parks the order for a
+// pause. If drain cut the work off, the order waits in the table for the next start.
 func (p *pool) attempt(j job) error {
 	p.active.Add(1)
 	err := p.runSafely(j)
@@ -210,7 +214,7 @@ func (p *pool) attempt(j job) error {
 	case err == nil:
 		p.complete(j)
 	case p.working.Err() != nil:
-		return p.working.Err() // it was cut off
+		return p.working.Err() // drain cut the work off
 	default:
 		p.failed.Add(1)
 		p.postpone(j, err)
@@ -234,8 +238,8 @@ func (p *pool) complete(j job) {
 	p.store.step(transition{id: j.id, from: processing, to: completed, startedMS: j.startedMS, tookMicros: took.Microseconds()})
 }
 
-// postpone parks an order after an attempt that failed, and logs the failure;
-// probe logs trouble.
+// postpone parks an order after an attempt that failed, and logs the failure, except
+// for trouble, which probe logs.
 func (p *pool) postpone(j job, err error) {
 	j.attempts++
 	pause := backoff(j.attempts, maxOrderPause)
@@ -248,14 +252,14 @@ func (p *pool) postpone(j job, err error) {
 	p.parked.park(j, due)
 }
 
-// backoff is the pause after so many failures in a row, of which there is one at least.
+// backoff returns the pause after that many failures in a row; failures is at least 1.
 func backoff(failures int32, longest time.Duration) time.Duration {
 	return min(firstRetry<<min(failures-1, 16), longest)
 }
 
-// probe probes an endpoint in trouble, one order at a time, while the others
-// pause, until an attempt is answered, or lasts longer than trialLimit. An
-// attempt that times out before is no answer.
+// probe tries an endpoint in trouble with one order at a time, while the other
+// workers pause. It opens the gate once an attempt is answered without trouble or
+// lasts longer than trialLimit. An attempt that times out before that is no answer.
 func (p *pool) probe(t *trouble, id ulid.ULID) {
 	p.endpointWarnings.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
@@ -280,7 +284,7 @@ func (p *pool) probe(t *trouble, id ulid.ULID) {
 		lasting := time.AfterFunc(trialLimit, goOn)
 		err := p.attempt(j)
 		if !lasting.Stop() {
-			return // what it met in the end, others meet by themselves
+			return // the gate is open: if the trouble is not over, another worker meets with it
 		}
 		if t, ok = errors.AsType[*trouble](err); ok {
 			continue
@@ -319,7 +323,7 @@ func (p *pool) drain(deadline time.Time) {
 	p.cancel()
 }
 
-// gate lets workers take orders while it is not shut.
+// gate keeps workers from taking orders while it is shut.
 type gate struct {
 	mu      sync.Mutex // guards the rest
 	shut    bool
@@ -334,7 +338,7 @@ func (g *gate) state() (shut bool, changed <-chan struct{}) {
 	return g.shut, g.changed
 }
 
-// set reports whether that is a change.
+// set shuts or opens the gate, and reports whether that changed its state.
 func (g *gate) set(shut bool) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -349,7 +353,7 @@ func (g *gate) set(shut bool) bool {
 
 // parking holds orders that pause between two attempts.
 type parking struct {
-	made  time.Time     // what ticks count from
+	made  time.Time     // ticks count from here
 	ready chan struct{} // capacity 1: a job may be due
 	timer *time.Timer   // nudges ready when the first job is due
 
@@ -357,8 +361,8 @@ type parking struct {
 	jobs jobHeap
 }
 
-// tick counts 10 ms since parking was made; it wraps after 497 days, so only
-// differences compare.
+// tick is a time in units of 10 ms since parking.made. It wraps around after 497
+// days, so ticks must be compared by sub.
 type tick uint32
 
 const tickLength = 10 * time.Millisecond
@@ -392,7 +396,7 @@ func (p *parking) unpark(now time.Time) (j job, ok bool) {
 	return j, ok
 }
 
-// arm has a worker look again once the first job is due. It needs p.mu.
+// arm makes a worker look again once the first job is due. The caller holds p.mu.
 func (p *parking) arm() {
 	if p.jobs.n == 0 {
 		return
@@ -413,7 +417,7 @@ func (p *parking) len() int {
 const heapChunk = 1024 // jobs, 40 KB
 
 // jobHeap is a heap of jobs by due time, for container/heap. It grows and shrinks
-// by chunks, so that no job is copied to grow it.
+// by chunks, so that growing copies no job.
 type jobHeap struct {
 	chunks []*[heapChunk]job
 	n      int
@@ -444,15 +448,15 @@ func (h *jobHeap) Pop() any {
 
 const linesASecond = 5 // of each kind of failure
 
-// limitedLog logs what may come in any number: beyond linesASecond it leaves lines
-// out, and the next line says how many.
+// limitedLog logs warnings that may come in any number. It leaves out those beyond
+// linesASecond, and the next line says how many it left out.
 type limitedLog struct {
 	log *logger
 
 	mu      sync.Mutex // guards the rest
 	since   time.Time  // start of the second that lines counts
 	lines   int
-	leftOut int // lines not written since the last one that was
+	leftOut int // lines left out since the last one written
 }
 
 func (f *limitedLog) warn(message string, attributes ...any) {
@@ -470,7 +474,7 @@ func (f *limitedLog) warn(message string, attributes ...any) {
 	f.leftOut = 0
 }
 
-// simulate is the stand-in for real work: a pause.
+// simulate returns a stand-in for real work, which only pauses.
 func simulate(delay time.Duration) work {
 	return func(ctx context.Context, _ ulid.ULID, _ int) error {
 		if delay == 0 {
@@ -487,22 +491,22 @@ func simulate(delay time.Duration) work {
 // overloaded.
 type trouble struct {
 	error
-	since      time.Time     // when the answer came, or when connecting began: the pause counts from here
-	retryAfter time.Duration // that the endpoint asks for, or 0
+	since      time.Time     // when the answer came or the connection broke, or when connecting began; the pause counts from here
+	retryAfter time.Duration // pause that the endpoint asks for, or 0
 }
 
-// pauseEnd is when the pause ends that follows so many failures in a row.
+// pauseEnd returns when the pause after that many failures in a row ends.
 func (t *trouble) pauseEnd(failures int32) time.Time {
 	return t.since.Add(cmp.Or(t.retryAfter, backoff(failures, maxPoolPause)))
 }
 
-// refusal is an answer that neither completes an order nor tells of trouble.
+// refusal is an answer that neither completes the order nor means trouble.
 type refusal struct{ error }
 
 const (
-	dialTimeout   = 2 * time.Second // for a connection to the endpoint, and again for its TLS handshake; both are below trialLimit
+	dialTimeout   = 2 * time.Second // of connecting to the endpoint, and again of the TLS handshake; together they are below trialLimit
 	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
-	maxAnswerTime = time.Second     // for reading them
+	maxAnswerTime = time.Second     // for reading that body
 )
 
 // endpointOptions say where the work is done.
@@ -525,13 +529,13 @@ func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order
 	transport.MaxConnsPerHost, transport.MaxIdleConnsPerHost, transport.MaxIdleConns = connections, connections, connections
 	return &endpoint{endpointOptions: o, find: find, client: &http.Client{
 		Transport: transport,
-		// A page to log in at, answered with 200, must not complete an order.
+		// A redirect must not lead to a login page whose 200 would complete the order.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 }
 
-// post sends an order to the endpoint and waits for the answer. A time-out is a
-// failure of this order; without a connection it is trouble.
+// post sends an order to the endpoint and waits for the answer. A time-out after
+// connecting is a failure of this order alone; any other failed connection is trouble.
 func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
 	began := time.Now()
 	var connected atomic.Bool
@@ -558,7 +562,7 @@ func (e *endpoint) post(ctx context.Context, id ulid.ULID, attempt int) error {
 	return verdict(answer)
 }
 
-// verdict is what an answer says; its body does not count.
+// verdict turns an answer's status code into the result of the work.
 func verdict(answer *http.Response) error {
 	code := answer.StatusCode
 	if code >= 200 && code <= 299 {
@@ -592,7 +596,7 @@ func (e *endpoint) request(ctx context.Context, id ulid.ULID, attempt int) (*htt
 	if err != nil {
 		return nil, err
 	}
-	r.GetBody = nil // or net/http would repeat the attempt by itself on a connection that breaks
+	r.GetBody = nil // else net/http would repeat the attempt by itself if a connection breaks
 	r.Header.Set("Content-Type", "application/json")
 	r.Header.Set("Idempotency-Key", o.id.String())
 	r.Header.Set("Orderd-Attempt", strconv.Itoa(attempt))
@@ -602,8 +606,8 @@ func (e *endpoint) request(ctx context.Context, id ulid.ULID, attempt int) (*htt
 	return r, nil
 }
 
-// retryAfter parses a Retry-After header, which holds seconds or a date. Anything
-// else, or a time that has passed, is 0.
+// retryAfter parses a Retry-After header, which holds seconds or a date. It returns
+// at most maxOrderPause, and 0 for anything else or a time that has passed.
 func retryAfter(value string) (wait time.Duration) {
 	if at, err := http.ParseTime(value); err == nil {
 		wait = time.Until(at)
