@@ -8051,6 +8051,60 @@ func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	}
 }
 
+// heldPublisher holds a commit of steps up once the table shows it, and before the
+// cache does, until held is received from and what came is closed.
+type heldPublisher struct {
+	engine
+	held chan chan struct{}
+}
+
+func (e heldPublisher) commit(b *batch) error {
+	err := e.engine.commit(b)
+	if len(b.steps) > 0 {
+		release := make(chan struct{})
+		e.held <- release
+		<-release
+	}
+	return err
+}
+
+// TestAReadIsHeldUntilTheCommitItSawIsPublished: meanwhile the cache would answer
+// with an older status.
+func TestAReadIsHeldUntilTheCommitItSawIsPublished(t *testing.T) {
+	t.Parallel()
+	e := heldPublisher{held: make(chan chan struct{})}
+	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
+		e.engine = a.sqlite
+		a.store.writer.engine = e
+	})
+	id := commitTogether(t, a.store, sampleOrders(1))[0]
+	a.store.step(transition{id: id, from: pending, to: completed, startedMS: 1})
+	release := <-e.held
+	reads := make(chan order, 2)
+	for _, read := range []func() (order, error){
+		func() (order, error) { return a.store.get(id) },
+		func() (order, error) {
+			p, err := a.store.list(filter{before: math.MaxInt64, limit: 1})
+			return p.orders[0], err
+		},
+	} {
+		go func() {
+			o, err := read()
+			assert.NoError(t, err)
+			reads <- o
+		}()
+	}
+	assert.Never(t, func() bool { return len(reads) > 0 }, 100*time.Millisecond, time.Millisecond)
+	close(release)
+	for range cap(reads) {
+		o := <-reads
+		require.Equal(t, completed, o.status)
+		st, err := a.store.status(id)
+		require.NoError(t, err)
+		require.Equal(t, completed, st)
+	}
+}
+
 func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
