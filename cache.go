@@ -36,20 +36,20 @@ type cache struct {
 	hits, misses atomic.Int64
 
 	mu          sync.RWMutex // guards the rest
-	statuses    map[half]entry
-	ring        []half // keys in order of arrival; once it is full, next is the oldest
+	statuses    map[idHalf]entry
+	ring        []idHalf // keys in order of arrival; once it is full, next is the oldest
 	next        int
 	watchers    map[ulid.ULID]*watcher
 	lastRemoval int64 // seq of the last commit that removed orders
 }
 
-// half is one half of an ID: the first tells orders apart, the second is random.
-type half [8]byte
+// idHalf is one idHalf of an ID: the first tells orders apart, the second is random.
+type idHalf [8]byte
 
-func halves(id ulid.ULID) (first, second half) { return half(id[:8]), half(id[8:]) }
+func halves(id ulid.ULID) (first, second idHalf) { return idHalf(id[:8]), idHalf(id[8:]) }
 
 type entry struct {
-	second half
+	second idHalf
 	status status
 }
 
@@ -62,7 +62,7 @@ type watcher struct {
 // newCache allocates the whole ring; the operating system gives memory to its pages
 // only as they are written.
 func newCache(size int) *cache {
-	return &cache{statuses: map[half]entry{}, ring: make([]half, 0, size), watchers: map[ulid.ULID]*watcher{}}
+	return &cache{statuses: map[idHalf]entry{}, ring: make([]idHalf, 0, size), watchers: map[ulid.ULID]*watcher{}}
 }
 
 func (c *cache) get(id ulid.ULID) (status, bool) {

@@ -16,7 +16,7 @@
 //	postgres.go the store's engine for more than one machine, and who of them leads
 //	store.go    orders: the domain, the store with its writer, the SQLite engine
 //	cache.go    status, and the bounded map of statuses
-//	log.go      slog over lumberjack; locks on files, and the paths that SQLite takes
+//	log.go      slog over lumberjack; locks on files, the paths that SQLite takes, small helpers
 package main
 
 import (
@@ -143,7 +143,7 @@ func backup(ctx context.Context, data, directory string) error {
 		return fmt.Errorf("cannot read the data directory: %w; name the service's with -data", err)
 	}
 	engine := newSQLiteEngine(data, nil)
-	_, err := engine.look()
+	_, err := engine.readTotals()
 	if errors.Is(err, os.ErrPermission) {
 		return fmt.Errorf("cannot read the databases: %w; run as the user of the service", err)
 	}
@@ -160,7 +160,7 @@ func backup(ctx context.Context, data, directory string) error {
 	}{{m.file, filepath.Join(directory, "metrics.db")}, {engine.file, filepath.Join(directory, "orders.db")}}
 	for _, c := range copies {
 		if c.file.foundVersion == 0 {
-			return fmt.Errorf("there is no %s to back up: name the directory of the service with -data", c.file.path)
+			return fmt.Errorf("there is no %s to back up: name the directory of the service with -data, or start orderd on it again, which makes metrics.db anew", c.file.path)
 		}
 	}
 	if err := makeDirectory(directory); err != nil {
@@ -180,6 +180,8 @@ func backup(ctx context.Context, data, directory string) error {
 	syncDirectory(directory)
 	return nil
 }
+
+// ---- The parts, in the order of their lifetimes. ----
 
 // app is the whole service, its parts in the order of their lifetimes.
 type app struct {
@@ -232,14 +234,14 @@ func (a *app) openFiles() (err error) {
 	}
 	if a.cfg.orders == "" {
 		engine := newSQLiteEngine(a.cfg.data, a.log)
-		held, err := engine.look()
+		held, err := engine.readTotals()
 		if err != nil {
 			return err
 		}
 		a.sqlite = engine
 		return a.metrics.check(held, engine.file.path)
 	}
-	if a.replica, err = newReplica(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.follow, a.log); err != nil {
+	if a.replica, err = newReplica(a.cfg.orders, *a.metrics.counted.Load(), a.metrics.noteConfirmed, a.log); err != nil {
 		return err
 	}
 	a.replica.url, err = a.cfg.advertised()
@@ -257,7 +259,7 @@ func (a *app) makeStoreAndPool(e engine) {
 func (a *app) start() (err error) {
 	counted := *a.metrics.counted.Load()
 	if a.store != nil {
-		if err = a.store.start(a.committed); err != nil {
+		if err = a.store.start(a.onCommit); err != nil {
 			return err
 		}
 		counted = a.store.publishedTotals()
@@ -299,9 +301,9 @@ func (a *app) serveOrders() {
 	}
 }
 
-// committed passes a commit on to the metrics, and wakes the feeder if it has new orders.
-func (a *app) committed(r commitReport) {
-	a.metrics.committed(r)
+// onCommit passes a commit on to the metrics, and wakes the feeder if it has new orders.
+func (a *app) onCommit(r commitReport) {
+	a.metrics.noteCommit(r)
 	if r.creates > 0 {
 		nudge(a.pool.stored)
 	}
@@ -345,7 +347,7 @@ func (a *app) takeTurns(ctx context.Context) error {
 	for {
 		var err error
 		if a.store == nil {
-			err = a.awaitLead(ctx, a.server.forwarder.follow)
+			err = a.awaitLead(ctx, a.server.forwarder.setLeader)
 			if ctx.Err() != nil {
 				return nil
 			}
@@ -382,11 +384,11 @@ func (a *app) awaitLead(ctx context.Context, follow func(url, pass string)) erro
 
 // lead starts the store and the pool that awaitLead has made.
 func (a *app) lead() error {
-	if err := a.store.start(a.committed); err != nil {
+	if err := a.store.start(a.onCommit); err != nil {
 		return err
 	}
+	a.metrics.noteConfirmed(a.store.publishedTotals()) // includes the previous leader's commits that this replica had not seen confirmed
 	a.serveOrders()
-	a.metrics.follow(a.store.publishedTotals()) // includes the previous leader's commits that this replica had not seen confirmed
 	a.log.Info("this replica leads", "resumed", a.store.publishedTotals().unfinished())
 	return nil
 }
@@ -514,6 +516,8 @@ func (a *app) warn(text string) {
 // loopbackOnly reports whether only this machine can connect.
 func (a *app) loopbackOnly() bool { return a.listener.Addr().(*net.TCPAddr).IP.IsLoopback() }
 
+// ---- Configuration. ----
+
 // config is what the flags and the environment say, checked.
 type config struct {
 	addr          string
@@ -625,7 +629,7 @@ func (c *config) flags() *flag.FlagSet {
 	define(fs, &c.pool.endpoint.url, "work", "", "http or https URL that each order is POSTed to, and completed by a 2xx; instead of -delay", parseEndpoint)
 	define(fs, &c.pool.endpoint.timeout, "work-timeout", 30*time.Second, "longest time for one attempt at an order with -work, 1s to 1h", oneAttempt)
 	define(fs, &c.workTokenFile, "work-token-file", "", "file with the bearer token that requests to -work carry", parseName)
-	define(fs, &c.pool.places, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
+	define(fs, &c.pool.queue, "queue", 1024, "capacity of the channel between feeder and pool, 1 to 1,000,000", number(1, 1_000_000))
 	define(fs, &c.store.cache, "cache", 1_000_000, "most order statuses kept in memory, 1 to 100,000,000", number(1, 100_000_000))
 	define(fs, &c.store.keep, "keep", 0, "how long completed orders are kept: 1s to 87600h, or 0 for ever", parseKeep)
 	define(fs, &c.log.file, "log", "logs/orderd.log", "log file; - logs to stderr, which then gets JSON only", parseName)

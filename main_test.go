@@ -1,7 +1,8 @@
 // What is tested where, each under a heading "// ---- …":
 //
 //   - the harness, and the process that tests start; the API description;
-//   - file by file, from main.go to log.go, with what is only time passing in bubbles;
+//   - main.go, server.go, store.go, cache.go, worker.go, what is only time passing (in
+//     bubbles), metrics.go, log.go;
 //   - the oracle, and the faults that it watches: the process, the disk, the start,
 //     the work, people; older versions; retention; abuse;
 //   - fuzz targets and benchmarks;
@@ -136,7 +137,7 @@ func serveTestApp(tb testing.TB, a *app) (stop func()) {
 func openIdle(tb testing.TB, dir string, change func(*config), before func(*app)) (a *app, stop func()) {
 	tb.Helper()
 	a = lookedAt(tb, dir, change, before)
-	require.NoError(tb, a.store.start(a.committed))
+	require.NoError(tb, a.store.start(a.onCommit))
 	require.NoError(tb, a.metrics.start(a.store.publishedTotals()))
 	stop = sync.OnceFunc(func() { assert.NoError(tb, errors.Join(a.closeFiles(), a.log.close())) })
 	tb.Cleanup(stop)
@@ -1308,7 +1309,7 @@ var flagTable = []struct {
 	{name: "work-timeout", beside: []string{"-work", "http://a"}, initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
 		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
 	{name: "work-token-file", beside: []string{"-work", "http://a"}, initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
-	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.places },
+	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.queue },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
 		accepted: []string{"1", "100000000"}, refused: []string{"0", "100000001"}, limits: "a whole number from 1 to 100000000"},
@@ -2667,7 +2668,7 @@ func TestMetricsText(t *testing.T) {
 	t.Cleanup(func() { close(gate) })
 	var back atomic.Int64 // that the clock goes
 	a, _ := openTestApp(t, t.TempDir(), func(c *config) {
-		c.pool.workers, c.pool.places, c.store.cache, c.drain = 1, 2, 4, 0
+		c.pool.workers, c.pool.queue, c.store.cache, c.drain = 1, 2, 4, 0
 		c.store.now = func() time.Time { return time.Now().Add(time.Duration(-back.Load())) }
 	}, func(a *app) {
 		a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
@@ -3138,7 +3139,7 @@ func TestAStoppingStandbyEndsWaits(t *testing.T) {
 	}))
 	t.Cleanup(leader.Close)
 	a.server.local.Store(nil)
-	a.server.forwarder.follow(leader.URL, "pass")
+	a.server.forwarder.setLeader(leader.URL, "pass")
 	waited := make(chan answer, 1)
 	go func() {
 		waited <- send(t.Context(), a.listener.Addr().String(), http.MethodGet, "/orders/x", prefer("wait=60"), "")
@@ -3552,7 +3553,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 				worked.forget()
 				resumed = done
 				a, stop = openTestApp(t, dir, func(c *config) {
-					c.drain, c.pool.workers, c.pool.places, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
+					c.drain, c.pool.workers, c.pool.queue, c.store.cache = 0, 1, 1+r.IntN(20), 1+r.IntN(100)
 				}, func(a *app) {
 					a.pool.work = func(ctx context.Context, id ulid.ULID, _ int) error {
 						worked.note(id)
@@ -4408,7 +4409,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 			e := newUserEndpoint(t, withStatus(200))
 			a, stop := openTestApp(t, dir, func(c *config) {
 				e.works(c)
-				c.pool.workers, c.pool.places = workers, 16
+				c.pool.workers, c.pool.queue = workers, 16
 			}, func(a *app) { noteFirstAttempts(a, &worked) })
 			ids := commitTogether(t, a.store, sampleOrders(20))
 			awaitRest(t, a, 0, 20)
@@ -4727,7 +4728,7 @@ func TestPausesBetweenAttempts(t *testing.T) {
 			const failing, attempts = 3, 14
 			var first ulid.ULID
 			var at [attempts + 1]time.Time // of its attempts
-			timed(t, func(c *config) { c.pool.workers, c.pool.places = 1, 1 }, func(a *app) {
+			timed(t, func(c *config) { c.pool.workers, c.pool.queue = 1, 1 }, func(a *app) {
 				a.pool.work = func(_ context.Context, id ulid.ULID, attempt int) error {
 					if first.IsZero() {
 						first = id
@@ -5203,14 +5204,14 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	p := newParking()
 	const n = 3*heapChunk + 5
 	for range n {
-		p.park(job{}, p.made.Add(time.Duration(rand.Int64N(int64(time.Minute)))))
+		p.park(job{}, p.epoch.Add(time.Duration(rand.Int64N(int64(time.Minute)))))
 	}
 	require.Equal(t, n, p.len())
-	_, ok := p.unpark(p.made)
+	_, ok := p.unpark(p.epoch)
 	require.False(t, ok, "none is due")
 	var last tick
 	for range n {
-		j, ok := p.unpark(p.made.Add(2 * time.Minute))
+		j, ok := p.unpark(p.epoch.Add(2 * time.Minute))
 		require.True(t, ok)
 		require.GreaterOrEqual(t, j.due, last)
 		last = j.due
@@ -5218,13 +5219,13 @@ func TestParkedOrdersReturnInTheSequenceOfTheirTimes(t *testing.T) {
 	require.Zero(t, p.len())
 	require.Empty(t, p.jobs.chunks, "the memory is given back")
 
-	p.park(job{}, p.made.Add(tickLength+1))
-	_, ok = p.unpark(p.made.Add(tickLength))
+	p.park(job{}, p.epoch.Add(tickLength+1))
+	_, ok = p.unpark(p.epoch.Add(tickLength))
 	require.False(t, ok, "not before its time, though in the same tick")
-	_, ok = p.unpark(p.made.Add(2 * tickLength))
+	_, ok = p.unpark(p.epoch.Add(2 * tickLength))
 	require.True(t, ok)
 
-	wrapped := p.made.Add(math.MaxUint32 * tickLength)
+	wrapped := p.epoch.Add(math.MaxUint32 * tickLength)
 	p.park(job{attempts: 2}, wrapped.Add(time.Minute))
 	p.park(job{attempts: 1}, wrapped.Add(-time.Minute))
 	for want := range int32(2) {
@@ -8641,7 +8642,7 @@ type fullEngine struct{ engine }
 
 func (e fullEngine) commit(b *batch) error {
 	if x := b.expiry; x != nil {
-		x.through, x.looked = x.after+1, expiryRows // as it came before the disk was full
+		x.through, x.examined = x.after+1, expiryRows // as it came before the disk was full
 		return errNotWritten
 	}
 	return e.engine.commit(b)
@@ -8729,7 +8730,7 @@ func TestAJumpOfTheClockRemovesNothing(t *testing.T) {
 	require.False(t, due(r))
 	require.True(t, due(begin()), "a start confirms it")
 	require.NoError(t, log.close())
-	require.Equal(t, 1, strings.Count(lines.String(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"))
+	require.Equal(t, 2, strings.Count(lines.String(), "the clock has jumped ahead: no order is removed until it is back, or orderd is started again"), "once a jump")
 }
 
 // ---- abuse ----
@@ -10702,14 +10703,14 @@ func TestLossBehindALaterTerm(t *testing.T) {
 	} {
 		p, err := newReplica("postgres://orderd@db/orderd", totals{}, func(totals) {}, nil)
 		require.NoError(t, err)
-		require.NoError(t, p.observe(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
-		err = p.observe(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
+		require.NoError(t, p.noteRow(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
+		err = p.noteRow(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
 		require.Equal(t, test.lost, errors.Is(err, errBroken), test.name)
 		if !test.lost { // and a server that has begun the same term for another replica
-			require.NoError(t, p.observe(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
-			require.ErrorIs(t, p.observe(leaderRow{term: 4, since: 90, proven: 120, totals: totals{identity: 1, seq: 122}}), errBroken)
+			require.NoError(t, p.noteRow(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
+			require.ErrorIs(t, p.noteRow(leaderRow{term: 4, since: 90, proven: 120, totals: totals{identity: 1, seq: 122}}), errBroken)
 		}
-		require.ErrorIs(t, p.observe(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
+		require.ErrorIs(t, p.noteRow(leaderRow{term: 5, since: 130, proven: 119, totals: totals{identity: 2, seq: 140}}), errBroken, "another database")
 	}
 }
 

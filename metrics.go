@@ -33,8 +33,8 @@ const metricsUpgradeTo2 = `
 ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;`
 
-// lookAtCounts is, by schema version, the query for what version 2 holds.
-var lookAtCounts = map[int64]string{
+// countsQueries is, by schema version, the query for what version 2 holds.
+var countsQueries = map[int64]string{
 	1: "SELECT accepted, completed, took, 0, 0 FROM totals",
 	2: "SELECT accepted, completed, took, seq, identity FROM totals",
 }
@@ -73,7 +73,7 @@ func openMetrics(directory string, log *logger) (*metrics, error) {
 		commitSizes: newHistogram(commitSizeBounds), commitTimes: newHistogram(latencyBounds),
 	}
 	counted := new(totals)
-	if err := m.file.inspect(lookAtCounts, &counted.accepted, &counted.completed, &counted.sumTook, &counted.seq, &counted.identity); err != nil {
+	if err := m.file.inspect(countsQueries, &counted.accepted, &counted.completed, &counted.sumTook, &counted.seq, &counted.identity); err != nil {
 		return nil, err
 	}
 	m.counted.Store(counted)
@@ -114,17 +114,17 @@ func (m *metrics) start(t totals) error {
 	return nil
 }
 
-// committed notes a commit of the orders.
-func (m *metrics) committed(r commitReport) {
+// noteCommit notes a commit of the orders.
+func (m *metrics) noteCommit(r commitReport) {
 	m.commitSizes.observe(float64(r.creates + r.steps))
 	m.commitTimes.observe(r.duration.Seconds())
 	m.latest.Store(&r.totals)
 	nudge(m.changed)
 }
 
-// follow notes totals that a standby sees confirmed. If only seq has changed, as a
+// noteConfirmed notes totals that a standby sees confirmed. If only seq has changed, as a
 // beat does, they are not written.
-func (m *metrics) follow(t totals) {
+func (m *metrics) noteConfirmed(t totals) {
 	before := *m.latest.Swap(&t)
 	before.seq = t.seq
 	if before != t {

@@ -89,14 +89,16 @@ const (
 	// text; the writer then looks for the outcome on another connection. Even for the
 	// largest batch this is shorter than takeOverAfter, so that a wait for a
 	// synchronous standby does not depose the leader.
-	commitTimeout  = 3 * time.Second
-	commitByte     = 50 * time.Nanosecond   // 20 MB/s
-	readTimeout    = 2 * time.Second        // for one read, with all its tries
-	countTimeout   = time.Minute            // for each count with which start checks the totals; one may read the whole table
-	reconnectPause = 250 * time.Millisecond // between two attempts to commit; a tenth of it between two tries of a read
-	postgresReads  = 8                      // connections for reads
-	expiryLooks    = 1024                   // orders that one expiry looks at, at most
+	commitTimeout      = 3 * time.Second
+	commitByte         = 50 * time.Nanosecond   // 20 MB/s
+	readTimeout        = 2 * time.Second        // for one read, with all its tries
+	countTimeout       = time.Minute            // for each count with which start checks the totals; one may read the whole table
+	reconnectPause     = 250 * time.Millisecond // between two attempts to commit; a tenth of it between two tries of a read
+	postgresReads      = 8                      // connections for reads
+	postgresExpiryRows = 1024                   // orders that one expiry looks at, at most
 )
+
+// ---- A replica: its sessions, and the leader row. ----
 
 // replica holds this process's access to the database and what it knows of the
 // leader row, while it leads and while it stands by.
@@ -275,11 +277,11 @@ func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err 
 	if version != postgresVersion {
 		return row, unfit(fmt.Sprintf("the tables have schema version %d and this orderd knows %d: use the orderd that made them", version, postgresVersion))
 	}
-	return row, r.observe(row)
+	return row, r.noteRow(row)
 }
 
-// observe replaces r.row by a row that was read, unless that row shows a loss.
-func (r *replica) observe(row leaderRow) error {
+// noteRow replaces r.row by a row that was read, unless that row shows a loss.
+func (r *replica) noteRow(row leaderRow) error {
 	if err := r.checkNotLost(row); err != nil {
 		return err
 	}
@@ -316,6 +318,8 @@ func (r *replica) checkNotLost(row leaderRow) error {
 	}
 	return nil
 }
+
+// ---- Standing by, and taking over. ----
 
 // standBy returns an engine once this replica leads. Until then it calls follow with
 // the leader's URL and pass, or with "" if nobody leads. While the database cannot be
@@ -417,6 +421,8 @@ func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*po
 	return e, nil
 }
 
+// ---- The engine of the leader: commits. ----
+
 // postgresEngine is the store's engine for one term, while this replica leads.
 type postgresEngine struct {
 	replica *replica
@@ -467,7 +473,7 @@ func (s commitState) afterLoss() commitState {
 // the steps that did not find their order, and the new totals.
 //
 // $1 and $2 are the term and the seq that the leader row must have, $3 and $4 its new
-// proven and ended. The orders, the steps and the orders to remove follow: see send.
+// proven and ended. The others are those of parcel.args.
 const commitBatch = `
 WITH held AS MATERIALIZED (
 	SELECT one FROM leader WHERE one AND term = $1 AND seq = $2 FOR UPDATE
@@ -549,7 +555,18 @@ func (e *postgresEngine) count(query string, into ...any) error {
 	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
 	defer cancel()
 	counted := make(chan error, 1)
-	go func() { counted <- e.reads.QueryRow(ctx, query).Scan(into...) }()
+	go func() {
+		// The sessionSettings are for statements that read little.
+		tx, err := e.reads.Begin(ctx)
+		if err == nil {
+			defer tx.Rollback(ctx)
+			_, err = tx.Exec(ctx, fmt.Sprintf("SET LOCAL statement_timeout = %d; SET LOCAL enable_seqscan = on", countTimeout.Milliseconds()))
+		}
+		if err == nil {
+			err = tx.QueryRow(ctx, query).Scan(into...)
+		}
+		counted <- err
+	}()
 	for {
 		select {
 		case err := <-counted:
@@ -586,8 +603,7 @@ func pack(b *batch) *parcel {
 			}
 			keys[c.key] = true
 		}
-		p.ids, p.lows, p.cents = append(p.ids, high(c.newID)), append(p.lows, low(c.newID)), append(p.cents, c.cents)
-		p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
+		p.addOrder(c)
 	}
 	for _, st := range b.steps {
 		p.movedIDs, p.started, p.took = append(p.movedIDs, high(st.id)), append(p.started, st.startedMS), append(p.took, st.tookMicros)
@@ -597,6 +613,20 @@ func pack(b *batch) *parcel {
 		p.removedIDs = append(p.removedIDs, high(id))
 	}
 	return p
+}
+
+func (p *parcel) addOrder(c *creation) {
+	p.ids, p.lows, p.cents = append(p.ids, high(c.newID)), append(p.lows, low(c.newID)), append(p.cents, c.cents)
+	p.users, p.items, p.keys = append(p.users, c.userID), append(p.items, c.itemIDs), append(p.keys, c.key)
+}
+
+// args are the arguments of commitBatch from $5 on: orders, steps, removals.
+func (p *parcel) args() []any {
+	return []any{
+		p.ids, p.lows, p.cents, p.users, p.items, p.keys,
+		p.movedIDs, p.previous, p.next, p.started, p.took,
+		p.removedIDs,
+	}
 }
 
 // answerKeys answers each create whose key has already created an order: one of the
@@ -673,9 +703,11 @@ func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 		p.batch.skipExpiry(e.replica.log, cause)
 		return pack(p.batch), nil
 	}
-	refused, err := e.refusedAlone(p.batch.creates)
-	if err != nil {
-		e.conn.Close(context.Background())
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
+	refused := map[*creation]error{}
+	if err := e.findRefused(ctx, p.batch.creates, refused); err != nil {
+		e.conn.Close(ctx)
 		return nil, err
 	}
 	rest := *p.batch
@@ -688,29 +720,33 @@ func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 	return next, nil
 }
 
-// refusedAlone tries to insert each order alone, rolls each insert back, and returns
-// the creates that the tables refuse.
-func (e *postgresEngine) refusedAlone(creates []*creation) (refused map[*creation]error, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
-	defer cancel()
-	refused = map[*creation]error{}
+// findRefused tries to insert the creates, and rolls that back. If the tables refuse
+// them, it tries each half, and so on, until it has each create that is refused alone.
+func (e *postgresEngine) findRefused(ctx context.Context, creates []*creation, refused map[*creation]error) error {
+	var p parcel
 	for _, c := range creates {
-		if _, err := e.conn.Exec(ctx, "BEGIN"); err != nil {
-			return nil, err
-		}
-		_, err := e.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids) VALUES ($1, $2, $3, 0, $4, $5)",
-			high(c.newID), low(c.newID), c.cents, c.userID, c.itemIDs)
-		if isRejection(err) {
-			e.replica.log.Error("an order was refused by the table", "error", err)
-			refused[c] = fmt.Errorf("%w: %w", errRejected, err)
-		} else if err != nil {
-			return nil, err
-		}
-		if _, err := e.conn.Exec(ctx, "ROLLBACK"); err != nil {
-			return nil, err
-		}
+		p.addOrder(c)
 	}
-	return refused, nil
+	_, err := e.conn.Exec(ctx, "BEGIN")
+	if err == nil {
+		_, err = e.conn.Exec(ctx, "INSERT INTO orders (id_high, id_low, cents, status, user_id, item_ids)"+
+			" SELECT id_high, id_low, cents, 0, user_id, item_ids FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::text[], $5::text[])"+
+			" AS c (id_high, id_low, cents, user_id, item_ids)", p.ids, p.lows, p.cents, p.users, p.items)
+	}
+	rejection := err
+	if err == nil || isRejection(err) {
+		_, err = e.conn.Exec(ctx, "ROLLBACK")
+	}
+	half := len(creates) / 2
+	switch {
+	case err != nil || rejection == nil:
+		return err
+	case half > 0:
+		return cmp.Or(e.findRefused(ctx, creates[:half], refused), e.findRefused(ctx, creates[half:], refused))
+	}
+	e.replica.log.Error("an order was refused by the table", "error", rejection)
+	refused[creates[0]] = fmt.Errorf("%w: %w", errRejected, rejection)
+	return nil
 }
 
 // isRejection reports whether the tables refuse the data: a value does not fit
@@ -826,8 +862,8 @@ func (e *postgresEngine) send(p *parcel) error {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout+time.Duration(p.batch.bytes)*commitByte)
 	defer cancel()
 	e.replica.warned = false
-	rows, _ := e.conn.Query(ctx, preparedCommit, e.term, row.totals.seq, e.replica.highestConfirmed.seq, p.ended, p.ids, p.lows, p.cents, p.users, p.items, p.keys,
-		p.movedIDs, p.previous, p.next, p.started, p.took, p.removedIDs)
+	fence := []any{e.term, row.totals.seq, e.replica.highestConfirmed.seq, p.ended}
+	rows, _ := e.conn.Query(ctx, preparedCommit, append(fence, p.args()...)...)
 	t, err := p.absorb(rows)
 	if errors.Is(err, errFenced) {
 		return e.fenced(err)
@@ -925,10 +961,10 @@ func (e *postgresEngine) expire(b *batch) error {
 	defer cancel()
 	rows, _ := e.conn.Query(ctx, `SELECT id_high, id_low, `+expiredBefore+`$2 FROM orders
 		WHERE id_high > $1 AND id_high < $2 << 16 AND id_high <= $3 ORDER BY id_high LIMIT $4`,
-		x.after, x.before, e.replica.row.totals.newestStarted, expiryLooks)
+		x.after, x.before, e.replica.row.totals.newestStarted, postgresExpiryRows)
 	defer rows.Close()
-	b.removed, x.looked = []ulid.ULID{}, 0
-	for ; rows.Next(); x.looked++ {
+	b.removed, x.examined = []ulid.ULID{}, 0
+	for ; rows.Next(); x.examined++ {
 		var idLow int64
 		var expired *bool // NULL if somebody completed the order by hand, without its times
 		if err := rows.Scan(&x.through, &idLow, &expired); err != nil {
@@ -938,7 +974,7 @@ func (e *postgresEngine) expire(b *batch) error {
 			b.removed = append(b.removed, joinID(x.through, idLow))
 		}
 	}
-	x.ended = x.looked < expiryLooks
+	x.ended = x.examined < postgresExpiryRows
 	return rows.Err()
 }
 
@@ -987,6 +1023,8 @@ func (e *postgresEngine) close() error {
 	}
 	return nil
 }
+
+// ---- The engine of the leader: reads. ----
 
 // query reads the orders that source selects, in one snapshot with the leader row,
 // and returns that row's seq. It stops after readBytes of text and then returns more

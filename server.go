@@ -135,7 +135,7 @@ func newServer(o serverOptions, m *metrics, log *logger) *server {
 func (s *server) handler() http.Handler {
 	e := echo.New()
 	e.HTTPErrorHandler = s.problem
-	e.Use(s.observe)
+	e.Use(s.track)
 	for path, handler := range map[string]echo.HandlerFunc{
 		"/":                 s.servePage,
 		"/openapi.json":     s.openAPI,
@@ -194,6 +194,8 @@ func canonical(next http.Handler) http.Handler {
 	})
 }
 
+// ---- Connections. ----
+
 // serve answers requests until shutdown.
 func (s *server) serve(l net.Listener) error {
 	if s.certificate != nil {
@@ -202,7 +204,8 @@ func (s *server) serve(l net.Listener) error {
 	return s.http.Serve(listener{l})
 }
 
-// listener accepts connections as conns.
+// listener accepts connections as conns. With TLS, net/http keeps its watch: a read
+// of nothing would confuse TLS.
 type listener struct{ net.Listener }
 
 func (l listener) Accept() (net.Conn, error) {
@@ -254,10 +257,10 @@ type certificate struct {
 	certFile, keyFile string
 	log               *logger
 
-	mu      sync.Mutex       // guards the rest
-	pair    *tls.Certificate // the last valid pair
-	read    time.Time        // when the files were last read
-	trouble string           // error of that read, or empty; logged when it changes
+	mu        sync.Mutex       // guards the rest
+	pair      *tls.Certificate // the last valid pair
+	read      time.Time        // when the files were last read
+	lastError string           // error of that read, or empty; logged when it changes
 }
 
 func openCertificate(certFile, keyFile string, log *logger) (*certificate, error) {
@@ -275,26 +278,29 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	if time.Since(c.read) < renewEvery {
 		return c.pair, nil
 	}
-	trouble := ""
+	failure := ""
 	if pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile); err == nil {
 		c.pair = &pair
-	} else if trouble = err.Error(); trouble != c.trouble {
-		c.log.Error("the certificate cannot be renewed; the one before stays in use", "error", trouble)
+	} else if failure = err.Error(); failure != c.lastError {
+		c.log.Error("the certificate cannot be renewed; the one before stays in use", "error", failure)
 	}
-	c.read, c.trouble = time.Now(), trouble
+	c.read, c.lastError = time.Now(), failure
 	return c.pair, nil
 }
 
-// observe gives every request an ID, answers its error, and counts, times and
+// ---- Every request: its ID, its log line, whether it is admitted. ----
+
+// track gives every request an ID, answers its error, and counts, times and
 // logs it.
-func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
+func (s *server) track(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		began := time.Now()
 		request, response := c.Request(), c.Response()
 		id := string(strconv.AppendUint([]byte(s.boot), s.requests.Add(1), 36))
 		response.Header()[echo.HeaderXRequestID] = []string{id}
 		err := s.admitAndHandle(c, next)
-		if err != nil {
+		aborted := errors.Is(err, http.ErrAbortHandler)
+		if err != nil && !aborted {
 			c.Error(err)
 		}
 		took := time.Since(began)
@@ -308,7 +314,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			r.latency.observe(took.Seconds())
 		}
 		s.logRequest(id, began, took, request, response, err)
-		if errors.Is(err, http.ErrAbortHandler) {
+		if aborted {
 			panic(http.ErrAbortHandler) // makes net/http cut the connection, else the answer would look whole
 		}
 		return nil
@@ -432,6 +438,8 @@ func (s *server) authorize(c echo.Context) error {
 	}
 	return nil
 }
+
+// ---- Creates. ----
 
 // createOrder answers once the order is on disk.
 func (s *server) createOrder(c echo.Context, l *localOrders) error {
@@ -698,6 +706,8 @@ func parseCents(number string) (int64, error) {
 	return cents, nil
 }
 
+// ---- Reads of one order and of lists. ----
+
 // getOrder answers from memory, or on a miss from one indexed row; with
 // view=full always from the row. With Prefer: wait it holds the answer until the
 // order is Completed, the wait is over, or the service stops.
@@ -879,6 +889,8 @@ func parseFilter(query url.Values) (filter, error) {
 	return f, nil
 }
 
+// ---- Metrics, health, the page. ----
+
 // getMetrics answers with the summary of the orders in JSON, or with this process's
 // metrics in Prometheus's format. With ?of=leader, which our page uses, the latter are
 // those of the leader.
@@ -985,7 +997,8 @@ func (s *server) ordersMetrics(e *exposition, l *localOrders) {
 	e.single("orderd_clock_behind_seconds", "gauge", "How far the newest order's time is ahead of the clock, 0 where it is not.", l.store.clockBehind().Seconds())
 }
 
-// oldestPending returns the age of the oldest Pending order in seconds, 0 without one.
+// oldestPending returns the age of the oldest Pending order in seconds, or 0 without
+// one: the ID that oldest returns then lies in the future.
 func oldestPending(s *store) float64 {
 	first, err := s.oldest(pending)
 	if err != nil {
@@ -1047,6 +1060,8 @@ func inlineHash(element string) string {
 
 func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK, apiJSON) }
 
+// ---- Passing requests on to the leader. ----
+
 // passHeader carries the leader's pass in a request that a replica passes on.
 // A replica never passes such a request on again.
 const passHeader = "Orderd-Passed-On"
@@ -1093,8 +1108,8 @@ func newForwarder() *forwarder {
 func (f *forwarder) Get() []byte  { return f.buffers.Get().(*[32 << 10]byte)[:] }
 func (f *forwarder) Put(b []byte) { f.buffers.Put((*[32 << 10]byte)(b)) }
 
-// follow takes the leader's address and pass, or "" for no leader. It has one caller.
-func (f *forwarder) follow(address, pass string) {
+// setLeader takes the leader's address and pass, or "" for no leader. It has one caller.
+func (f *forwarder) setLeader(address, pass string) {
 	old := f.target.Load()
 	if old == nil && address == "" || old != nil && old.pass == pass && old.address == address {
 		return
@@ -1131,7 +1146,7 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 	if r.Method != http.MethodPost && len(r.Header["Prefer"]) > 0 {
 		defer context.AfterFunc(f.stopping, cancel)()
 	}
-	var sent atomic.Bool
+	var maybeSent atomic.Bool
 	var failed error
 	proxy := httputil.ReverseProxy{
 		Transport:  f.transport,
@@ -1156,17 +1171,19 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
 			failed = fmt.Errorf("%w: %w", errNoLeader, err)
-			if r.Method == http.MethodPost && sent.Load() {
+			if r.Method == http.MethodPost && maybeSent.Load() {
 				failed = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 			}
 		},
 	}
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }} // from here on the request may have been sent
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { maybeSent.Store(true) }}
 	r = r.WithContext(httptrace.WithClientTrace(ctx, trace))
 	r.Body, r.ContentLength, r.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
 	proxy.ServeHTTP(w, r)
 	return failed
 }
+
+// ---- Errors. ----
 
 // fault is an error that the client is told in full, as a problem document (RFC 9457).
 type fault struct {

@@ -180,9 +180,9 @@ type expiry struct {
 	before int64 // Unix ms; only orders created and completed earlier are removed
 
 	// Set by the engine:
-	looked  int   // number of orders that were examined
-	through int64 // id_high up to which they were examined; the next expiry begins after it
-	ended   bool  // the sweep is over: no newer order can have expired, or the expiry failed
+	examined int   // number of orders that were examined
+	through  int64 // id_high up to which they were examined; the next expiry begins after it
+	ended    bool  // the sweep is over: no newer order can have expired, or the expiry failed
 }
 
 // filter is what a list asks for.
@@ -686,6 +686,8 @@ type commitReport struct {
 	totals         totals
 }
 
+var errQuit = errors.New("the store was closed while a commit was to be tried again")
+
 // writer is one goroutine that takes the open batch, has the engine commit it with
 // one fsync (group commit), and only then updates the cache and answers the creates.
 type writer struct {
@@ -721,7 +723,7 @@ func (w *writer) run() {
 			open = false
 		}
 		w.gather()
-		if err := w.turn(w.intake.take()); errors.Is(err, errClosed) {
+		if err := w.turn(w.intake.take()); errors.Is(err, errQuit) {
 			return
 		} else if err != nil {
 			w.giveUp(err)
@@ -867,14 +869,15 @@ func (w *writer) publishTotals(t totals) { w.published.Store(&t) }
 // retry commits once every retryPause until a commit succeeds. Creates are refused
 // meanwhile. After errNotWritten it commits the steps alone, because the creates have
 // been answered; after errInDoubt it commits the same batch, which may be stored
-// already. It returns an error that no retry can mend, or errClosed after quit.
-func (w *writer) retry(b *batch, err error) error {
+// already. It returns an error that no retry can mend, or errQuit.
+func (w *writer) retry(failed *batch, err error) error {
+	next := failed
 	for {
 		switch {
 		case errors.Is(err, errInDoubt):
-			b = cmp.Or(b.again, b) // tidy's commit has no copy: its b is empty
+			next = cmp.Or(next.again, next) // the empty batch after tidy has no copy
 		case errors.Is(err, errNotWritten):
-			b = newBatch(b.steps)
+			next = newBatch(next.steps)
 		default:
 			return err
 		}
@@ -884,9 +887,9 @@ func (w *writer) retry(b *batch, err error) error {
 		select {
 		case <-time.After(retryPause):
 		case <-w.quit:
-			return errClosed // the next start takes up the orders of these steps again
+			return errQuit // the next start takes up the orders of these steps again
 		}
-		if err = w.commit(b); err == nil {
+		if err = w.commit(next); err == nil {
 			return nil
 		}
 	}
@@ -939,15 +942,15 @@ func (r *retention) start() {
 // expiry examined orders: otherwise the table would grow faster than it is swept.
 func (r *retention) next(created int) *expiry {
 	r.created += created
-	grows := !r.last.ended && r.created >= r.last.looked
+	grows := !r.last.ended && r.created >= r.last.examined
 	if r.keep == 0 || !grows && time.Now().Before(r.due) {
 		return nil
 	}
-	if jump := r.clockJump(); jump > clockJump {
-		if !r.warned {
-			r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
-		}
-		r.warned = true
+	jump := r.clockJump()
+	if jump > clockJump && !r.warned {
+		r.log.Warn("the clock has jumped ahead: no order is removed until it is back, or orderd is started again", "by", jump.Round(time.Second).String())
+	}
+	if r.warned = jump > clockJump; r.warned {
 		return nil
 	}
 	x := &expiry{before: r.now().Add(-r.keep).UnixMilli()}
@@ -1053,8 +1056,8 @@ func (t *totals) values() (values []any) {
 	return values
 }
 
-// lookAtTotals has the query for the columns of totalsColumns, by schema version.
-var lookAtTotals = map[int64]string{
+// totalsQueries has the query for the columns of totalsColumns, by schema version.
+var totalsQueries = map[int64]string{
 	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
 	3: "SELECT " + totalsColumns + " FROM totals",
 }
@@ -1143,9 +1146,9 @@ func newSQLiteEngine(directory string, log *logger) *sqliteEngine {
 	}}
 }
 
-// look reads the totals before start, and changes nothing.
-func (e *sqliteEngine) look() (t totals, err error) {
-	err = e.file.inspect(lookAtTotals, t.fields()...)
+// readTotals reads the totals before start, and changes nothing.
+func (e *sqliteEngine) readTotals() (t totals, err error) {
+	err = e.file.inspect(totalsQueries, t.fields()...)
 	return t, err
 }
 
@@ -1357,7 +1360,7 @@ func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) err
 		e.last = before
 		return e.commitOutcome(err)
 	}
-	e.users.committed()
+	e.users.keepState()
 	e.wal.written += b.changes()
 	return nil
 }
@@ -1407,7 +1410,7 @@ func (e *sqliteEngine) expire(b *batch) error {
 	if x == nil {
 		return nil
 	}
-	x.through, x.looked = x.after, 0
+	x.through, x.examined = x.after, 0
 	more := true
 	for began := time.Now(); more && time.Since(began) < expiryTime; {
 		var err error
@@ -1423,12 +1426,12 @@ func (e *sqliteEngine) expire(b *batch) error {
 func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 	x := b.expiry
 	window := []any{sql.Named("after", x.through), sql.Named("before", x.before)}
-	looked, err := e.lookForExpired(b, window)
+	examined, err := e.findExpired(b, window)
 	if err != nil {
 		return false, err
 	}
-	x.looked += looked
-	if more = looked == expiryRows; !more {
+	x.examined += examined
+	if more = examined == expiryRows; !more {
 		x.through = x.before<<16 - 1 // no newer order can have expired
 	}
 	window = append(window, sql.Named("through", x.through))
@@ -1439,13 +1442,13 @@ func (e *sqliteEngine) expireNext(b *batch) (more bool, err error) {
 	return more, err
 }
 
-func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err error) {
+func (e *sqliteEngine) findExpired(b *batch, window []any) (examined int, err error) {
 	rows, err := e.write.expirable.Query(append(window, sql.Named("limit", expiryRows))...)
 	if err != nil {
 		return 0, err
 	}
 	defer rows.Close()
-	for ; rows.Next(); looked++ {
+	for ; rows.Next(); examined++ {
 		var idLow int64
 		var expired sql.NullBool // NULL if somebody completed the order by hand, without its times
 		if err := rows.Scan(&b.expiry.through, &idLow, &expired); err != nil {
@@ -1455,7 +1458,7 @@ func (e *sqliteEngine) lookForExpired(b *batch, window []any) (looked int, err e
 			b.removed = append(b.removed, joinID(b.expiry.through, idLow))
 		}
 	}
-	return looked, rows.Err()
+	return examined, rows.Err()
 }
 
 // insertTogether inserts up to insertRows orders with each statement. It fails with
@@ -1720,7 +1723,7 @@ func (u *userIndex) removeExpired(window []any) error {
 	return err
 }
 
-func (u *userIndex) committed() { u.state = u.next }
+func (u *userIndex) keepState() { u.state = u.next }
 
 // checkpointer moves the WAL into the database. SQLite's automatic checkpoints would
 // delay a commit's answer, and hide a failed fsync.

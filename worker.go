@@ -35,7 +35,7 @@ const (
 // poolOptions are the pool's part of the configuration.
 type poolOptions struct {
 	workers  int
-	places   int              // capacity of the channel
+	queue    int              // capacity of the channel
 	delay    time.Duration    // of simulated work, if there is no endpoint
 	endpoint endpointOptions  // its url is empty if there is none
 	now      func() time.Time // the wall clock
@@ -61,7 +61,7 @@ type pool struct {
 	work  work
 	store *store
 	log   *logger
-	made  time.Time // job.began counts from here
+	epoch time.Time // job.began counts from here
 
 	channel   chan queued
 	stored    chan struct{} // capacity 1: the table has new orders
@@ -87,7 +87,7 @@ type pool struct {
 type job struct {
 	id        ulid.ULID
 	startedMS int64         // as in order
-	began     time.Duration // start of the first attempt: monotonic time since pool.made
+	began     time.Duration // start of the first attempt: monotonic time since pool.epoch
 	due       tick          // time of the next attempt, while the order is parked
 	attempts  int32         // attempts that failed
 }
@@ -98,8 +98,8 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 		work = newEndpoint(o.endpoint, o.workers, s.get).post
 	}
 	p := &pool{
-		poolOptions: o, work: work, store: s, log: log, made: time.Now(),
-		channel: make(chan queued, o.places), stored: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
+		poolOptions: o, work: work, store: s, log: log, epoch: time.Now(),
+		channel: make(chan queued, o.queue), stored: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
 		durations: newHistogram(durationBounds), orderWarnings: &limitedLog{log: log}, endpointWarnings: &limitedLog{log: log},
 	}
 	p.stopping, p.stop = context.WithCancel(context.Background())
@@ -197,7 +197,7 @@ func (p *pool) next(interrupted <-chan struct{}) (j job, ok bool) {
 // begin makes the job of an order that is new to this pool, and stores its step to
 // Processing.
 func (p *pool) begin(o queued) job {
-	j := job{id: o.id, startedMS: p.now().UnixMilli(), began: time.Since(p.made)}
+	j := job{id: o.id, startedMS: p.now().UnixMilli(), began: time.Since(p.epoch)}
 	if o.status == pending {
 		p.store.step(transition{id: o.id, from: pending, to: processing, startedMS: j.startedMS})
 	}
@@ -233,7 +233,7 @@ func (p *pool) runSafely(j job) (err error) {
 }
 
 func (p *pool) complete(j job) {
-	took := time.Since(p.made) - j.began
+	took := time.Since(p.epoch) - j.began
 	p.durations.observe(took.Seconds())
 	p.store.step(transition{id: j.id, from: processing, to: completed, startedMS: j.startedMS, tookMicros: took.Microseconds()})
 }
@@ -264,7 +264,7 @@ func (p *pool) probe(t *trouble, id ulid.ULID) {
 	p.endpointWarnings.warn("the endpoint is in trouble: orders wait until it answers", "order_id", id.String(), "error", t)
 	began := time.Now()
 	lastWarned := began
-	goOn := func() {
+	endTrouble := func() {
 		p.gate.set(false)
 		p.endpointWarnings.warn("the endpoint takes orders again: they go on", "after", time.Since(began).String())
 	}
@@ -281,16 +281,16 @@ func (p *pool) probe(t *trouble, id ulid.ULID) {
 		if !ok {
 			return
 		}
-		lasting := time.AfterFunc(trialLimit, goOn)
+		lasting := time.AfterFunc(trialLimit, endTrouble)
 		err := p.attempt(j)
 		if !lasting.Stop() {
-			return // the gate is open: if the trouble is not over, another worker meets with it
+			return // endTrouble has opened the gate, or is about to: if the trouble is not over, another worker meets with it
 		}
 		if t, ok = errors.AsType[*trouble](err); ok {
 			continue
 		}
 		if err == nil || errors.As(err, new(*refusal)) {
-			goOn()
+			endTrouble()
 			return
 		}
 		t = &trouble{error: err, since: time.Now()}
@@ -323,6 +323,8 @@ func (p *pool) drain(deadline time.Time) {
 	p.cancel()
 }
 
+// ---- The gate, and the orders that pause. ----
+
 // gate keeps workers from taking orders while it is shut.
 type gate struct {
 	mu      sync.Mutex // guards the rest
@@ -353,7 +355,7 @@ func (g *gate) set(shut bool) bool {
 
 // parking holds orders that pause between two attempts.
 type parking struct {
-	made  time.Time     // ticks count from here
+	epoch time.Time     // ticks count from here
 	ready chan struct{} // capacity 1: a job may be due
 	timer *time.Timer   // nudges ready when the first job is due
 
@@ -361,7 +363,7 @@ type parking struct {
 	jobs jobHeap
 }
 
-// tick is a time in units of 10 ms since parking.made. It wraps around after 497
+// tick is a time in units of 10 ms since parking.epoch. It wraps around after 497
 // days, so ticks must be compared by sub.
 type tick uint32
 
@@ -370,12 +372,12 @@ const tickLength = 10 * time.Millisecond
 func (t tick) sub(other tick) time.Duration { return time.Duration(int32(t-other)) * tickLength }
 
 func newParking() *parking {
-	p := &parking{made: time.Now(), ready: make(chan struct{}, 1)}
+	p := &parking{epoch: time.Now(), ready: make(chan struct{}, 1)}
 	p.timer = time.AfterFunc(maxOrderPause, func() { nudge(p.ready) })
 	return p
 }
 
-func (p *parking) tickAt(t time.Time) tick { return tick(t.Sub(p.made) / tickLength) }
+func (p *parking) tickAt(t time.Time) tick { return tick(t.Sub(p.epoch) / tickLength) }
 
 func (p *parking) park(j job, due time.Time) {
 	p.mu.Lock()
@@ -474,6 +476,8 @@ func (f *limitedLog) warn(message string, attributes ...any) {
 	f.leftOut = 0
 }
 
+// ---- The work. ----
+
 // simulate returns a stand-in for real work, which only pauses.
 func simulate(delay time.Duration) work {
 	return func(ctx context.Context, _ ulid.ULID, _ int) error {
@@ -504,6 +508,7 @@ func (t *trouble) pauseEnd(failures int32) time.Time {
 type refusal struct{ error }
 
 const (
+	idleTimeout   = 4 * time.Second // of a connection to the endpoint; below that of most servers, or an attempt may meet one that the endpoint is closing
 	dialTimeout   = 2 * time.Second // of connecting to the endpoint, and again of the TLS handshake; together they are below trialLimit
 	maxAnswer     = 16 << 10        // bytes of an answer's body that are read, so that its connection can be used again
 	maxAnswerTime = time.Second     // for reading that body
@@ -526,6 +531,7 @@ type endpoint struct {
 func newEndpoint(o endpointOptions, connections int, find func(ulid.ULID) (order, error)) *endpoint {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.DialContext, transport.TLSHandshakeTimeout = (&net.Dialer{Timeout: dialTimeout}).DialContext, dialTimeout
+	transport.IdleConnTimeout = idleTimeout
 	transport.MaxConnsPerHost, transport.MaxIdleConnsPerHost, transport.MaxIdleConns = connections, connections, connections
 	return &endpoint{endpointOptions: o, find: find, client: &http.Client{
 		Transport: transport,

@@ -47,7 +47,7 @@ type mutation struct {
 //     later.
 //   - metrics.go, write: without its first check, the same sums are written again.
 //   - log.go, logFlushAt: a fuller buffer is written a fifth of a second later.
-//   - worker.go, givesWay: without it, which of two orders the endpoint sees first
+//   - worker.go, troubleExtra: without it, which of two orders the endpoint sees first
 //     after its trouble is left to the clock.
 //   - store.go, isExpired: status > 0 in place of = 2 is the same, since an order
 //     at work has no time that it took.
@@ -120,10 +120,10 @@ var mutations = []mutation{
 	{"store.go", `s.writer.lastID, s.writer.onCommit = t.newest, onCommit`, `s.writer.lastID, s.writer.onCommit = 0, onCommit`, "TestIDsIncrease"},
 	{"store.go", `w.cache.forget(b.removed, b.totals.seq)`, `w.cache.forget(nil, b.totals.seq)`, "TestCompletedOrdersAreRemoved"},
 	{"store.go", `case <-time.After(retryPause):`, `case <-time.After(retryPause / 100):`, "TestAFailedWrite"},
-	{"store.go", `b = newBatch(b.steps)`, `b = newBatch(nil)`, "TestAFailedWrite"},
+	{"store.go", `next = newBatch(next.steps)`, `next = newBatch(nil)`, "TestAFailedWrite"},
 	{"store.go", `sweepPause        = time.Minute`, `sweepPause        = time.Hour`, "TestOrdersAreKept"},
-	{"store.go", `if !r.warned {`, `if true {`, "TestAJumpOfTheClock"},
-	{"store.go", `jump > clockJump {`, `jump > 2*clockJump {`, "TestAJumpOfTheClock"},
+	{"store.go", `jump > clockJump && !r.warned`, `jump > clockJump`, "TestAJumpOfTheClock"},
+	{"store.go", `r.warned = jump > clockJump; r.warned`, `r.warned = jump > 2*clockJump; r.warned`, "TestAJumpOfTheClock"},
 	{"store.go", `before: r.now().Add(-r.keep).UnixMilli()`, `before: r.now().Add(-r.keep / 2).UnixMilli()`, "TestOrdersAreKept"},
 	{"store.go", `isExpired     = expiredBefore + "@before"`, `isExpired     = "status = 2 AND started < @before"`, "TestOrdersAreKept"},
 	{"store.go", `if changed != 1 {`, `if changed > 1 {`, "TestASecondWriter"},
@@ -139,7 +139,7 @@ var mutations = []mutation{
 		return e.last, e.unknown(err)`, `sqliteCode(err) == sqlite3.SQLITE_IOERR_READ {
 		return e.last, e.unknown(err)`, "TestDiskFaults/the_fsync_of_a_checkpoint"},
 	{"store.go", `cmp.Or(e.handsOff, e.file.inPlace())`, `cmp.Or(e.handsOff)`, "TestFilesRemoved"},
-	{"store.go", `e.users.committed()`, `_ = e.users`, "TestListsOfAUser|TestTheUserIndex"},
+	{"store.go", `e.users.keepState()`, `_ = e.users`, "TestListsOfAUser|TestTheUserIndex"},
 	{"store.go", `c.written < walCheckEvery`, `c.written < 1000*walCheckEvery`, "TestListsDoNotHold"},
 	{"store.go", `if wal.pages > truncateAbovePages {`, `if wal.pages > 100*truncateAbovePages {`, "TestReader"},
 	{"store.go", `c.file.setBusyTimeout(readerPause)`, `c.file.setBusyTimeout(busyTimeout)`, "TestACheckpointWaits"},
@@ -187,7 +187,7 @@ var mutations = []mutation{
 	{"worker.go", `maxPoolPause  = 5 * time.Second `, `maxPoolPause = 6 * time.Second `, "TestPausesOf"},
 	{"worker.go", `if err == nil || errors.As(err, new(*refusal)) {`, `if err == nil {`, "TestTheEndpointsTrouble"},
 	{"worker.go", `t = &trouble{error: err, since: time.Now()}`, `return`, "TestTheEndpointsTrouble"},
-	{"worker.go", `time.AfterFunc(trialLimit, goOn)`, `time.AfterFunc(20*trialLimit, goOn)`, "TestASlowTrialHoldsNobody"},
+	{"worker.go", `time.AfterFunc(trialLimit, endTrouble)`, `time.AfterFunc(20*trialLimit, endTrouble)`, "TestASlowTrialHoldsNobody"},
 	{"worker.go", `if time.Since(lastWarned) >= time.Minute {`, `if time.Since(lastWarned) >= time.Hour {`, "TestTheEndpointsTrouble"},
 	{"worker.go", `	p.cancel()`, `	_ = p.cancel`, "TestDrain"},
 	{"worker.go", `case <-time.After(time.Until(deadline)):`, `case <-time.After(time.Hour + time.Until(deadline)):`, "TestDrain"},
@@ -239,7 +239,7 @@ var mutations = []mutation{
 	{"server.go", `defer context.AfterFunc(l.pool.stopping, cancel)()`, `defer cancel()`, "TestWait"},
 	{"server.go", `ok && l.pool.stopping.Err() == nil {`, `ok {`, "TestAnswersWhile"},
 	{"server.go", `last[strings.LastIndexByte(last, ',')+1:]`, `last[strings.IndexByte(last, ',')+1:]`, "TestClientInTheRequestLog"},
-	{"server.go", `trouble != c.trouble {`, `trouble != "" {`, "TestHTTPS"},
+	{"server.go", `failure != c.lastError {`, `failure != "" {`, "TestHTTPS"},
 	{"server.go", `query.Set("before", found.next.String())`, `query = url.Values{"before": {found.next.String()}}`, "TestListPages"},
 
 	{"main.go", `err = errors.Join(err, a.metrics.close())`, `err = errors.Join(err)`, "TestEndToEnd"},
@@ -263,7 +263,9 @@ var mutations = []mutation{
 	{"postgres.go", `fsync != "on" || pages != "on"`, `fsync != "on"`, "TestUnfitServers"},
 	{"postgres.go", `case row.totals.seq < left:`, `case row.totals.seq+1 < left:`, "TestAnUnconfirmedCommitIsGone"},
 	{"postgres.go", `kept = min(kept, row.since-1)`, `kept = min(kept, row.since)`, "TestLossBehind|TestLostCommits"},
-	{"postgres.go", `highestConfirmed.seq, p.ended, p.ids`, `highestConfirmed.seq, false, p.ids`, "TestTakeOver|TestAStandbyPassesOn"},
+	{"postgres.go", `if s.stored() {`, `if true {`, "TestUnknownOutcomes|TestOriginalAndResend"},
+	{"postgres.go", `half := len(creates) / 2`, `half := len(creates) / 3`, "TestOnPostgreSQL"},
+	{"postgres.go", `highestConfirmed.seq, p.ended}`, `highestConfirmed.seq, false}`, "TestTakeOver|TestAStandbyPassesOn"},
 	{"postgres.go", `case row.totals.seq != before.totals.seq+1:`, `case row.totals.seq < before.totals.seq+1:`, "TestTheFence|TestUnknownOutcomes|TestOriginalAndResend"},
 	{"postgres.go", `if e.replica.warned {`, `if false {`, "TestASynchronousStandby|TestUnknownOutcomes"},
 	{"postgres.go", `if c.key != "" {
