@@ -4832,13 +4832,18 @@ func TestTheEndpointsTroublePausesThePool(t *testing.T) {
 // order by which that is found out.
 func TestASlowTrialHoldsNobody(t *testing.T) {
 	t.Parallel()
+	const workers = 4
 	var attempts atomic.Int64
-	timed(t, nil, func(a *app) {
+	timed(t, func(c *config) { c.pool.workers = workers }, func(a *app) {
+		var first sync.WaitGroup // each worker's first attempt ends with the others'
+		first.Add(workers)
 		a.pool.work = func(ctx context.Context, _ ulid.ULID, _ int) error {
-			switch attempts.Add(1) {
-			case 1:
+			switch n := attempts.Add(1); {
+			case n <= workers:
+				first.Done()
+				first.Wait()
 				return &trouble{error: errors.New("down"), since: time.Now()}
-			case 2:
+			case n == workers+1: // the trial
 				sleep(ctx, 10*trialLimit)
 			}
 			return nil
