@@ -43,7 +43,7 @@ type cache struct {
 	lastRemoval int64 // seq of the last commit that removed orders
 }
 
-// idHalf is one idHalf of an ID: the first tells orders apart, the second is random.
+// idHalf is one half of an ID: the first tells orders apart, the second is random.
 type idHalf [8]byte
 
 func halves(id ulid.ULID) (first, second idHalf) { return idHalf(id[:8]), idHalf(id[8:]) }

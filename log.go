@@ -304,7 +304,7 @@ func sqlitePath(path string) (string, error) {
 
 // ---- Of goroutines. ----
 
-// sleep pauses for d and returns true, or returns false once ctx is done.
+// sleep pauses for d and returns true, or returns false if ctx is done first.
 func sleep(ctx context.Context, d time.Duration) (whole bool) {
 	select {
 	case <-time.After(d):

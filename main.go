@@ -257,6 +257,10 @@ func (a *app) makeStoreAndPool(e engine) {
 // start begins to write, and binds the address without serving it yet. With SQLite
 // it also resumes the unfinished orders; with PostgreSQL, lead does that.
 func (a *app) start() (err error) {
+	// First, because a taken port must leave older files as they are.
+	if a.listener, err = listen(a.cfg.addr); err != nil {
+		return err
+	}
 	counted := *a.metrics.counted.Load()
 	if a.store != nil {
 		if err = a.store.start(a.onCommit); err != nil {
@@ -265,9 +269,6 @@ func (a *app) start() (err error) {
 		counted = a.store.publishedTotals()
 	}
 	if err = a.metrics.start(counted); err != nil {
-		return err
-	}
-	if a.listener, err = listen(a.cfg.addr); err != nil {
 		return err
 	}
 	a.server = newServer(a.serverOptions(), a.metrics, a.log)
@@ -305,7 +306,7 @@ func (a *app) serveOrders() {
 func (a *app) onCommit(r commitReport) {
 	a.metrics.noteCommit(r)
 	if r.creates > 0 {
-		nudge(a.pool.stored)
+		nudge(a.pool.wake)
 	}
 }
 
@@ -415,19 +416,11 @@ func (a *app) close(cause error) error {
 	if a.pool != nil {
 		atWork = a.pool.active.Load()
 	}
-	drain := a.cfg.drain
-	if a.store != nil {
-		select {
-		case <-a.store.failed():
-			drain = 0 // orders at work cannot be completed any more
-		default:
-		}
-	}
-	a.log.Info("stopping", "drain", drain.String(), "orders_at_work", atWork)
-	deadline := time.Now().Add(drain)
+	a.log.Info("stopping", "drain", a.cfg.drain.String(), "orders_at_work", atWork)
+	deadline := time.Now().Add(a.cfg.drain)
 	notice := time.AfterFunc(noticeAfter, func() {
 		fmt.Fprintf(a.console, "stopping: waiting up to %s for orders at work (%d) and for requests; interrupt again to end at once\n",
-			max(drain, answerTime), atWork)
+			max(a.cfg.drain, answerTime), atWork)
 	})
 	if a.pool != nil {
 		a.pool.stop()

@@ -5136,7 +5136,7 @@ func TestDrain(t *testing.T) {
 					took -= time.Second
 				}
 				require.InDelta(t, took.Seconds(), time.Since(began).Seconds(), 0.1)
-				require.ErrorIs(t, a.pool.working.Err(), context.Canceled)
+				require.ErrorIs(t, a.pool.workCtx.Err(), context.Canceled)
 				require.Zero(t, a.pool.active.Load(), "no work goes on")
 				b, stopAgain := openIdle(t, dir, func(c *config) { c.log.file = logToStderr }, nil)
 				o, err := b.store.get(ids[0])
@@ -6741,14 +6741,14 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 			drained(t, p.url())
 			p.kill()
 			log := filepath.Join(dir, "strace")
-			p = startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync"), dir, nil)
+			p = startWrapped(t, straced(t, log, "", "-y", "-e", "trace=accept4,fsync,fdatasync"), dir, nil)
 			j.check(t, p.url())
 			end()
 			j.stopAndCheck(t, p)
 			text, err := os.ReadFile(log)
 			require.NoError(t, err)
-			before, _, listened := strings.Cut(string(text), "listen(")
-			require.True(t, listened)
+			before, _, served := strings.Cut(string(text), "accept4(")
+			require.True(t, served)
 			synced := []string{wal, filepath.Join(dir, "data", "metrics.db-wal")}
 			if !watched { // what an fsync once failed on must go to other pages
 				synced = append(synced, db)
@@ -6767,10 +6767,11 @@ func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
 	log, deep := filepath.Join(dir, "strace"), filepath.Join(dir, "a", "b")
-	p := startWrapped(t, straced(t, log, "", "-y", "-e", "trace=listen,fsync,fdatasync,rename,renameat,renameat2"), dir, nil, "-data", deep)
+	p := startWrapped(t, straced(t, log, "", "-y", "-e", "trace=accept4,fsync,fdatasync,rename,renameat,renameat2"), dir, nil, "-data", deep)
+	require.Equal(t, http.StatusOK, send(t.Context(), p.addr, http.MethodGet, "/livez", nil, "").status)
 	p.kill()
-	before, _, listened := strings.Cut(bytesOf(t, log), "listen(")
-	require.True(t, listened)
+	before, _, served := strings.Cut(bytesOf(t, log), "accept4(")
+	require.True(t, served)
 	_, afterRename, renamed := strings.Cut(before, `orders.db.new", `)
 	require.True(t, renamed)
 	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`>`, afterRename, "the new name")
@@ -7537,7 +7538,7 @@ func TestBackupWhileItRuns(t *testing.T) {
 // what is no service's directory.
 func TestBackupOfAStoppedService(t *testing.T) {
 	t.Parallel()
-	dir, restored := t.TempDir(), t.TempDir()
+	dir, restored := t.TempDir(), filepath.Join(t.TempDir(), "a?b #%20")
 	backup := func(data, to string) error {
 		return run(t.Context(), []string{"-data", data, "-backup", to}, nil, io.Discard, io.Discard)
 	}
@@ -8500,6 +8501,24 @@ func leftByKill(tb testing.TB, path, text string) {
 		require.NoError(tb, err)
 		require.NoError(tb, os.WriteFile(path+suffix, content, 0o600))
 	}
+}
+
+// TestATakenPortUpgradesNothing: the older binary must be able to go on.
+func TestATakenPortUpgradesNothing(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	leftByKill(t, filepath.Join(dir, "data", "orders.db"), versionTwo)
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { taken.Close() })
+	a := lookedAt(t, dir, func(c *config) { c.addr = taken.Addr().String() }, nil)
+	require.ErrorContains(t, a.abandon(a.start()), "is taken by another program")
+	db, err := openSQLite(filepath.Join(dir, "data", "orders.db"), "mode=ro")
+	require.NoError(t, err)
+	t.Cleanup(func() { db.Close() })
+	var version int
+	require.NoError(t, db.QueryRow("PRAGMA user_version").Scan(&version))
+	require.Equal(t, 2, version)
 }
 
 // TestDataOfAnOlderVersionIsUpgraded starts on each pair of versions that a
@@ -10075,15 +10094,17 @@ func TestWhatPostgreSQLRefuses(t *testing.T) {
 	require.NoError(t, l.commit(newBatch(stepsOf(pending, completed, 1, first.creates...))))
 	c.exec(t, "ALTER TABLE orders ADD CHECK (user_id <> 'poison')",
 		"CREATE TABLE invoices (id bigint REFERENCES orders)", "INSERT INTO invoices SELECT id_high FROM orders")
-	poison := sampleOrder(2, "key")
-	poison.userID = "poison"
-	b := batchOf(sampleOrder(3, ""), poison, sampleOrder(4, "other"))
+	creates := sampleOrders(300)
+	creates[7].userID, creates[7].key, creates[8].key, creates[200].userID = "poison", "key", "other", "poison"
+	b := batchOf(creates...)
 	b.expiry = &expiry{before: time.Now().Add(time.Hour).UnixMilli()}
 	require.NoError(t, l.commit(b))
-	require.ErrorIs(t, poison.err, errRejected)
-	require.True(t, b.creates[0].stored() && b.creates[2].stored(), "it fails alone")
+	for i, c := range creates {
+		require.Equal(t, i == 7 || i == 200, errors.Is(c.err, errRejected), i)
+		require.Equal(t, c.err == nil, c.stored(), i)
+	}
 	require.Nil(t, b.expiry, "and nothing is removed")
-	require.EqualValues(t, 3, b.totals.accepted)
+	require.EqualValues(t, 1+298, b.totals.accepted)
 	require.Zero(t, b.totals.removed)
 	requireExact(t, c)
 	c.exec(t, "DROP VIEW orders_readable", "DROP TABLE invoices, orders")
@@ -10414,8 +10435,10 @@ func TestTakeOver(t *testing.T) {
 	require.NoError(t, a.close())
 
 	led, followed := make(chan *postgresEngine, 1), make(chan string, 1)
+	third := sampleReplica(t, c.url(""))
+	third.url = "http://127.0.0.1:3"
 	go func() {
-		l, err := sampleReplica(t, c.url("")).standBy(t.Context(), func(url, _ string) {
+		l, err := third.standBy(t.Context(), func(url, _ string) {
 			select {
 			case followed <- url:
 			default:

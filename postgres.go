@@ -92,7 +92,6 @@ const (
 	commitTimeout      = 3 * time.Second
 	commitByte         = 50 * time.Nanosecond   // 20 MB/s
 	readTimeout        = 2 * time.Second        // for one read, with all its tries
-	countTimeout       = time.Minute            // for each count with which start checks the totals; one may read the whole table
 	reconnectPause     = 250 * time.Millisecond // between two attempts to commit; a tenth of it between two tries of a read
 	postgresReads      = 8                      // connections for reads
 	postgresExpiryRows = 1024                   // orders that one expiry looks at, at most
@@ -265,7 +264,7 @@ func (r *replica) makeTables(ctx context.Context, c *pgx.Conn) error {
 	return err
 }
 
-// readRow reads the leader row and passes it to observe. Its error wraps errBroken
+// readRow reads the leader row and passes it to noteRow. Its error wraps errBroken
 // if commits were lost.
 func (r *replica) readRow(ctx context.Context, c *pgx.Conn) (row leaderRow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
@@ -373,6 +372,9 @@ func (r *replica) followRow(ctx context.Context, follow func(url, pass string)) 
 			changed = time.Now()
 		}
 		if !row.ended && time.Since(changed) < takeOverAfter {
+			if row.url == r.url { // it was this replica, before it was started again
+				row.url = ""
+			}
 			follow(row.url, row.pass)
 			continue
 		}
@@ -392,19 +394,18 @@ WHERE one AND term = $1 AND seq = $2`
 // else it returns errDeposed. If the update takes effect but its answer is lost, the
 // new term has no leader, and a standby ends it after takeOverAfter.
 func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*postgresEngine, error) {
+	e := &postgresEngine{replica: r, term: row.term + 1, pass: cryptorand.Text(), conn: c, state: unproven, stopping: ctx}
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
-	pass := cryptorand.Text()
-	tag, err := c.Exec(ctx, beginTerm, row.term, row.totals.seq, r.url, pass)
+	tag, err := c.Exec(ctx, beginTerm, row.term, row.totals.seq, r.url, e.pass)
 	if err == nil && tag.RowsAffected() == 0 {
 		return nil, errDeposed
 	}
 	if err != nil {
 		return nil, err
 	}
-	row.term, row.since, row.totals.seq, row.url, row.pass = row.term+1, row.totals.seq+1, row.totals.seq+1, r.url, pass
+	row.term, row.since, row.totals.seq, row.url, row.pass = e.term, row.totals.seq+1, row.totals.seq+1, r.url, e.pass
 	r.row = row
-	e := &postgresEngine{replica: r, term: row.term, pass: pass, conn: c, state: unproven}
 	if err := e.prepareCommit(ctx, c); err != nil {
 		return nil, err
 	}
@@ -425,10 +426,11 @@ func (r *replica) takeOver(ctx context.Context, c *pgx.Conn, row leaderRow) (*po
 
 // postgresEngine is the store's engine for one term, while this replica leads.
 type postgresEngine struct {
-	replica *replica
-	term    int64
-	pass    string
-	reads   *pgxpool.Pool
+	replica  *replica
+	term     int64
+	pass     string
+	reads    *pgxpool.Pool
+	stopping context.Context // done when the service stops: start gives up then
 
 	// Owned by the writer:
 	conn    *pgx.Conn
@@ -552,20 +554,18 @@ func (e *postgresEngine) start() (totals, error) {
 // count runs a query for one row, which may take long. It commits beats meanwhile, so
 // that this replica keeps the lead.
 func (e *postgresEngine) count(query string, into ...any) error {
-	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
-	defer cancel()
 	counted := make(chan error, 1)
 	go func() {
-		// The sessionSettings are for statements that read little.
-		tx, err := e.reads.Begin(ctx)
-		if err == nil {
-			defer tx.Rollback(ctx)
-			_, err = tx.Exec(ctx, fmt.Sprintf("SET LOCAL statement_timeout = %d; SET LOCAL enable_seqscan = on", countTimeout.Milliseconds()))
-		}
-		if err == nil {
-			err = tx.QueryRow(ctx, query).Scan(into...)
-		}
-		counted <- err
+		counted <- pgx.BeginFunc(e.stopping, e.reads, func(tx pgx.Tx) error {
+			// The sessionSettings are for statements that read little.
+			if _, err := tx.Exec(e.stopping, "SET LOCAL statement_timeout = 0"); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(e.stopping, "SET LOCAL enable_seqscan = on"); err != nil {
+				return err
+			}
+			return tx.QueryRow(e.stopping, query).Scan(into...)
+		})
 	}()
 	for {
 		select {
@@ -668,7 +668,7 @@ func (e *postgresEngine) commit(b *batch) error {
 		}
 	}
 	p := pack(b)
-	for end := time.Now().Add(commitTimeout); ; time.Sleep(reconnectPause) {
+	for end := time.Now().Add(commitTimeout); ; {
 		err := e.advance(p)
 		switch {
 		case err == nil:
@@ -678,6 +678,7 @@ func (e *postgresEngine) commit(b *batch) error {
 			if p, err = e.without(p, err); err != nil {
 				return fmt.Errorf("%w: %w", errNotWritten, err)
 			}
+			continue
 		case errors.Is(err, errDeposed), errors.Is(err, errBroken), errors.Is(err, errRejected):
 			e.replica.leading.Store(false)
 			e.lease.Store(nil)
@@ -693,6 +694,7 @@ func (e *postgresEngine) commit(b *batch) error {
 		case time.Now().After(end):
 			return fmt.Errorf("%w: %w", errInDoubt, err)
 		}
+		time.Sleep(reconnectPause)
 	}
 }
 
@@ -742,7 +744,10 @@ func (e *postgresEngine) findRefused(ctx context.Context, creates []*creation, r
 	case err != nil || rejection == nil:
 		return err
 	case half > 0:
-		return cmp.Or(e.findRefused(ctx, creates[:half], refused), e.findRefused(ctx, creates[half:], refused))
+		if err := e.findRefused(ctx, creates[:half], refused); err != nil {
+			return err
+		}
+		return e.findRefused(ctx, creates[half:], refused)
 	}
 	e.replica.log.Error("an order was refused by the table", "error", rejection)
 	refused[creates[0]] = fmt.Errorf("%w: %w", errRejected, rejection)
@@ -869,6 +874,7 @@ func (e *postgresEngine) send(p *parcel) error {
 		return e.fenced(err)
 	}
 	if isRejection(err) {
+		e.state = settled // the fence held, and an earlier attempt that is still to arrive is refused, too
 		return fmt.Errorf("%w: %w", errRejected, err)
 	}
 	if err != nil {
@@ -1037,7 +1043,9 @@ func (e *postgresEngine) query(source string, args ...any) (orders []order, more
 		if err == nil || errors.Is(err, errDeposed) {
 			return orders, more, seq, err
 		}
-		e.reads.Reset() // the other connections have probably died, too
+		if !errors.As(err, new(*pgconn.PgError)) {
+			e.reads.Reset() // this connection has died, and probably the others, too
+		}
 		sleep(ctx, reconnectPause/10)
 	}
 	return nil, false, 0, fmt.Errorf("%w: %w", errSilent, err)

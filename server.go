@@ -309,7 +309,7 @@ func (s *server) track(next echo.HandlerFunc) echo.HandlerFunc {
 		if r == nil {
 			r = s.routes[""]
 		}
-		r.statuses[response.Status].Add(1)
+		r.statuses[min(response.Status, len(r.statuses)-1)].Add(1)
 		if r.latency != nil && response.Header()["Preference-Applied"] == nil {
 			r.latency.observe(took.Seconds())
 		}
@@ -378,7 +378,7 @@ func (s *server) admitAndHandle(c echo.Context, handler echo.HandlerFunc) (err e
 	defer func() {
 		switch r := recover(); r {
 		case nil:
-		case http.ErrAbortHandler: // the leader's answer, passed on, has ended half-way: see observe
+		case http.ErrAbortHandler: // the leader's answer, passed on, has ended half-way: see track
 			err = http.ErrAbortHandler
 		default:
 			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
@@ -420,8 +420,8 @@ func (s *server) ours(host string) bool {
 	return slices.Contains(s.ownHosts, name)
 }
 
-// harmless are the methods that the read token allows.
-var harmless = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
+// readMethods are the methods that the read token allows.
+var readMethods = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 
 // authorize requires the token, or for harmless methods one of the two tokens.
 func (s *server) authorize(c echo.Context) error {
@@ -433,7 +433,7 @@ func (s *server) authorize(c echo.Context) error {
 	case !reads || !strings.EqualFold(scheme, "Bearer"):
 		c.Response().Header().Set(echo.HeaderWWWAuthenticate, `Bearer realm="orderd"`)
 		return newFault(http.StatusUnauthorized, "Send the server's token as Authorization: Bearer <token>.")
-	case !mayPlace && !slices.Contains(harmless, c.Request().Method):
+	case !mayPlace && !slices.Contains(readMethods, c.Request().Method):
 		return newFault(http.StatusForbidden, "This token may only read: send the one that may place orders.")
 	}
 	return nil
@@ -953,7 +953,8 @@ func (s *server) prometheus() []byte {
 	e.buckets("orderd_create_seconds", "Time to answer POST /orders.", &s.createTimes)
 	e.buckets("orderd_read_seconds", "Time to answer GET /orders/:order_id, of requests that were not asked to wait.", &s.readTimes)
 	e.family("orderd_http_requests_total", "counter", "Requests by method, route and status.")
-	for _, r := range s.routes {
+	for _, name := range slices.Sorted(maps.Keys(s.routes)) {
+		r := s.routes[name]
 		for code := range r.statuses {
 			if n := r.statuses[code].Load(); n > 0 {
 				e.sample("orderd_http_requests_total", fmt.Sprintf(`{method="%s",route="%s",status="%d"}`, r.method, r.path, code), float64(n))
@@ -1024,7 +1025,7 @@ func (s *server) ready() error {
 	case l == nil:
 		return s.forwarder.ready()
 	case l.pool.stopping.Err() != nil:
-		return newFault(http.StatusServiceUnavailable, "The server is stopping; it answers until running work has ended.")
+		return errStopping
 	}
 	err := l.store.ready()
 	if errors.Is(err, errStalled) {
@@ -1066,10 +1067,13 @@ func (s *server) openAPI(c echo.Context) error { return c.JSONBlob(http.StatusOK
 // A replica never passes such a request on again.
 const passHeader = "Orderd-Passed-On"
 
+var errStopping = newFault(http.StatusServiceUnavailable, "The server is stopping; it answers until running work has ended.")
+
 // errNoLeader says that a request has not reached a leader.
 var errNoLeader = errors.New("no replica leads that this one can reach")
 
-// forwarder passes requests on to the leader. replica.standBy calls follow to name it.
+// forwarder passes requests on to the leader. app.takeTurns has replica.standBy call
+// setLeader.
 type forwarder struct {
 	transport *http.Transport
 	buffers   sync.Pool
@@ -1080,7 +1084,7 @@ type forwarder struct {
 
 // destination is a leader during its term.
 type destination struct {
-	address string   // as follow got it
+	address string   // as setLeader got it
 	url     *url.URL // the parsed address
 	pass    string
 	gone    context.Context // done when this leader no longer leads, which ends requests to it
@@ -1171,8 +1175,11 @@ func (f *forwarder) forward(w http.ResponseWriter, r *http.Request, body []byte,
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
 			failed = fmt.Errorf("%w: %w", errNoLeader, err)
-			if r.Method == http.MethodPost && maybeSent.Load() {
+			switch {
+			case r.Method == http.MethodPost && maybeSent.Load():
 				failed = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+			case f.stopping.Err() != nil:
+				failed = errStopping
 			}
 		},
 	}
@@ -1253,9 +1260,7 @@ func (s *server) problem(err error, c echo.Context) {
 		header.Set(echo.HeaderRetryAfter, "1") // second
 	}
 	readRest(c.Request())
-	if err := answerJSON(c, f.Status, "application/problem+json", f); err != nil {
-		s.log.Debug("a problem could not be answered", "error", err)
-	}
+	answerJSON(c, f.Status, "application/problem+json", f)
 }
 
 // readRest reads the rest of a refused request's body if the connection closes after
@@ -1268,11 +1273,13 @@ func readRest(r *http.Request) {
 	}
 }
 
-// answerJSON writes JSON without HTML escapes.
+// answerJSON writes JSON without HTML escapes. It always returns nil: what fails is
+// the way to the client.
 func answerJSON(c echo.Context, status int, contentType string, v any) error {
 	c.Response().Header().Set(echo.HeaderContentType, contentType)
 	c.Response().WriteHeader(status)
 	enc := json.NewEncoder(c.Response())
 	enc.SetEscapeHTML(false)
-	return enc.Encode(v)
+	enc.Encode(v)
+	return nil
 }

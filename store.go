@@ -185,7 +185,7 @@ type expiry struct {
 	ended    bool  // the sweep is over: no newer order can have expired, or the expiry failed
 }
 
-// filter is what a list asks for.
+// filter is what a list asks for. Without an upper bound, before is math.MaxInt64.
 type filter struct {
 	before int64 // id_high; only older orders are listed
 	userID string
@@ -283,8 +283,11 @@ type engine interface {
 	// shown. Call it after the read. SQLite always returns nil.
 	current() error
 
+	// The reads may run at the same time. find and findKey return errNotFound together
+	// with the seq that they saw; any other error comes with seq 0.
 	find(id ulid.ULID) (o order, seq int64, err error)
 	findKey(key string) (o order, seq int64, err error)
+	// list returns a page, newest first, which may end early after readBytes of text.
 	list(filter) (p page, seq int64, err error)
 	// backlog returns at most limit unfinished orders above the id_high after, in order.
 	backlog(after int64, limit int) ([]queued, error)
@@ -530,7 +533,9 @@ func (b *batch) retryCopy() *batch {
 	next := newBatch(b.steps)
 	next.bytes, next.expiry, next.removed = b.bytes, b.expiry, b.removed
 	for _, c := range b.creates {
-		next.creates = append(next.creates, new(*c)) // the original is its caller's again once b is released
+		if c.err == nil { // else it was left out
+			next.creates = append(next.creates, new(*c)) // the original is its caller's again once b is released
+		}
 	}
 	return next
 }
@@ -974,6 +979,66 @@ func (r *retention) record(x *expiry, took time.Duration) {
 	r.due, r.wake = time.Now().Add(pause), time.After(pause)
 }
 
+// ---- What the SQL of both engines has in common. ----
+
+// totalsColumns are the columns of the totals, in the order of fields and values.
+const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
+
+func (t *totals) fields() []any {
+	return []any{&t.accepted, &t.processing, &t.completed, &t.sumTook, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
+}
+
+func (t *totals) values() (values []any) {
+	for _, field := range t.fields() {
+		values = append(values, *field.(*int64))
+	}
+	return values
+}
+
+// orderColumns are the columns of an order that scanOrder reads.
+const orderColumns = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
+
+// scanOrder scans orderColumns into an order, and the columns after them into more.
+func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
+	var idHigh, idLow int64
+	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.startedMS, &o.tookMicros}, more...)...)
+	o.id = joinID(idHigh, idLow)
+	return o, err
+}
+
+// The queries of a census, and the condition that an order
+// has expired, to which the bound (Unix ms) must be appended.
+const (
+	expiredBefore   = "status = 2 AND started + took / 1000 < "
+	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
+	(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders `
+	countFinal = `SELECT count(*), CAST(coalesce(sum(took), 0) AS bigint), (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0)
+	FROM orders WHERE status = 2`
+)
+
+// ordersView returns the SQL of a view that shows orders to people at an SQL prompt.
+// The engines differ in amount and timePattern, which are SQL expressions.
+func ordersView(amount, timePattern string) string {
+	digits := make([]string, 26) // of a ULID in Crockford's base 32: 5 bits each, computed from the right
+	for i := range digits {
+		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
+		switch {
+		case i == 12: // 4 bits of id_low, 1 of id_high
+			bits = "((id_low >> 60) & 15) | ((id_high & 1) << 4)"
+		case i > 12:
+			bits = fmt.Sprintf("(id_high >> %d) & 31", 5*i-64)
+		}
+		digits[25-i] = fmt.Sprintf("substr('%s', 1 + CAST(%s AS integer), 1)", ulid.Encoding, bits)
+	}
+	return "\nCREATE VIEW orders_readable AS SELECT " + strings.Join(digits, " || ") + ` AS order_id,
+	CASE status WHEN 0 THEN 'Pending' WHEN 1 THEN 'Processing' ELSE 'Completed' END AS status,
+	user_id, item_ids, ` + amount + ` AS total_amount,
+	` + fmt.Sprintf(timePattern, "id_high >> 16") + ` AS created_at,
+	` + fmt.Sprintf(timePattern, "started") + ` AS started_at,
+	` + fmt.Sprintf(timePattern, "started + took / 1000") + ` AS completed_at
+FROM orders;`
+}
+
 // ---- The SQLite engine. ----
 
 const ordersVersion = 3 // PRAGMA user_version of orders.db
@@ -1042,29 +1107,14 @@ ALTER TABLE totals ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE totals ADD COLUMN identity INTEGER NOT NULL DEFAULT 0;
 UPDATE totals SET newest = (SELECT coalesce(max(id_high), 0) FROM orders), identity = random();`
 
-// totalsColumns are the columns of the totals, in the order of fields and values.
-const totalsColumns = "accepted, processing, completed, took, newest_started, newest, removed, seq, identity"
-
-func (t *totals) fields() []any {
-	return []any{&t.accepted, &t.processing, &t.completed, &t.sumTook, &t.newestStarted, &t.newest, &t.removed, &t.seq, &t.identity}
-}
-
-func (t *totals) values() (values []any) {
-	for _, field := range t.fields() {
-		values = append(values, *field.(*int64))
-	}
-	return values
-}
-
 // totalsQueries has the query for the columns of totalsColumns, by schema version.
 var totalsQueries = map[int64]string{
 	2: "SELECT accepted, processing, completed, took, newest_started, (SELECT coalesce(max(id_high), 0) FROM orders), 0, 0, 0 FROM totals",
 	3: "SELECT " + totalsColumns + " FROM totals",
 }
 
-// The columns of an order that scanOrder reads, and those that an INSERT sets.
+// What an INSERT sets.
 const (
-	orderColumns  = "id_high, id_low, status, user_id, item_ids, cents, coalesce(started, 0), coalesce(took, 0)"
 	insertColumns = "id_high, id_low, status, user_id, item_ids, cents, key"
 	insertValues  = "(?, ?, 0, ?, ?, ?, ?)"
 	insertArgs    = 6  // placeholders in a row
@@ -1077,47 +1127,6 @@ func appendOrder(args []any, c *creation) []any {
 		key = c.key
 	}
 	return append(args, high(c.id), low(c.id), c.userID, c.itemIDs, c.cents, key)
-}
-
-// scanOrder scans orderColumns into an order, and the columns after them into more.
-func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
-	var idHigh, idLow int64
-	err = scan(append([]any{&idHigh, &idLow, &o.status, &o.userID, &o.itemIDs, &o.cents, &o.startedMS, &o.tookMicros}, more...)...)
-	o.id = joinID(idHigh, idLow)
-	return o, err
-}
-
-// Both engines use these: the queries of a census, and the condition that an order
-// has expired, to which the bound (Unix ms) must be appended.
-const (
-	expiredBefore   = "status = 2 AND started + took / 1000 < "
-	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
-	(SELECT coalesce(max(id_high), 0) FROM orders) FROM orders `
-	countFinal = `SELECT count(*), CAST(coalesce(sum(took), 0) AS bigint), (SELECT coalesce(max(id_high), 0) FROM orders WHERE status > 0)
-	FROM orders WHERE status = 2`
-)
-
-// ordersView returns the SQL of a view that shows orders to people at an SQL prompt.
-// The engines differ in amount and timePattern, which are SQL expressions.
-func ordersView(amount, timePattern string) string {
-	digits := make([]string, 26) // of a ULID in Crockford's base 32: 5 bits each, computed from the right
-	for i := range digits {
-		bits := fmt.Sprintf("(id_low >> %d) & 31", 5*i)
-		switch {
-		case i == 12: // 4 bits of id_low, 1 of id_high
-			bits = "((id_low >> 60) & 15) | ((id_high & 1) << 4)"
-		case i > 12:
-			bits = fmt.Sprintf("(id_high >> %d) & 31", 5*i-64)
-		}
-		digits[25-i] = fmt.Sprintf("substr('%s', 1 + CAST(%s AS integer), 1)", ulid.Encoding, bits)
-	}
-	return "\nCREATE VIEW orders_readable AS SELECT " + strings.Join(digits, " || ") + ` AS order_id,
-	CASE status WHEN 0 THEN 'Pending' WHEN 1 THEN 'Processing' ELSE 'Completed' END AS status,
-	user_id, item_ids, ` + amount + ` AS total_amount,
-	` + fmt.Sprintf(timePattern, "id_high >> 16") + ` AS created_at,
-	` + fmt.Sprintf(timePattern, "started") + ` AS started_at,
-	` + fmt.Sprintf(timePattern, "started + took / 1000") + ` AS completed_at
-FROM orders;`
 }
 
 var sqliteView = ordersView("printf('%d.%02d', cents / 100, cents % 100)", "strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', (%s) / 1000.0, 'unixepoch')")
@@ -1600,6 +1609,7 @@ func (e *sqliteEngine) current() error { return nil }
 // which removes the WAL. It closes nothing if handsOff is set, or if the files were
 // removed or replaced: SQLite would remove the -wal of the files now in their place.
 func (e *sqliteEngine) close() error {
+	e.file.checked = time.Time{} // look again
 	if err := cmp.Or(e.handsOff, e.file.inPlace()); err != nil {
 		return err
 	}
@@ -2083,9 +2093,9 @@ func openSQLite(path string, params ...string) (*sql.DB, error) {
 // resolve returns the path with its links followed. inspect calls it first, because
 // SQLite keeps -wal and -shm beside the target of a link.
 func resolve(path string) (string, error) {
-	real, err := filepath.EvalSymlinks(path)
+	target, err := filepath.EvalSymlinks(path)
 	if !errors.Is(err, os.ErrNotExist) {
-		return real, err
+		return target, err
 	}
 	if _, lstatErr := os.Lstat(path); lstatErr == nil {
 		return "", fmt.Errorf("%s is a link to a file that does not exist: put that back, or remove the link", path)
@@ -2313,10 +2323,11 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	if _, err := conn.ExecContext(ctx, "BEGIN; SELECT count(*) FROM sqlite_schema"); err != nil {
 		return explain(d.path, err)
 	}
+	copyURI := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path)} // a bare path would end at a ?
 	err = conn.Raw(func(c any) error {
 		b, err := c.(interface {
 			NewBackup(string) (*sqlite.Backup, error)
-		}).NewBackup(path)
+		}).NewBackup(copyURI.String())
 		if err != nil {
 			return err
 		}

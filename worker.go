@@ -64,7 +64,7 @@ type pool struct {
 	epoch time.Time // job.began counts from here
 
 	channel   chan queued
-	stored    chan struct{} // capacity 1: the table has new orders
+	wake      chan struct{} // capacity 1: the table has new orders
 	parked    *parking
 	gate      *gate
 	durations histogram
@@ -77,8 +77,8 @@ type pool struct {
 	// leads: no worker takes another order then. A stopping service's /readyz says no.
 	stopping context.Context
 	stop     context.CancelFunc
-	working  context.Context // drain cancels it at the deadline, which cuts running work off
-	cancel   context.CancelFunc
+	workCtx  context.Context // drain cancels it at the deadline, which cuts running work off
+	cutOff   context.CancelFunc
 	running  sync.WaitGroup // feeder and workers
 }
 
@@ -99,11 +99,11 @@ func newPool(o poolOptions, s *store, log *logger) *pool {
 	}
 	p := &pool{
 		poolOptions: o, work: work, store: s, log: log, epoch: time.Now(),
-		channel: make(chan queued, o.queue), stored: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
+		channel: make(chan queued, o.queue), wake: make(chan struct{}, 1), parked: newParking(), gate: newGate(),
 		durations: newHistogram(durationBounds), orderWarnings: &limitedLog{log: log}, endpointWarnings: &limitedLog{log: log},
 	}
 	p.stopping, p.stop = context.WithCancel(context.Background())
-	p.working, p.cancel = context.WithCancel(context.Background())
+	p.workCtx, p.cutOff = context.WithCancel(context.Background())
 	return p
 }
 
@@ -134,7 +134,7 @@ func (p *pool) feed() {
 		case len(orders) < feedRows:
 			time.Sleep(feedPause)
 			select {
-			case <-p.stored:
+			case <-p.wake:
 			case <-p.stopping.Done():
 			}
 		}
@@ -213,8 +213,8 @@ func (p *pool) attempt(j job) error {
 	switch {
 	case err == nil:
 		p.complete(j)
-	case p.working.Err() != nil:
-		return p.working.Err() // drain cut the work off
+	case p.workCtx.Err() != nil:
+		return p.workCtx.Err() // drain cut the work off
 	default:
 		p.failed.Add(1)
 		p.postpone(j, err)
@@ -229,7 +229,7 @@ func (p *pool) runSafely(j job) (err error) {
 			err = fmt.Errorf("panic: %v", r)
 		}
 	}()
-	return p.work(p.working, j.id, int(j.attempts)+1)
+	return p.work(p.workCtx, j.id, int(j.attempts)+1)
 }
 
 func (p *pool) complete(j job) {
@@ -318,9 +318,10 @@ func (p *pool) drain(deadline time.Time) {
 	}()
 	select {
 	case <-ended:
+	case <-p.store.failed(): // what is at work cannot be completed any more
 	case <-time.After(time.Until(deadline)):
 	}
-	p.cancel()
+	p.cutOff()
 }
 
 // ---- The gate, and the orders that pause. ----
