@@ -80,7 +80,7 @@ var (
 	killRounds  = flag.Int("kill-rounds", 3, "how often TestKillNine kills the service")
 	faultRounds = flag.Int("fault-rounds", 5, "how many faults TestReplicasUnderFaults makes")
 	killSeed    = flag.Uint64("seed", 0, "seed of TestKillNine, to repeat a run; 0 takes the clock")
-	patience    = flag.Duration("patience", 90*time.Second, "how long to wait for what must happen; more than the longest pause of a failing order")
+	patience    = flag.Duration("patience", 3*time.Minute, "how long to wait for what must happen; more than the longest pause of a failing order")
 	readerHold  = flag.Duration("reader-holds", 300*time.Millisecond, "how long TestReaderUnderLoad holds its transaction")
 )
 
@@ -7228,7 +7228,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
 			defer end()
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
-			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 15e6 }, "the next step of the index is near")
+			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 15.8e6 }, "the next step of the index is near, at 16.7 MB")
 			stopLoad()
 			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
