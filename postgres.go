@@ -705,11 +705,9 @@ func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 		p.batch.skipExpiry(e.replica.log, cause)
 		return pack(p.batch), nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
-	defer cancel()
 	refused := map[*creation]error{}
-	if err := e.findRefused(ctx, p.batch.creates, refused); err != nil {
-		e.conn.Close(ctx)
+	if err := e.findRefused(p.batch.creates, refused); err != nil {
+		e.conn.Close(context.Background())
 		return nil, err
 	}
 	rest := *p.batch
@@ -724,7 +722,11 @@ func (e *postgresEngine) without(p *parcel, cause error) (*parcel, error) {
 
 // findRefused tries to insert the creates, and rolls that back. If the tables refuse
 // them, it tries each half, and so on, until it has each create that is refused alone.
-func (e *postgresEngine) findRefused(ctx context.Context, creates []*creation, refused map[*creation]error) error {
+// Each try has commitTimeout. If all of them take longer than takeOverAfter, another
+// replica may take over, and the batch is not written.
+func (e *postgresEngine) findRefused(creates []*creation, refused map[*creation]error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
 	var p parcel
 	for _, c := range creates {
 		p.addOrder(c)
@@ -744,10 +746,10 @@ func (e *postgresEngine) findRefused(ctx context.Context, creates []*creation, r
 	case err != nil || rejection == nil:
 		return err
 	case half > 0:
-		if err := e.findRefused(ctx, creates[:half], refused); err != nil {
+		if err := e.findRefused(creates[:half], refused); err != nil {
 			return err
 		}
-		return e.findRefused(ctx, creates[half:], refused)
+		return e.findRefused(creates[half:], refused)
 	}
 	e.replica.log.Error("an order was refused by the table", "error", rejection)
 	refused[creates[0]] = fmt.Errorf("%w: %w", errRejected, rejection)
