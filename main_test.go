@@ -9874,9 +9874,12 @@ var newestSample atomic.Int64
 func batchOf(creates ...*creation) *batch {
 	b := newBatch(nil)
 	for _, c := range creates {
-		n := max(newestSample.Add(1), time.Now().UnixMilli()<<16)
-		newestSample.Store(n)
-		c.newID = joinID(n, rand.Int64())
+		previous, next := int64(0), int64(0)
+		for next == 0 || !newestSample.CompareAndSwap(previous, next) { // many tests share it
+			previous = newestSample.Load()
+			next = max(previous+1, time.Now().UnixMilli()<<16)
+		}
+		c.newID = joinID(next, rand.Int64())
 		c.id = c.newID
 		b.creates = append(b.creates, c)
 	}
@@ -10352,7 +10355,10 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 		c := newCluster(t)
 		l := leadOn(t, sampleReplica(t, c.url("")))
 		done := make(chan int, 1)
-		go func() { done <- pound(t, l, many(6000)) }()
+		go func() {
+			defer close(done) // also where it fails
+			done <- pound(t, l, many(6000))
+		}()
 		for _, how := range []os.Signal{os.Interrupt, syscall.SIGQUIT, syscall.SIGKILL} {
 			<-time.After(300 * time.Millisecond)
 			c.stop(t, how)
