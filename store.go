@@ -1352,8 +1352,8 @@ func (e *sqliteEngine) commit(b *batch) error {
 }
 
 func (e *sqliteEngine) transaction(b *batch, insert func([]*creation) error) error {
-	if err := e.file.inPlace(); err != nil {
-		return fmt.Errorf("%w: %w", errNotWritten, err)
+	if err := e.inPlace(); err != nil {
+		return err
 	}
 	before := e.last
 	err := e.fill(b, insert)
@@ -1592,9 +1592,17 @@ func (e *sqliteEngine) unknown(err error) error {
 	return e.handsOff
 }
 
-func (e *sqliteEngine) tidy() (totals, error) {
+// inPlace returns errNotWritten if a restart would not open the files that are open.
+func (e *sqliteEngine) inPlace() error {
 	if err := e.file.inPlace(); err != nil {
-		return e.last, fmt.Errorf("%w: %w", errNotWritten, err)
+		return fmt.Errorf("%w: %w", errNotWritten, err)
+	}
+	return nil
+}
+
+func (e *sqliteEngine) tidy() (totals, error) {
+	if err := e.inPlace(); err != nil {
+		return e.last, err
 	}
 	if err := e.wal.checkpointIfDue(); sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)
@@ -1609,8 +1617,7 @@ func (e *sqliteEngine) current() error { return nil }
 // which removes the WAL. It closes nothing if handsOff is set, or if the files were
 // removed or replaced: SQLite would remove the -wal of the files now in their place.
 func (e *sqliteEngine) close() error {
-	e.file.checked = time.Time{} // look again
-	if err := cmp.Or(e.handsOff, e.file.inPlace()); err != nil {
+	if err := cmp.Or(e.handsOff, e.file.checkInPlace()); err != nil {
 		return err
 	}
 	return errors.Join(e.rowReaders.close(), e.listReaders.close(), e.write.close(), e.file.close())
@@ -2066,8 +2073,8 @@ type database struct {
 	autoCheckpoint int // PRAGMA wal_autocheckpoint, in pages; 0 if a checkpointer does that
 
 	foundVersion int64                  // set by inspect; 0 if there is no schema yet
-	opened       map[string]os.FileInfo // the files that were opened, by path; for inPlace
-	checked      time.Time              // when inPlace last found them in place
+	opened       map[string]os.FileInfo // the files that were opened, by path; for checkInPlace
+	checked      time.Time              // when checkInPlace last found them in place
 }
 
 // openSQLite opens a database lazily: it touches no file before the first statement.
@@ -2271,7 +2278,8 @@ func (d *database) makeNew() error {
 	return nil
 }
 
-// remember notes which files the database's paths name now, for inPlace.
+// remember notes which files the database's paths name now, for
+// checkInPlace.
 func (d *database) remember() {
 	d.opened = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
@@ -2283,12 +2291,17 @@ func (d *database) remember() {
 
 const lookEvery = 100 * time.Millisecond // shortest pause between two checks that the files are in place
 
-// inPlace returns an error if the paths no longer name the open files: the next start
-// would not find what is written to a removed or replaced file.
+// inPlace is checkInPlace, at most once every lookEvery.
 func (d *database) inPlace() error {
 	if time.Since(d.checked) < lookEvery {
 		return nil
 	}
+	return d.checkInPlace()
+}
+
+// checkInPlace returns an error if the paths no longer name the open files: the next
+// start would not find what is written to a removed or replaced file.
+func (d *database) checkInPlace() error {
 	for _, path := range []string{d.path, d.path + "-wal"} {
 		opened := d.opened[path]
 		if now, err := os.Stat(path); opened != nil && (err != nil || !os.SameFile(opened, now)) {

@@ -139,7 +139,7 @@ var mutations = []mutation{
 	{"store.go", `sqliteCode(err) == sqlite3.SQLITE_IOERR_FSYNC {
 		return e.last, e.unknown(err)`, `sqliteCode(err) == sqlite3.SQLITE_IOERR_READ {
 		return e.last, e.unknown(err)`, "TestDiskFaults/the_fsync_of_a_checkpoint"},
-	{"store.go", `cmp.Or(e.handsOff, e.file.inPlace())`, `cmp.Or(e.handsOff)`, "TestFilesRemoved"},
+	{"store.go", `cmp.Or(e.handsOff, e.file.checkInPlace())`, `cmp.Or(e.handsOff)`, "TestFilesRemoved"},
 	{"store.go", `e.users.keepState()`, `_ = e.users`, "TestListsOfAUser|TestTheUserIndex"},
 	{"store.go", `c.written < walCheckEvery`, `c.written < 1000*walCheckEvery`, "TestListsDoNotHold"},
 	{"store.go", `if wal.pages > truncateAbovePages {`, `if wal.pages > 100*truncateAbovePages {`, "TestReader"},
