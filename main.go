@@ -82,9 +82,16 @@ func report(err error, stderr io.Writer) int {
 	return 1
 }
 
-// gcPercent is the value of GOGC. Most of a long-lived heap is the cache, which is
+// gcPercent returns the value of GOGC. Most of a long-lived heap is the cache, which is
 // never garbage, so the heap gets less room for garbage than by Go's default, 100.
-const gcPercent = 50
+// But each collection scans the stacks of all workers: of 50,000 in 0.2 s of CPU. With
+// many workers it gets more room, so that collections are rarer.
+func gcPercent(workers int) int {
+	if workers >= 10_000 {
+		return 200
+	}
+	return 50
+}
 
 // run does what the flags say: it prints the help or the version, makes a backup, or
 // serves until ctx is done or the store fails.
@@ -109,7 +116,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		return backup(ctx, cfg.data, cfg.backup)
 	}
 	if _, ok := variables["GOGC"]; !ok {
-		debug.SetGCPercent(gcPercent)
+		debug.SetGCPercent(gcPercent(cfg.pool.workers))
 	}
 	err = openAndServe(ctx, cfg, stderr)
 	if err != nil && cfg.log.file == logToStderr {
