@@ -629,77 +629,64 @@ func cacheAgrees(c *cache, inTable map[ulid.ULID]status) bool {
 
 // ---- the real process ----
 
-// childMode, where it is set, makes the test binary the service, in one of
-// childModes.
+// childMode, where it is set, makes the test binary the service, in one of childModes.
 const childMode = "TEST_CHILD"
 
+const (
+	exitedBetweenCommits = 77 // exit status in the mode exit-between-commits
+	heldCreates          = 16 // how many creates are in flight when hold-commit says so
+)
+
 // childModes break the service on purpose, before it starts. Besides there are
-// serve, the service as it is, and floor.
+// serve, the service as it is, and what benchmarks compare it with.
 var childModes = map[string]func(*app){
-	"exit-between-commits": exitBetweenCommits,
-	"answer-before-commit": answerBeforeCommit,
-	"count-twice":          countTwice,
-	"hold-commit":          holdCommit,
-}
-
-const exitedBetweenCommits = 77
-
-// exitBetweenCommits ends the process, without any clean-up, where orders.db
-// has been committed and metrics.db not yet, at the time TEST_AT.
-func exitBetweenCommits(a *app) {
-	left, _ := strconv.Atoi(os.Getenv("TEST_AT"))
-	a.metrics.beforeProject = func() {
-		if left--; left == 0 {
-			os.Exit(exitedBetweenCommits)
-		}
-	}
-}
-
-// answerBeforeCommit breaks the first promise: after a few good batches it
-// answers one that it never commits.
-func answerBeforeCommit(a *app) {
-	batches := 0
-	a.sqlite.beforeCommit = func(b *batch) {
-		if len(b.creates) == 0 {
-			return
-		}
-		if batches++; batches <= 3 {
-			return
-		}
-		close(b.done)
-		fmt.Fprintln(os.Stderr, "answered before the commit")
-		select {} // until it is killed
-	}
-}
-
-// countTwice breaks the third promise: what a batch completes it counts again.
-func countTwice(a *app) {
-	a.sqlite.beforeCommit = func(b *batch) {
-		if len(b.steps) > 0 {
-			a.sqlite.file.Exec("UPDATE totals SET accepted = accepted + 1, completed = completed + 1") // by the writer's connection
-		}
-	}
-}
-
-// heldCreates is how many creates are in flight when holdCommit says so.
-const heldCreates = 16
-
-// holdCommit holds the first commit until heldCreates are in flight and a
-// little longer, so that SIGTERM finds them there.
-func holdCommit(a *app) {
-	var once sync.Once
-	a.sqlite.beforeCommit = func(b *batch) {
-		if len(b.creates) == 0 {
-			return
-		}
-		once.Do(func() {
-			for len(b.creates)+a.store.intake.creates() < heldCreates {
-				runtime.Gosched()
+	// ends the process at once where orders.db has been committed and metrics.db not yet, at the time TEST_AT
+	"exit-between-commits": func(a *app) {
+		left, _ := strconv.Atoi(os.Getenv("TEST_AT"))
+		a.metrics.beforeProject = func() {
+			if left--; left == 0 {
+				os.Exit(exitedBetweenCommits)
 			}
-			fmt.Fprintln(os.Stderr, "all creates are in flight")
-			time.Sleep(300 * time.Millisecond)
-		})
-	}
+		}
+	},
+	// breaks the first promise: after a few good batches it answers one that it never commits
+	"answer-before-commit": func(a *app) {
+		batches := 0
+		a.sqlite.beforeCommit = func(b *batch) {
+			if len(b.creates) == 0 {
+				return
+			}
+			if batches++; batches > 3 {
+				close(b.done)
+				fmt.Fprintln(os.Stderr, "answered before the commit")
+				select {} // until it is killed
+			}
+		}
+	},
+	// breaks the third promise: what a batch completes it counts again
+	"count-twice": func(a *app) {
+		a.sqlite.beforeCommit = func(b *batch) {
+			if len(b.steps) > 0 {
+				a.sqlite.file.Exec("UPDATE totals SET accepted = accepted + 1, completed = completed + 1") // by the writer's connection
+			}
+		}
+	},
+	// holds the first commit until all creates are in flight and a little longer, so that SIGTERM finds them there
+	"hold-commit": func(a *app) {
+		var once sync.Once
+		a.sqlite.beforeCommit = func(b *batch) {
+			if len(b.creates) == 0 {
+				return
+			}
+			once.Do(func() {
+				for len(b.creates)+a.store.intake.creates() < heldCreates {
+					runtime.Gosched()
+				}
+				fmt.Fprintln(os.Stderr, "all creates are in flight")
+				time.Sleep(300 * time.Millisecond)
+			})
+		}
+	},
 }
 
 func TestMain(m *testing.M) {
@@ -739,12 +726,7 @@ func TestMain(m *testing.M) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(report(func() error {
-		variables := map[string]string{}
-		for _, variable := range os.Environ() {
-			name, value, _ := strings.Cut(variable, "=")
-			variables[name] = value
-		}
-		cfg, err := parseConfig(os.Args[1:], variables)
+		cfg, err := parseConfig(os.Args[1:], nil)
 		if err != nil {
 			return err
 		}
@@ -778,8 +760,8 @@ func startProcess(tb testing.TB, dir string, env []string, args ...string) *proc
 
 const announced = "orderd is open at http://" // and then the address
 
-// startWrapped is startProcess under another command, such as strace. It must
-// become the service by exec, or leave it as its own process.
+// startWrapped is startProcess under a command, such as strace, that becomes the
+// service by exec or leaves it as its own process.
 func startWrapped(tb testing.TB, wrapper []string, dir string, env []string, args ...string) *process {
 	tb.Helper()
 	p := launch(tb, wrapper, dir, env, args...)
@@ -884,8 +866,7 @@ func (p *process) residentMB(tb testing.TB) float64 {
 	return float64(kb) / 1024
 }
 
-// cpu is the processor time that the process has used; ok is false where the
-// system has no /proc.
+// cpu is the processor time that the process has used; ok is false without /proc.
 func (p *process) cpu() (used time.Duration, ok bool) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
 	fields := strings.Fields(string(text))
@@ -1076,9 +1057,8 @@ func requireDocumented(t *testing.T, method, path string, got answer) {
 // seen, and the details of problems.
 var witnessed sync.Map
 
-// unwitnessed lists what web/openapi.json promises and no test has seen. Not
-// asked for are statuses that only a fault brings, some of them in a process
-// of its own.
+// unwitnessed lists what web/openapi.json promises and no test has seen, without
+// the statuses that only a fault brings, some of them in a process of its own.
 func unwitnessed() (missing []string) {
 	for _, item := range within(openapi(), "paths") {
 		for method := range within(item) {
@@ -1091,8 +1071,12 @@ func unwitnessed() (missing []string) {
 				for name := range within(operation, "responses", status, "headers") {
 					promised = append(promised, promised[0]+" "+name)
 				}
-				for _, example := range problemExamples(operation, status) {
-					promised = append(promised, within(example)["detail"].(string))
+				problem := within(operation, "responses", status, "content", "application/problem+json")
+				if example := within(problem, "example"); example != nil {
+					promised = append(promised, example["detail"].(string))
+				}
+				for name := range within(problem, "examples") {
+					promised = append(promised, within(problem, "examples", name, "value")["detail"].(string))
 				}
 				for _, what := range promised {
 					if _, ok := witnessed.Load(what); !ok {
@@ -1103,18 +1087,6 @@ func unwitnessed() (missing []string) {
 		}
 	}
 	return missing
-}
-
-// problemExamples are those of a problem that answers an operation.
-func problemExamples(operation node, status string) (found []any) {
-	content := within(operation, "responses", status, "content", "application/problem+json")
-	if one, ok := content["example"]; ok {
-		found = append(found, one)
-	}
-	for name := range within(content, "examples") {
-		found = append(found, within(content, "examples", name, "value"))
-	}
-	return found
 }
 
 // mismatches tells where a value departs from the names and types of a schema.
@@ -1171,9 +1143,8 @@ func mismatches(where string, schema node, value any) (found []string) {
 func TestOpenAPIListsTheRoutes(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
-	got := get(t, a, "/openapi.json")
-	require.JSONEq(t, string(apiJSON), got.body)
-	require.Regexp(t, `^3\.`, decoded[node](t, got.body)["openapi"])
+	require.JSONEq(t, string(apiJSON), get(t, a, "/openapi.json").body)
+	require.Regexp(t, `^3\.`, openapi()["openapi"])
 	var routed, listed []string
 	for _, r := range a.server.routes {
 		if r.method != http.MethodHead && r.method != "other" {
@@ -1190,8 +1161,8 @@ func TestOpenAPIListsTheRoutes(t *testing.T) {
 	require.ElementsMatch(t, routed, listed)
 	for name, schema := range within(openapi(), "components", "schemas") {
 		for property := range within(schema, "properties") {
-			if required, _ := within(schema)["required"].([]any); name+"."+property != "Problem.errors" {
-				require.Contains(t, required, property, "every property of %s is always there", name)
+			if name+"."+property != "Problem.errors" {
+				require.Contains(t, within(schema)["required"], property, "every property of %s is always there", name)
 			}
 		}
 	}
@@ -1214,31 +1185,24 @@ func TestFilesUseOnlyFilesBelow(t *testing.T) {
 	require.Equal(t, []string{"cache.go uses newServer of server.go", "store.go uses pool of worker.go", "store.go uses workers of worker.go"}, upwardUses(t, planted))
 }
 
-// fileOrder is the table in main.go's package comment, from the top down.
-func fileOrder(tb testing.TB) (names []string) {
-	source, err := os.ReadFile("main.go")
-	require.NoError(tb, err)
-	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(string(source), -1) {
-		names = append(names, m[1])
-	}
-	return names
-}
-
-// upwardUses type-checks the program, with more text appended to some files,
-// and lists every use of a name that a file above declares.
+// upwardUses type-checks the program, with more text appended to some files, and
+// lists every use of a name that a file above declares.
 func upwardUses(tb testing.TB, more map[string]string) (found []string) {
-	order, fset := fileOrder(tb), token.NewFileSet()
-	var files []*ast.File
+	tb.Helper()
+	var order []string // of the table in main.go's package comment, from the top down
+	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(bytesOf(tb, "main.go"), -1) {
+		order = append(order, m[1])
+	}
 	names, err := filepath.Glob("*.go")
 	require.NoError(tb, err)
+	var files []*ast.File
+	fset := token.NewFileSet()
 	for _, name := range names {
 		if strings.HasSuffix(name, "_test.go") {
 			continue
 		}
 		require.Contains(tb, order, name)
-		source, err := os.ReadFile(name)
-		require.NoError(tb, err)
-		f, err := parser.ParseFile(fset, name, string(source)+more[name], parser.SkipObjectResolution)
+		f, err := parser.ParseFile(fset, name, bytesOf(tb, name)+more[name], parser.SkipObjectResolution)
 		require.NoError(tb, err)
 		files = append(files, f)
 	}
@@ -1259,8 +1223,7 @@ func upwardUses(tb testing.TB, more map[string]string) (found []string) {
 	return slices.Compact(found)
 }
 
-// stubs stand in for imports: what the program's own names mean does not
-// depend on them.
+// stubs stand in for imports, on which the program's own names do not depend.
 type stubs struct{ types.Importer }
 
 func (stubs) Import(path string) (*types.Package, error) {
@@ -1273,8 +1236,7 @@ func (stubs) Import(path string) (*types.Package, error) {
 // written as fmt prints them; the first and the last are the limits. The files
 // {dir}/a, b and c hold tokens.
 var flagTable = []struct {
-	name              string
-	initial           string
+	name, initial     string
 	get               func(config) any
 	accepted, refused []string
 	limits            string   // in the message
@@ -1283,32 +1245,32 @@ var flagTable = []struct {
 	{name: "addr", initial: "localhost:8080", get: func(c config) any { return c.addr },
 		accepted: []string{"localhost:0", "[::1]:80", ":65535"}, refused: []string{"localhost", "localhost:-1", ":65536", ":http", ""},
 		limits: "host:port with a port from 0 to 65535"},
-	{name: "host", initial: "", get: func(c config) any { return strings.Join(c.server.proxyHosts, ",") },
+	{name: "host", get: func(c config) any { return strings.Join(c.server.proxyHosts, ",") },
 		accepted: []string{"orders.example", "a,b-c.example,d_e"}, refused: []string{"", "a,", ",a", "a, b", "a:80", "https://a", "*.example", "[::1]"},
 		limits: "names without scheme and port"},
-	{name: "token-file", initial: "", get: func(c config) any { return c.tokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
-	{name: "read-token-file", initial: "", get: func(c config) any { return c.readTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty",
+	{name: "token-file", get: func(c config) any { return c.tokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
+	{name: "read-token-file", get: func(c config) any { return c.readTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty",
 		beside: []string{"-token-file", "{dir}/c"}},
-	{name: "tls-cert", initial: "", get: func(c config) any { return c.certFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-key", "k"}},
-	{name: "tls-key", initial: "", get: func(c config) any { return c.keyFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-cert", "c"}},
+	{name: "tls-cert", get: func(c config) any { return c.certFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-key", "k"}},
+	{name: "tls-key", get: func(c config) any { return c.keyFile }, accepted: []string{"a", "b"}, beside: []string{"-tls-cert", "c"}},
 	{name: "drain", initial: "10s", get: func(c config) any { return c.drain },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
 	{name: "data", initial: "data", get: func(c config) any { return c.data },
 		accepted: []string{"a", "/b/c"}, refused: []string{""}, limits: "not be empty"},
-	{name: "orders", initial: "", get: func(c config) any { return c.orders }, accepted: []string{"postgres://a/b", "postgres://c/d"},
+	{name: "orders", get: func(c config) any { return c.orders }, accepted: []string{"postgres://a/b", "postgres://c/d"},
 		beside: []string{"-advertise", "http://a"}},
-	{name: "advertise", initial: "", get: func(c config) any { return c.advertise }, accepted: []string{"http://a:80", "https://b"}, refused: []string{"", "a:80", "ftp://a", "http://a/b", "http://a?b"},
+	{name: "advertise", get: func(c config) any { return c.advertise }, accepted: []string{"http://a:80", "https://b"}, refused: []string{"", "a:80", "ftp://a", "http://a/b", "http://a?b"},
 		limits: "an http or https URL of a host and port alone", beside: []string{"-orders", "postgres://a/b"}},
 	{name: "workers", initial: "8", get: func(c config) any { return c.pool.workers },
 		accepted: []string{"1", "100000"}, refused: []string{"0", "100001", "-1", "1.5", "many", ""}, limits: "a whole number from 1 to 100000"},
 	{name: "delay", initial: "2s", get: func(c config) any { return c.pool.delay },
 		accepted: []string{"0s", "24h0m0s"}, refused: []string{"-1ns", "24h0m0.000000001s", "5", "soon", ""}, limits: "a duration from 0s to 24h0m0s"},
-	{name: "work", initial: "", get: func(c config) any { return c.pool.endpoint.url },
+	{name: "work", get: func(c config) any { return c.pool.endpoint.url },
 		accepted: []string{"http://a", "https://[::1]:8443/b?c=d"}, refused: []string{"", "a", "a:80", "//a/b", "ftp://a", "http://", "http:///b", "http://:80", "http://a b"},
 		limits: "an http or https URL with a host"},
 	{name: "work-timeout", beside: []string{"-work", "http://a"}, initial: "30s", get: func(c config) any { return c.pool.endpoint.timeout },
 		accepted: []string{"1s", "1h0m0s"}, refused: []string{"999ms", "1h0m1s", "0", "5", ""}, limits: "a duration from 1s to 1h0m0s"},
-	{name: "work-token-file", beside: []string{"-work", "http://a"}, initial: "", get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
+	{name: "work-token-file", beside: []string{"-work", "http://a"}, get: func(c config) any { return c.workTokenFile }, accepted: []string{"{dir}/a", "{dir}/b"}, refused: []string{""}, limits: "not be empty"},
 	{name: "queue", initial: "1024", get: func(c config) any { return c.pool.queue },
 		accepted: []string{"1", "1000000"}, refused: []string{"0", "1000001"}, limits: "a whole number from 1 to 1000000"},
 	{name: "cache", initial: "1000000", get: func(c config) any { return c.store.cache },
@@ -1350,39 +1312,31 @@ func TestFlags(t *testing.T) {
 	}
 	for _, f := range flagTable {
 		f.accepted, f.beside = inDir(f.accepted), inDir(f.beside)
-		t.Run("-"+f.name, func(t *testing.T) {
-			name := "ORDERD_" + strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
-			parse := func(variables map[string]string, args ...string) (string, error) {
-				c, err := parseConfig(append(args, f.beside...), variables)
-				return fmt.Sprint(f.get(c)), err
-			}
-			c, err := parseConfig(nil, nil)
-			require.NoError(t, err)
-			require.Equal(t, f.initial, fmt.Sprint(f.get(c)))
-			for _, text := range f.accepted {
-				value, err := parse(nil, "-"+f.name, text)
+		flag, variable := "-"+f.name, "ORDERD_"+strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
+		t.Run(flag, func(t *testing.T) {
+			requireValue := func(want string, variables map[string]string, args ...string) {
+				t.Helper()
+				c, err := parseConfig(args, variables)
 				require.NoError(t, err)
-				require.Equal(t, text, value)
+				require.Equal(t, want, fmt.Sprint(f.get(c)))
 			}
-			for _, text := range f.refused {
-				_, err := parse(nil, "-"+f.name, text)
-				code, sentence := exited(t, err)
-				require.Equal(t, 2, code)
-				require.Contains(t, sentence, fmt.Sprintf("%q for flag -%s: must ", text, f.name))
-				require.Contains(t, sentence, f.limits)
-				_, err = parse(map[string]string{name: text})
-				code, sentence = exited(t, err)
-				require.Equal(t, 2, code)
-				require.Contains(t, sentence, fmt.Sprintf("%q for %s: must ", text, name))
-				require.Contains(t, sentence, f.limits)
+			requireValue(f.initial, nil)
+			for _, text := range f.accepted {
+				requireValue(text, nil, append(f.beside, flag, text)...)
 			}
 			low, high := f.accepted[0], f.accepted[len(f.accepted)-1]
-			value, err := parse(map[string]string{name: low})
-			require.NoError(t, err)
-			require.Equal(t, low, value, "the variable works")
-			value, err = parse(map[string]string{name: low}, "-"+f.name, high)
-			require.NoError(t, err)
-			require.Equal(t, high, value, "the flag wins")
+			requireValue(low, map[string]string{variable: low}, f.beside...)
+			requireValue(high, map[string]string{variable: low}, append(f.beside, flag, high)...) // the flag wins
+			for _, text := range f.refused {
+				_, byFlag := parseConfig(append(f.beside, flag, text), nil)
+				_, byVariable := parseConfig(f.beside, map[string]string{variable: text})
+				for source, err := range map[string]error{"flag " + flag: byFlag, variable: byVariable} {
+					code, sentence := exited(t, err)
+					require.Equal(t, 2, code)
+					require.Contains(t, sentence, fmt.Sprintf("%q for %s: must ", text, source))
+					require.Contains(t, sentence, f.limits)
+				}
+			}
 		})
 	}
 	t.Run("ORDERD_VERSION and ORDERD_H are none of ours", func(t *testing.T) {
@@ -1403,9 +1357,9 @@ func TestHelpAndVersion(t *testing.T) {
 				strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))), stdout.String())
 		}
 		require.Equal(t, len(flagTable), strings.Count(stdout.String(), ", variable "))
-		require.Regexp(t, `(?m)^  -backup +\S`, stdout.String())
-		require.Regexp(t, `(?m)^  -version +\S`, stdout.String())
-		require.Regexp(t, `(?m)^  -h +\S`, stdout.String())
+		for _, name := range []string{"backup", "version", "h"} {
+			require.Regexp(t, "(?m)^  -"+name+` +\S`, stdout.String())
+		}
 		require.Contains(t, stdout.String(), "ORDERD_TOKEN, ORDERD_READ_TOKEN or ORDERD_WORK_TOKEN")
 	}
 	var stdout, stderr transcript
@@ -1416,14 +1370,17 @@ func TestHelpAndVersion(t *testing.T) {
 
 func TestWrongArguments(t *testing.T) {
 	t.Parallel()
+	blank := filepath.Join(t.TempDir(), "blank.token")
+	require.NoError(t, os.WriteFile(blank, []byte("\n"), 0o600))
 	for _, test := range []struct {
-		name    string
-		args    []string
-		environ []string
-		named   string
+		name          string
+		args, environ []string
+		named         string
+		code          int // 2 where it is not given
 	}{
 		{name: "an endpoint and a delay", args: []string{"-work", "http://a", "-delay", "2s"}, named: "-work and -delay.*orderd -h"},
-		{name: "an endpoint and a delay by variables", environ: []string{"ORDERD_WORK=http://a", "ORDERD_DELAY=0s"}, named: "ORDERD_WORK and ORDERD_DELAY.*orderd -h"},
+		{name: "an endpoint and a delay by variables", environ: []string{"ORDERD_WORK=http://a", "ORDERD_DELAY=0s"},
+			named: "ORDERD_WORK and ORDERD_DELAY.*orderd -h"},
 		{name: "a token for no endpoint", environ: []string{"ORDERD_WORK_TOKEN=t"}, named: "give -work too"},
 		{name: "a limit for no endpoint", args: []string{"-work-timeout", "9s"}, named: "give -work too"},
 		{name: "an argument that is no flag", args: []string{"-workers", "2", "serve"}, named: `"serve".*orderd -h`},
@@ -1432,18 +1389,25 @@ func TestWrongArguments(t *testing.T) {
 		{name: "a token as a flag", args: []string{"-token", "secret"}, named: "-token.*orderd -h"},
 		{name: "a certificate without its key", args: []string{"-tls-cert", "c"}, named: "-tls-cert and -tls-key"},
 		{name: "a key without its certificate", environ: []string{"ORDERD_TLS_KEY=k"}, named: "-tls-cert and -tls-key"},
-		{name: "a read token alone", environ: []string{"ORDERD_READ_TOKEN=r"}, named: "ORDERD_TOKEN or -token-file"},
-		{name: "a token of two lines", environ: []string{"ORDERD_WORK_TOKEN=a\nb"}, args: []string{"-work", "http://a"}, named: "ORDERD_WORK_TOKEN holds a line break"},
-		{name: "a file that is no token", args: []string{"-token-file", "go.mod"}, named: "file of -token-file, go.mod, holds a line break"},
 		{name: "a backup to nowhere", args: []string{"-backup", ""}, named: "-backup.*must not be empty"},
-		{name: "a token file without a name", environ: []string{"ORDERD_TOKEN_FILE="}, named: "ORDERD_TOKEN_FILE.*must not be empty"},
 		{name: "orders nowhere", args: []string{"-orders", ""}, named: "-orders.*must not be empty"},
+		{name: "a read token alone", environ: []string{"ORDERD_READ_TOKEN=r"}, named: "ORDERD_TOKEN or -token-file"},
 		{name: "one token for both", environ: []string{"ORDERD_TOKEN=s", "ORDERD_READ_TOKEN=s"}, named: "read token"},
+		{name: "a token of two lines", environ: []string{"ORDERD_WORK_TOKEN=a\nb"}, args: []string{"-work", "http://a"},
+			named: "ORDERD_WORK_TOKEN holds a line break"},
+		{name: "an empty token", environ: []string{"ORDERD_TOKEN="}, named: "ORDERD_TOKEN"},
+		{name: "a blank token", environ: []string{"ORDERD_TOKEN= "}, named: "ORDERD_TOKEN"},
+		{name: "an empty read token", environ: []string{"ORDERD_TOKEN=s", "ORDERD_READ_TOKEN="}, named: "ORDERD_READ_TOKEN"},
+		{name: "an empty token for the endpoint", environ: []string{"ORDERD_WORK_TOKEN="}, named: "ORDERD_WORK_TOKEN"},
+		{name: "a file that is no token", args: []string{"-token-file", "go.mod"}, named: "file of -token-file, go.mod, holds a line break"},
+		{name: "a token file without a name", environ: []string{"ORDERD_TOKEN_FILE="}, named: "ORDERD_TOKEN_FILE.*must not be empty"},
+		{name: "an empty token file", args: []string{"-token-file", blank}, environ: []string{"ORDERD_TOKEN=x"}, named: `blank\.token`},
+		{name: "a token file that is missing", args: []string{"-token-file", "gone.token"}, named: `gone\.token`, code: 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var stdout, stderr transcript
 			code, sentence := exited(t, run(t.Context(), test.args, test.environ, &stdout, &stderr))
-			require.Equal(t, 2, code)
+			require.Equal(t, cmp.Or(test.code, 2), code)
 			require.Regexp(t, test.named, sentence)
 			require.Empty(t, stdout.String()+stderr.String())
 		})
@@ -1457,10 +1421,8 @@ func TestSettingsInFilesExist(t *testing.T) {
 	files, err := filepath.Glob("deploy/*")
 	require.NoError(t, err)
 	for _, file := range append(files, "README.md") {
-		text, err := os.ReadFile(file)
-		require.NoError(t, err)
 		variables := map[string]string{}
-		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(string(text), -1) {
+		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(bytesOf(t, file), -1) {
 			variables[name] = ""
 		}
 		c, _ := parseConfig(nil, variables) // their values are refused
@@ -1486,78 +1448,31 @@ func TestTokenSource(t *testing.T) {
 		require.NoError(t, os.WriteFile(path, []byte(text), 0o600))
 		return path
 	}
+	type env = map[string]string
 	for _, test := range []struct {
-		name      string
-		variables map[string]string
-		args      []string
-		token     string
-		readToken string
-		workToken string // that the endpoint is sent
-		code      int    // exit status if it is refused
-		named     string // in the sentence
+		name                        string
+		env                         env
+		args                        []string
+		token, readToken, workToken string // the last is sent to the endpoint
 	}{
 		{name: "there is none without a source"},
-		{name: "ORDERD_TOKEN holds it", variables: map[string]string{"ORDERD_TOKEN": "secret"}, token: "secret"},
-		{name: "a file holds it, up to its line end", args: []string{"-token-file", file("secret\r\n")}, token: "secret"},
-		{name: "a variable names the file", variables: map[string]string{"ORDERD_TOKEN_FILE": file("secret")}, token: "secret"},
-		{name: "the file wins", variables: map[string]string{"ORDERD_TOKEN": "other"}, args: []string{"-token-file", file("secret")}, token: "secret"},
-		{name: "an empty variable is refused", variables: map[string]string{"ORDERD_TOKEN": ""}, code: 2, named: "ORDERD_TOKEN"},
-		{name: "a blank variable is refused", variables: map[string]string{"ORDERD_TOKEN": " "}, code: 2, named: "ORDERD_TOKEN"},
-		{name: "an empty file is refused", variables: map[string]string{"ORDERD_TOKEN": "x"}, args: []string{"-token-file", file("\n")}, code: 2, named: file("\n")},
-		{name: "the read token is another", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "r"}, token: "secret", readToken: "r"},
-		{name: "a file holds the read token", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": "x"},
-			args: []string{"-read-token-file", file("r\n")}, token: "secret", readToken: "r"},
-		{name: "an empty read token is refused", variables: map[string]string{"ORDERD_TOKEN": "secret", "ORDERD_READ_TOKEN": ""}, code: 2, named: "ORDERD_READ_TOKEN"},
-		{name: "the endpoint's is another", variables: map[string]string{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b", "ORDERD_WORK": "http://a"}, token: "a", workToken: "b"},
+		{name: "ORDERD_TOKEN holds it", env: env{"ORDERD_TOKEN": "a"}, token: "a"},
+		{name: "a file holds it, up to its line end", args: []string{"-token-file", file("a\r\n")}, token: "a"},
+		{name: "a variable names the file", env: env{"ORDERD_TOKEN_FILE": file("a")}, token: "a"},
+		{name: "the file wins", env: env{"ORDERD_TOKEN": "x"}, args: []string{"-token-file", file("a")}, token: "a"},
+		{name: "the read token is another", env: env{"ORDERD_TOKEN": "a", "ORDERD_READ_TOKEN": "r"}, token: "a", readToken: "r"},
+		{name: "a file holds the read token", env: env{"ORDERD_TOKEN": "a", "ORDERD_READ_TOKEN": "x"},
+			args: []string{"-read-token-file", file("r\n")}, token: "a", readToken: "r"},
+		{name: "the endpoint's is another", env: env{"ORDERD_TOKEN": "a", "ORDERD_WORK_TOKEN": "b", "ORDERD_WORK": "http://a"}, token: "a", workToken: "b"},
 		{name: "a file holds the endpoint's", args: []string{"-work", "http://a", "-work-token-file", file("b\n")}, workToken: "b"},
-		{name: "an empty one for the endpoint is refused", variables: map[string]string{"ORDERD_WORK_TOKEN": ""}, code: 2, named: "ORDERD_WORK_TOKEN"},
-		{name: "a missing file is refused", args: []string{"-token-file", filepath.Join(dir, "missing")}, code: 1, named: filepath.Join(dir, "missing")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			c, err := parseConfig(test.args, test.variables)
-			if test.code == 0 {
-				require.NoError(t, err)
-				require.Equal(t, test.token, c.server.token)
-				require.Equal(t, test.readToken, c.server.readToken)
-				require.Equal(t, test.workToken, c.pool.endpoint.token)
-				return
-			}
-			code, sentence := exited(t, err)
-			require.Equal(t, test.code, code)
-			require.Contains(t, sentence, test.named)
+			c, err := parseConfig(test.args, test.env)
+			require.NoError(t, err)
+			require.Equal(t, test.token, c.server.token)
+			require.Equal(t, test.readToken, c.server.readToken)
+			require.Equal(t, test.workToken, c.pool.endpoint.token)
 		})
-	}
-}
-
-// running is a run in the background.
-type running struct {
-	addr   string
-	stderr *transcript
-	cancel context.CancelFunc
-	ended  chan error
-}
-
-func startRun(t *testing.T, dir string) running {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	r := running{stderr: &transcript{}, cancel: cancel, ended: make(chan error, 1)}
-	t.Cleanup(cancel)
-	args := []string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log", "-delay", "10ms"}
-	go func() { r.ended <- run(ctx, args, nil, io.Discard, r.stderr) }()
-	open := regexp.MustCompile(`(?m)^orderd is open at http://(\S+)$`)
-	until(t, func() bool { return open.MatchString(r.stderr.String()) })
-	r.addr = open.FindStringSubmatch(r.stderr.String())[1]
-	return r
-}
-
-func (r running) stop(t *testing.T) {
-	t.Helper()
-	r.cancel()
-	select {
-	case err := <-r.ended:
-		require.NoError(t, err)
-	case <-time.After(*patience):
-		require.Fail(t, "run does not return")
 	}
 }
 
@@ -1634,17 +1549,9 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 	for _, test := range []struct {
 		addr, token string
 		warned      bool
-	}{
-		{addr: ":0", warned: true},
-		{addr: ":0", token: "s3cret"},
-		{addr: "127.0.0.1:0"},
-	} {
-		dir := t.TempDir()
-		cfg := testConfig(dir)
-		cfg.addr, cfg.server.token = test.addr, test.token
-		stderr := &transcript{}
-		a, err := openApp(cfg, stderr)
-		require.NoError(t, err)
+	}{{":0", "", true}, {":0", "s3cret", false}, {"127.0.0.1:0", "", false}} {
+		dir, stderr := t.TempDir(), &transcript{}
+		a := lookedAt(t, dir, func(c *config) { c.addr, c.server.token = test.addr, test.token }, nil, stderr)
 		require.NoError(t, a.start())
 		serveTestApp(t, a)()
 		require.Equal(t, test.warned, strings.Contains(stderr.String(), "\nwarning: "+warning+"\n"), "%+v", test)
@@ -1654,29 +1561,30 @@ func TestOpenDoorIsWarnedOf(t *testing.T) {
 
 func TestEndToEnd(t *testing.T) {
 	t.Parallel()
+	needsUnix(t)
 	dir := t.TempDir()
-	r := startRun(t, dir)
-	created := callAt(t, r.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	p := startProcess(t, dir, nil, "-delay", "10ms")
+	ask := func(path string, header http.Header) string {
+		return callAt(t, p.addr, http.MethodGet, path, header, "").body
+	}
+	created := callAt(t, p.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
 	require.Equal(t, http.StatusCreated, created.status)
-	path := created.header.Get("Location")
-	found := func(r running) string {
-		return decoded[struct{ Status string }](t, callAt(t, r.addr, http.MethodGet, path, nil, "").body).Status
+	location := created.header.Get("Location")
+	status := func() string { return decoded[struct{ Status string }](t, ask(location, nil)).Status }
+	require.Contains(t, statusNames, status())
+	for status() != "Completed" {
+		ask(location, prefer("wait=20"))
 	}
-	require.Contains(t, statusNames, found(r))
-	for found(r) != "Completed" {
-		callAt(t, r.addr, http.MethodGet, path, prefer("wait=20"), "")
+	sum := drained(t, p.url())
+	require.EqualValues(t, 1, sum.TotalOrdersProcessed)
+	require.GreaterOrEqual(t, sum.AverageProcessingTime, .01)
+	orders := ask("/orders", nil)
+	want := []string{"metrics.db", "orderd.lock", "orderd.log", ".orderd.log.lock"}
+	if sharedPostgres == "" {
+		require.Contains(t, p.stderr.String(), "8 workers, 10ms an order, 0 unfinished orders resumed\n")
+		want = append(want, "orders.db")
 	}
-	counted := func(r running) summary {
-		return decoded[summary](t, callAt(t, r.addr, http.MethodGet, "/metrics", nil, "").body)
-	}
-	until(t, func() bool {
-		return strings.Contains(send(context.Background(), r.addr, http.MethodGet, "/metrics", nil, "").body, `"total_orders_processed":1`)
-	})
-	before := counted(r)
-	require.GreaterOrEqual(t, before.AverageProcessingTime, .01)
-	listed := callAt(t, r.addr, http.MethodGet, "/orders", nil, "").body
-	require.Contains(t, r.stderr.String(), "8 workers, 10ms an order, 0 unfinished orders resumed\n")
-	r.stop(t)
+	p.stop(t)
 
 	var files []string
 	require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -1684,21 +1592,19 @@ func TestEndToEnd(t *testing.T) {
 			return err
 		}
 		info, err := entry.Info()
-		if runtime.GOOS != "windows" {
-			assert.Zero(t, info.Mode().Perm()&0o077, "%s is %s", path, info.Mode())
-		}
+		assert.Zero(t, info.Mode().Perm()&0o077, "%s is %s", path, info.Mode())
 		if entry.Type().IsRegular() {
 			files = append(files, entry.Name())
 		}
 		return err
 	}))
-	require.ElementsMatch(t, []string{"orders.db", "metrics.db", "orderd.lock", "orderd.log", ".orderd.log.lock"}, files, "no -wal is left behind")
+	require.ElementsMatch(t, want, files, "no -wal is left behind")
 
-	r = startRun(t, dir)
-	require.Equal(t, "Completed", found(r))
-	require.Equal(t, before, counted(r))
-	require.JSONEq(t, listed, callAt(t, r.addr, http.MethodGet, "/orders", nil, "").body)
-	r.stop(t)
+	p = startProcess(t, dir, nil, "-delay", "10ms")
+	require.Equal(t, "Completed", status())
+	require.Equal(t, sum, decoded[summary](t, ask("/metrics", nil)))
+	require.JSONEq(t, orders, ask("/orders", nil))
+	p.stop(t)
 }
 
 // ---- server.go ----
