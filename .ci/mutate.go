@@ -237,7 +237,7 @@ var mutations = []mutation{
 	{"server.go", `float64(l.pool.parked.len())`, `float64(0 * l.pool.parked.len())`, "TestMetricsText"},
 	{"server.go", `float64(s.log.dropped.Load())`, `float64(0 * s.log.dropped.Load())`, "TestMetricsText"},
 	{"server.go", `return max(0, time.Since(time.UnixMilli(first>>16)).Seconds())`, `return 0 * time.Since(time.UnixMilli(first>>16)).Seconds()`, "TestMetricsText"},
-	{"server.go", `defer context.AfterFunc(l.pool.stopping, cancel)()`, `defer cancel()`, "TestWait"},
+	{"server.go", `defer context.AfterFunc(l.pool.stopping, cancel)()`, `defer cancel()`, "TestAnswersWhile"},
 	{"server.go", `ok && l.pool.stopping.Err() == nil {`, `ok {`, "TestAnswersWhile"},
 	{"server.go", `last[strings.LastIndexByte(last, ',')+1:]`, `last[strings.IndexByte(last, ',')+1:]`, "TestClientInTheRequestLog"},
 	{"server.go", `failure != c.lastError {`, `failure != "" {`, "TestHTTPS"},
