@@ -2235,7 +2235,6 @@ func TestListPlans(t *testing.T) {
 			got = append(got, queryPlan(t, onSQLite(t, a).rowReaders.DB, query, args...))
 		}
 	})
-	p, r, c := pending, processing, completed
 	const (
 		table  = "SEARCH orders USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"
 		byWork = "SEARCH orders USING INDEX orders_unfinished (status=? AND rowid<?)"
@@ -2251,13 +2250,13 @@ func TestListPlans(t *testing.T) {
 		want   [][]string // how each of the queries finds its orders
 	}{
 		{"all", filter{}, [][]string{{table}}},
-		{"Pending", filter{status: &p}, [][]string{{table}}},
-		{"Processing", filter{status: &r}, [][]string{{byWork}}},
-		{"Completed", filter{status: &c}, [][]string{{table}}},
+		{"Pending", filter{status: new(pending)}, [][]string{{table}}},
+		{"Processing", filter{status: new(processing)}, [][]string{{byWork}}},
+		{"Completed", filter{status: new(completed)}, [][]string{{table}}},
 		{"of a user", filter{userID: "u"}, [][]string{{table}, runs}},
-		{"Pending of a user", filter{userID: "u", status: &p}, [][]string{{table}, runs}},
-		{"Processing of a user", filter{userID: "u", status: &r}, [][]string{{byWork}}},
-		{"Completed of a user", filter{userID: "u", status: &c}, [][]string{{table}, runs}},
+		{"Pending of a user", filter{userID: "u", status: new(pending)}, [][]string{{table}, runs}},
+		{"Processing of a user", filter{userID: "u", status: new(processing)}, [][]string{{byWork}}},
+		{"Completed of a user", filter{userID: "u", status: new(completed)}, [][]string{{table}, runs}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.filter.before, test.filter.limit = math.MaxInt64, 50
@@ -2791,13 +2790,13 @@ func TestHost(t *testing.T) {
 	}
 }
 
-// TestWithoutALeader asks a server that is to pass everything on, and cannot.
+// TestWithoutALeader asks a server that has nobody to pass requests on to, and then a
+// leader that does not answer.
 func TestWithoutALeader(t *testing.T) {
 	t.Parallel()
-	a := newTestApp(t, nil)
+	a, stop := openTestApp(t, t.TempDir(), nil, nil)
 	location := "/orders/" + place(t, a, "u", "i")
-	led := a.server.local.Swap(nil)
-	t.Cleanup(func() { a.server.local.Store(led) })
+	a.server.local.Store(nil)
 	for _, path := range []string{location, "/orders", "/metrics", "/readyz"} {
 		got := get(t, a, path)
 		require.Equal(t, http.StatusServiceUnavailable, got.status, path)
@@ -2807,29 +2806,23 @@ func TestWithoutALeader(t *testing.T) {
 	require.Equal(t, http.StatusServiceUnavailable, got.status)
 	require.Contains(t, got.body, "This request was not taken")
 	for _, path := range []string{"/", "/openapi.json", "/livez"} {
-		require.Equal(t, http.StatusOK, send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, nil, "").status, path)
+		require.Equal(t, http.StatusOK, get(t, a, path).status, path)
 	}
 	own := call(t, a, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
 	require.Equal(t, http.StatusOK, own.status)
 	require.NotContains(t, own.body, "orderd_orders{")
-}
 
-// TestAStoppingStandbyEndsWaits passes a wait on to a leader that does not answer.
-func TestAStoppingStandbyEndsWaits(t *testing.T) {
-	t.Parallel()
-	a, stop := openTestApp(t, t.TempDir(), nil, nil)
-	arrived := make(chan struct{})
+	asked := make(chan struct{})
 	leader := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		close(arrived)
+		close(asked)
 		<-r.Context().Done()
 	}))
 	t.Cleanup(leader.Close)
-	a.server.local.Store(nil)
 	a.server.forwarder.setLeader(leader.URL, "pass")
 	waited := later(t.Context(), a, "x", "60")
-	<-arrived
-	stop()
-	got := <-waited
+	<-asked
+	stop() // which ends the wait
+	got = arrived(t, waited)
 	require.Equal(t, http.StatusServiceUnavailable, got.status, got.body)
 	require.Equal(t, "1", got.header.Get("Retry-After"))
 }

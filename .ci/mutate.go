@@ -225,7 +225,7 @@ var mutations = []mutation{
 	{"server.go", `case zeros < 0:`, `case zeros < -1:`, "TestCreateRefusesFields"},
 	{"server.go", `err != nil || cents > maxCents {`, `err != nil || cents > maxCents+1 {`, "TestCreateRefusesFields"},
 	{"server.go", `	s.forwarder.stop()
-`, ``, "TestAStoppingStandbyEndsWaits"},
+`, ``, "TestWithoutALeader"},
 	{"server.go", `if r.Close && r.ContentLength <= maxRefused`, `if false && r.ContentLength <= maxRefused`, "TestRefusedBodies"},
 	{"server.go", `slog.Int64("us", took.Microseconds())`, `slog.Int64("us", took.Milliseconds())`, "TestTimesOfAConnection"},
 	{"server.go", `slog.Int64("bytes", response.Size)`, `slog.Int64("bytes", 0*response.Size)`, "TestRequestLog"},
