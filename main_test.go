@@ -4791,12 +4791,13 @@ func TestACrashBetweenTheTwoCommitsLosesAndDoublesNothing(t *testing.T) {
 	for _, name := range []string{"orders.db", "metrics.db"} {
 		execOn(t, filepath.Join(a.cfg.data, name), "VACUUM INTO ?", filepath.Join(crashed, "data", name))
 	}
-	require.Equal(t, int64(1), a.metrics.summarize(a.store.publishedTotals()).TotalOrdersProcessed)
-	require.Equal(t, int64(2), a.metrics.summarize(a.store.publishedTotals()).OrdersCompleted)
+	sum := a.metrics.summarize(a.store.publishedTotals())
+	require.Equal(t, []int64{1, 2}, []int64{sum.TotalOrdersProcessed, sum.OrdersCompleted})
 
+	want := summary{TotalOrdersProcessed: 2, AverageProcessingTime: 150e-6, OrdersPending: 2, OrdersProcessing: 1, OrdersCompleted: 2}
 	for range 2 { // the second start finds nothing left to take over
 		b, stop := openIdle(t, crashed, nil, nil)
-		require.Equal(t, summary{TotalOrdersProcessed: 2, AverageProcessingTime: 150e-6, OrdersPending: 2, OrdersProcessing: 1, OrdersCompleted: 2}, b.metrics.summarize(b.store.publishedTotals()))
+		require.Equal(t, want, b.metrics.summarize(b.store.publishedTotals()))
 		checkInvariants(t, b)
 		stop()
 	}
@@ -4818,7 +4819,8 @@ func TestAverageIsOverCompletedOrders(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	require.Equal(t, summary{}, a.metrics.summarize(a.store.publishedTotals()))
+	average := func() float64 { return a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime }
+	require.Zero(t, average())
 	ids := commitTogether(t, a.store, sampleOrders(5))
 	moveTo(t, a.store, ids[4], processing, 0)
 	for i, tc := range []struct {
@@ -4826,14 +4828,12 @@ func TestAverageIsOverCompletedOrders(t *testing.T) {
 		want float64
 	}{{1_000_000, 1}, {2_000_000, 1.5}, {0, 1}, {6_000_000, 2.25}} {
 		moveTo(t, a.store, ids[i], completed, tc.took)
-		awaitRest(t, a, 1, int64(i)+1)
-		require.Equal(t, tc.want, a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime)
 		checkInvariants(t, a)
+		require.Equal(t, tc.want, average())
 	}
 	stop()
 	a, _ = openIdle(t, dir, nil, nil)
-	require.Equal(t, 2.25, a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime)
-	checkInvariants(t, a)
+	require.Equal(t, 2.25, average())
 }
 
 func TestHistogramCountsByUpperBound(t *testing.T) {
@@ -4854,25 +4854,20 @@ x_seconds_sum 1.00000825e+06
 x_seconds_count 8
 `, string(e.text))
 
-	t.Run("from many goroutines", func(t *testing.T) {
-		h := newHistogram(commitSizeBounds)
-		var wg sync.WaitGroup
-		for range 8 {
-			wg.Go(func() {
-				for range 1000 {
-					h.observe(3)
-				}
-			})
-		}
-		wg.Wait()
-		require.Equal(t, uint64(8000), h.counts[2])
-		require.Equal(t, 24000.0, h.sum)
-	})
-	t.Run("bounds ascend", func(t *testing.T) {
-		for _, bounds := range [][]float64{latencyBounds, durationBounds, commitSizeBounds} {
-			require.True(t, slices.IsSortedFunc(bounds, func(a, b float64) int { return cmp.Or(cmp.Compare(a, b), 1) }))
-		}
-	})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 1000 {
+				h.observe(2)
+			}
+		})
+	}
+	wg.Wait()
+	require.Equal(t, []uint64{2, 2, 2 + 8000, 2}, h.counts, "from many goroutines")
+	require.Equal(t, 1000008.25+16000, h.sum)
+	for _, bounds := range [][]float64{latencyBounds, durationBounds, commitSizeBounds} {
+		require.IsIncreasing(t, bounds)
+	}
 }
 
 // TestProcessFigures compares them with what the system tells of the process.
@@ -4907,13 +4902,11 @@ func TestProcessFigures(t *testing.T) {
 
 // ---- log.go ----
 
-// openTestLog opens a log in a new directory.
-func openTestLog(t *testing.T) (l *logger, path string) {
+func openTestLog(t *testing.T, o logOptions) *logger {
 	t.Helper()
-	o := testLogOptions(t)
 	l, err := openLog(o, io.Discard)
 	require.NoError(t, err)
-	return l, o.file
+	return l
 }
 
 func testLogOptions(t *testing.T) logOptions {
@@ -4927,9 +4920,11 @@ func (b *lineBuffer) flushed() bool {
 	return len(b.buffer) == 0
 }
 
+// TestLogRotation keeps the file and two compressed old ones.
 func TestLogRotation(t *testing.T) {
 	t.Parallel()
-	l, path := openTestLog(t)
+	o := testLogOptions(t)
+	l, dir := openTestLog(t, o), filepath.Dir(o.file)
 	text := strings.Repeat("x", 1000)
 	const lines = 6000
 	for i := range lines {
@@ -4941,46 +4936,25 @@ func TestLogRotation(t *testing.T) {
 	}
 	require.NoError(t, l.close())
 	require.Zero(t, l.dropped.Load())
-	var sizes int64
 	until(t, func() bool {
-		entries, _ := os.ReadDir(filepath.Dir(path))
-		plain, packed := 0, 0
-		sizes = 0
-		for _, e := range entries {
-			if strings.HasPrefix(e.Name(), ".") { // the lock
-				continue
-			}
-			if info, err := e.Info(); err == nil {
-				sizes += info.Size()
-			}
-			switch filepath.Ext(e.Name()) {
-			case ".gz":
-				packed++
-			case ".log":
-				plain++
-			}
-		}
-		return plain == 1 && packed == 2
-	}, "the file and two compressed old ones are left")
-	require.Less(t, sizes, int64(3<<20))
-	newest, err := os.ReadFile(path)
-	require.NoError(t, err)
+		plain, _ := filepath.Glob(filepath.Join(dir, "orderd*.log"))
+		packed, _ := filepath.Glob(filepath.Join(dir, "orderd*.gz"))
+		return len(plain) == 1 && len(packed) == 2 && len(namesIn(t, dir)) == 4 // with the lock
+	}, "two old ones are left")
+	newest, last := bytesOf(t, o.file), 0.0
 	require.LessOrEqual(t, len(newest), 1<<20)
-	var n float64
-	for line := range strings.Lines(string(newest)) {
-		n = decoded[map[string]any](t, line)["n"].(float64)
+	for line := range strings.Lines(newest) {
+		last = decoded[map[string]any](t, line)["n"].(float64)
 	}
-	require.EqualValues(t, lines-1, n, "the newest file ends with the newest line")
-	if runtime.GOOS != "windows" {
-		require.NoError(t, filepath.WalkDir(filepath.Dir(path), func(path string, entry fs.DirEntry, walkErr error) error {
-			info, err := entry.Info()
-			if walkErr != nil || err != nil {
-				return errors.Join(walkErr, err)
-			}
-			assert.Zero(t, info.Mode().Perm()&0o077, "%s is %s", path, info.Mode())
-			return nil
-		}))
+	require.EqualValues(t, lines-1, last, "the newest file ends with the newest line")
+	var sizes int64
+	for _, name := range append(namesIn(t, dir), ".") {
+		info, err := os.Stat(filepath.Join(dir, name))
+		require.NoError(t, err)
+		sizes += info.Size()
+		require.True(t, info.Mode().Perm()&0o077 == 0 || runtime.GOOS == "windows", "%s is %s", name, info.Mode())
 	}
+	require.Less(t, sizes, int64(3<<20))
 }
 
 // TestOldLogsAreRemoved after so many days, or never.
@@ -4989,17 +4963,15 @@ func TestOldLogsAreRemoved(t *testing.T) {
 	for _, days := range []int{3, 0} {
 		o := testLogOptions(t)
 		o.days, o.backups = days, 10
-		require.NoError(t, os.MkdirAll(filepath.Dir(o.file), 0o700))
-		at := func(age int) string {
-			return filepath.Join(filepath.Dir(o.file), time.Now().UTC().Add(-time.Duration(age)*24*time.Hour).Format("orderd-2006-01-02T15-04-05.000.log.gz"))
+		dir := filepath.Dir(o.file)
+		require.NoError(t, os.MkdirAll(dir, 0o700))
+		var kept []string
+		for _, age := range []int{4, 2} {
+			name := time.Now().UTC().AddDate(0, 0, -age).Format("orderd-2006-01-02T15-04-05.000.log.gz")
+			kept = append(kept, filepath.Join(dir, name))
+			require.NoError(t, os.WriteFile(kept[len(kept)-1], nil, 0o600))
 		}
-		for _, age := range []int{2, 4} {
-			require.NoError(t, os.WriteFile(at(age), nil, 0o600))
-		}
-		kept, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*.gz"))
-		require.NoError(t, err)
-		l, err := openLog(o, io.Discard)
-		require.NoError(t, err)
+		l := openTestLog(t, o)
 		for range 2 { // a file's end is when the old ones are looked at
 			l.Info(strings.Repeat("x", 500_000))
 			nudge(l.wake)
@@ -5008,8 +4980,8 @@ func TestOldLogsAreRemoved(t *testing.T) {
 		l.Info(strings.Repeat("x", 300_000))
 		require.NoError(t, l.close())
 		until(t, func() bool { // it works on in the directory, which is to go
-			packed, _ := filepath.Glob(filepath.Join(filepath.Dir(o.file), "orderd-*.gz"))
-			plain, _ := filepath.Glob(filepath.Join(filepath.Dir(o.file), "orderd-*.log"))
+			packed, _ := filepath.Glob(filepath.Join(dir, "orderd-*.gz"))
+			plain, _ := filepath.Glob(filepath.Join(dir, "orderd-*.log"))
 			return len(plain) == 0 && slices.ContainsFunc(packed, func(path string) bool { return !slices.Contains(kept, path) })
 		}, "the file that was full is compressed")
 		if days > 0 {
@@ -5077,59 +5049,47 @@ func TestLogRefuses(t *testing.T) {
 	t.Parallel()
 	const stream = `: it is not a regular file \("-log -" logs to stderr, "-log - 2>\S+" nowhere\); choose another with -log$`
 	const own = `: it is orderd's own orders\.db; choose another with -log$`
-	link := func(t *testing.T, err error) {
-		if err != nil {
-			t.Skip("cannot make links: ", err)
-		}
-	}
 	for _, test := range []struct {
 		name  string
-		there bool // orders.db is
-		log   func(t *testing.T, dir string) string
+		log   string // in the directory of the test, which holds what is made below
+		there bool   // orders.db is
+		needs string // what not every system can make
 		says  string
 	}{
-		{name: "a device", says: stream, log: func(*testing.T, string) string { return os.DevNull }},
-		{name: "a directory", says: stream, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data") }},
-		{name: "a pipe", says: stream, log: func(t *testing.T, dir string) string {
-			needs(t, "mkfifo")
-			require.NoError(t, exec.Command("mkfifo", filepath.Join(dir, "pipe")).Run())
-			return filepath.Join(dir, "pipe")
-		}},
-		{name: "a link to a file", says: stream, log: func(t *testing.T, dir string) string {
-			link(t, os.Symlink(filepath.Join(dir, "file"), filepath.Join(dir, "link")))
-			return filepath.Join(dir, "link")
-		}},
-		{name: "a link to nothing", says: stream, log: func(t *testing.T, dir string) string {
-			link(t, os.Symlink(filepath.Join(dir, "nothing"), filepath.Join(dir, "link")))
-			return filepath.Join(dir, "link")
-		}},
-		{name: "orders.db", says: own, there: true, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
-		{name: "orders.db to be", says: own, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "orders.db") }},
-		{name: "orders.db with a slash behind", says: own, log: func(_ *testing.T, dir string) string { return dir + "/data/orders.db/" }},
-		{name: "orders.db in capitals, to be", says: `: it is orderd's own orders\.db;`, log: func(_ *testing.T, dir string) string { return filepath.Join(dir, "data", "ORDERS.DB") }},
-		{name: "orders.db by a hard link", says: own, there: true, log: func(t *testing.T, dir string) string {
-			link(t, os.Link(filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "orders.log")))
-			return filepath.Join(dir, "orders.log")
-		}},
-		{name: "orders.db by another way", says: own, there: true, log: func(t *testing.T, dir string) string {
-			link(t, os.Symlink("data", filepath.Join(dir, "way")))
-			return filepath.Join(dir, "way", "..", "way", "orders.db")
-		}},
-		{name: "orders.db to be, by another way", says: own, log: func(t *testing.T, dir string) string {
-			link(t, os.Symlink("data", filepath.Join(dir, "way")))
-			return dir + "/way/./orders.db"
-		}},
+		{name: "a device", log: os.DevNull, says: stream},
+		{name: "a directory", log: "data", says: stream},
+		{name: "a pipe", log: "pipe", needs: "pipe", says: stream},
+		{name: "a link to a file", log: "link", needs: "link", says: stream},
+		{name: "a link to nothing", log: "astray", needs: "astray", says: stream},
+		{name: "orders.db", log: "data/orders.db", there: true, says: own},
+		{name: "orders.db to be", log: "data/orders.db", says: own},
+		{name: "orders.db with a slash behind", log: "data/orders.db/", says: own},
+		{name: "orders.db in capitals, to be", log: "data/ORDERS.DB", says: own},
+		{name: "orders.db by a hard link", log: "orders.log", there: true, needs: "orders.log", says: own},
+		{name: "orders.db by another way", log: "way/../way/orders.db", there: true, needs: "way", says: own},
+		{name: "orders.db to be, by another way", log: "way/./orders.db", needs: "way", says: own},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			orders := filepath.Join(dir, "data", "orders.db")
-			require.NoError(t, os.Mkdir(filepath.Dir(orders), 0o700))
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), []byte("text"), 0o600))
+			in := func(name string) string { return filepath.Join(dir, name) }
+			require.NoError(t, os.Mkdir(in("data"), 0o700))
+			require.NoError(t, os.WriteFile(in("file"), []byte("text"), 0o600))
 			if test.there {
-				require.NoError(t, os.WriteFile(orders, []byte("orders"), 0o600))
+				require.NoError(t, os.WriteFile(in("data/orders.db"), []byte("orders"), 0o600))
+				os.Link(in("data/orders.db"), in("orders.log"))
 			}
-			log := test.log(t, dir)
+			os.Symlink("file", in("link"))
+			os.Symlink("nothing", in("astray"))
+			os.Symlink("data", in("way"))
+			exec.Command("mkfifo", in("pipe")).Run()
+			if !exists(in(test.needs)) {
+				t.Skip("cannot make a ", test.needs)
+			}
+			log := dir + "/" + test.log
+			if test.log == os.DevNull {
+				log = os.DevNull
+			}
 			listed := func() (found []string) {
 				require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 					text := ""
@@ -5142,7 +5102,7 @@ func TestLogRefuses(t *testing.T) {
 				return found
 			}
 			before := listed()
-			_, err := openLog(logOptions{file: log, maxMB: 1, reserved: []string{filepath.Join(dir, "data", "metrics.db"), orders}}, io.Discard)
+			_, err := openLog(logOptions{file: log, maxMB: 1, reserved: []string{in("data/metrics.db"), in("data/orders.db")}}, io.Discard)
 			require.Regexp(t, `^cannot write the log file `+regexp.QuoteMeta(log)+test.says, err)
 			require.Equal(t, before, listed())
 		})
@@ -5154,54 +5114,43 @@ func TestLogRefuses(t *testing.T) {
 func TestLogBecomesALink(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
-	l, path := openTestLog(t)
+	o := testLogOptions(t)
+	l := openTestLog(t, o)
 	other := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(other, []byte("text"), 0o600))
-	require.NoError(t, os.Remove(path))
-	require.NoError(t, os.Symlink(other, path))
+	require.NoError(t, os.Remove(o.file))
+	require.NoError(t, os.Symlink(other, o.file))
 	l.Info("dropped")
 	until(t, func() bool { return l.dropped.Load() == 1 })
-	require.NoError(t, os.Remove(path))
+	require.NoError(t, os.Remove(o.file))
 	l.Info("written")
 	require.NoError(t, l.close())
-	require.Equal(t, "written", decoded[map[string]any](t, bytesOf(t, path))["msg"])
+	require.Equal(t, "written", decoded[map[string]any](t, bytesOf(t, o.file))["msg"])
 	require.Equal(t, "text", bytesOf(t, other))
 }
 
 func TestLogHasOneWriter(t *testing.T) {
 	t.Parallel()
 	o := testLogOptions(t)
-	refused := `^cannot write the log file \S+: another orderd uses it; choose another with -log$`
-	l, err := openLog(o, io.Discard)
-	require.NoError(t, err)
-	again := o
-	for _, path := range []string{o.file, filepath.Join(filepath.Dir(o.file), "..", "logs", "orderd.log")} {
+	l, dir, again := openTestLog(t, o), filepath.Dir(o.file), o
+	for _, path := range []string{o.file, dir + "/../logs/orderd.log"} {
 		again.file = path
-		_, err = openLog(again, io.Discard)
-		require.Regexp(t, refused, err)
+		_, err := openLog(again, io.Discard)
+		require.Regexp(t, `^cannot write the log file \S+: another orderd uses it; choose another with -log$`, err)
 	}
 	name := "other #1%20?.log"
 	if runtime.GOOS == "windows" {
 		name = "other #1%20.log"
 	}
-	again.file = filepath.Join(filepath.Dir(o.file), name)
-	beside, err := openLog(again, io.Discard)
-	require.NoError(t, err, "another name in the same directory")
-	require.NoError(t, beside.close())
-	found, err := filepath.Glob(filepath.Join(filepath.Dir(o.file), "*"))
-	require.NoError(t, err)
-	for i := range found {
-		found[i] = filepath.Base(found[i])
-	}
-	require.ElementsMatch(t, []string{"orderd.log", ".orderd.log.lock", name, "." + name + ".lock"}, found)
+	again.file = filepath.Join(dir, name)
+	require.NoError(t, openTestLog(t, again).close(), "another name in the same directory")
+	require.ElementsMatch(t, []string{"orderd.log", ".orderd.log.lock", name, "." + name + ".lock"}, namesIn(t, dir))
 	require.NoError(t, l.close())
-	require.Equal(t, "", bytesOf(t, o.file), "who was refused wrote nothing")
-	l, err = openLog(o, io.Discard)
-	require.NoError(t, err, "it is free again")
-	require.NoError(t, l.close())
+	require.Empty(t, bytesOf(t, o.file), "who was refused wrote nothing")
+	require.NoError(t, openTestLog(t, o).close(), "it is free again")
 	const rounds, most = 5, 8
 	for range rounds {
-		opened := make(chan *logger, most)
+		opened := make(chan *logger)
 		for range most {
 			go func() {
 				l, _ := openLog(o, io.Discard)
@@ -5228,78 +5177,62 @@ func TestLogStaysLockedWhileAnOldFileIsCompressed(t *testing.T) {
 	old := filepath.Join(filepath.Dir(o.file), "orderd-2026-01-01T00-00-00.000.log")
 	require.NoError(t, os.Mkdir(filepath.Dir(o.file), 0o700))
 	require.NoError(t, exec.Command("mkfifo", old).Run())
-	l, err := openLog(o, io.Discard)
-	require.NoError(t, err)
-	require.NoError(t, l.close())
-	_, err = openLog(o, io.Discard)
+	require.NoError(t, openTestLog(t, o).close())
+	_, err := openLog(o, io.Discard)
 	require.ErrorIs(t, err, errLocked)
 	pipe, err := os.OpenFile(old, os.O_RDWR, 0)
 	require.NoError(t, err)
 	require.NoError(t, pipe.Close()) // lumberjack reads its end
 }
 
-// brokenWriter refuses or holds what it is given.
-type brokenWriter struct {
+// faultyDisk takes what is written, or fails as told.
+type faultyDisk struct {
 	transcript
-	broken  func() error
-	entered chan struct{} // if not nil, closed by the first write
-	once    sync.Once
-	resume  chan struct{} // then what a write waits for
+	fault atomic.Pointer[error]
 }
 
-func (w *brokenWriter) Write(p []byte) (int, error) {
-	if w.entered != nil {
-		w.once.Do(func() { close(w.entered) })
-		<-w.resume
+func (d *faultyDisk) Write(text []byte) (int, error) {
+	if err := d.fault.Load(); err != nil {
+		return 0, *err
 	}
-	if w.broken != nil {
-		if err := w.broken(); err != nil {
-			return 0, err
-		}
-	}
-	return w.transcript.Write(p)
+	return d.transcript.Write(text)
 }
 
 func TestLogOnAFailingDisk(t *testing.T) {
 	t.Parallel()
-	var mu sync.Mutex
-	disk := errors.New("no space left on device")
-	set := func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		disk = err
-	}
+	var disk faultyDisk
 	var stderr transcript
-	out := &brokenWriter{broken: func() error {
-		mu.Lock()
-		defer mu.Unlock()
-		return disk
-	}}
-	l := newLogger(out, slog.LevelInfo, &stderr)
+	disk.fault.Store(new(errors.New("no space left on device")))
+	l := newLogger(&disk, slog.LevelInfo, &stderr)
 	for i := range int64(3) {
 		l.Warn("lost")
 		until(t, func() bool { return l.dropped.Load() == i+1 }, "every lost line is counted")
 	}
 	require.Regexp(t, `^orderd: [^\n]*no space left on device[^\n]*\n$`, stderr.String(), "stderr is told once")
-	set(nil)
+	disk.fault.Store(nil)
 	l.Warn("kept")
-	until(t, func() bool { return strings.Contains(out.String(), "kept") }, "it recovers")
-	set(errors.New("input/output error"))
+	until(t, func() bool { return strings.Contains(disk.String(), "kept") }, "it recovers")
+	disk.fault.Store(new(errors.New("input/output error")))
 	l.Warn("lost")
 	until(t, func() bool { return l.dropped.Load() == 4 })
 	until(t, func() bool { return strings.Count(stderr.String(), "\n") == 2 }, "another failure is told again")
-	set(nil)
+	disk.fault.Store(nil)
 	l.Info("last")
 	require.NoError(t, l.close())
-	require.Regexp(t, `^[^\n]*kept[^\n]*\n[^\n]*last[^\n]*\n$`, out.String(), "closing writes what waits")
+	require.Regexp(t, `^[^\n]*kept[^\n]*\n[^\n]*last[^\n]*\n$`, disk.String(), "closing writes what waits")
 }
 
 func TestLogBufferFull(t *testing.T) {
 	t.Parallel()
-	out := &brokenWriter{entered: make(chan struct{}), resume: make(chan struct{})}
-	l := newLogger(out, slog.LevelInfo, io.Discard)
+	var held heldOnce
+	var written transcript
+	reached := held.arm()
+	l := newLogger(writerFunc(func(text []byte) (int, error) {
+		held.hold()
+		return written.Write(text)
+	}), slog.LevelInfo, io.Discard)
 	l.Warn("first")
-	<-out.entered // the disk hangs
+	<-reached // the disk hangs
 	text := strings.Repeat("x", 1000)
 	const lines = 1000
 	for range lines {
@@ -5309,9 +5242,9 @@ func TestLogBufferFull(t *testing.T) {
 	require.Positive(t, dropped)
 	require.Less(t, dropped, int64(lines))
 	require.LessOrEqual(t, len(l.buffer), logBuffer)
-	close(out.resume)
+	held.release()
 	require.NoError(t, l.close())
-	require.EqualValues(t, 1+lines-dropped, strings.Count(out.String(), "\n"))
+	require.EqualValues(t, 1+lines-dropped, strings.Count(written.String(), "\n"))
 	require.Equal(t, dropped, l.dropped.Load())
 }
 
@@ -5339,19 +5272,13 @@ func (f writerFunc) Write(text []byte) (int, error) { return f(text) }
 // TestLogOnStderr also lets stderr fail for a while: no plain line may follow.
 func TestLogOnStderr(t *testing.T) {
 	t.Parallel()
-	var full atomic.Bool
-	full.Store(true)
-	stderr := &brokenWriter{broken: func() error {
-		if full.Load() {
-			return errors.New("no space left on device")
-		}
-		return nil
-	}}
-	l, err := openLog(logOptions{file: logToStderr, level: slog.LevelWarn}, stderr)
+	var stderr faultyDisk
+	stderr.fault.Store(new(errors.New("no space left on device")))
+	l, err := openLog(logOptions{file: logToStderr, level: slog.LevelWarn}, &stderr)
 	require.NoError(t, err)
 	l.Warn("dropped")
 	until(t, func() bool { return l.dropped.Load() == 1 })
-	full.Store(false)
+	stderr.fault.Store(nil)
 	l.Info("unimportant")
 	l.Warn("important")
 	require.NoError(t, l.close())
@@ -5367,35 +5294,29 @@ func TestStderrIsJSONWhereItIsTheLog(t *testing.T) {
 	const warning = "anyone who reaches this address can place and read orders: set ORDERD_TOKEN or -token-file"
 	for _, test := range []struct {
 		name     string
-		args     []string
+		data     string
 		code     int
 		messages []string
 		reason   string
 	}{
-		{name: "served", messages: []string{"started", warning, "stopping", "stopped"}},
-		{name: "not started", args: []string{"-data", file}, code: 1, messages: []string{"not started"}, reason: "choose another with -data"},
+		{"served", t.TempDir(), 0, []string{"started", warning, "stopping", "stopped"}, ""},
+		{"not started", file, 1, []string{"not started"}, "choose another with -data"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			ctx, cancel := context.WithCancel(t.Context())
+			ctx, cancel := context.WithTimeout(t.Context(), *patience)
 			defer cancel()
-			var stderr transcript
-			code := make(chan int, 1)
-			go func() {
-				args := append([]string{"-addr", ":0", "-data", t.TempDir(), "-log", "-"}, test.args...)
-				code <- report(run(ctx, args, nil, io.Discard, &stderr), &stderr)
-			}()
-			last := test.messages[len(test.messages)-1]
-			until(t, func() bool {
-				text := stderr.String()
-				if strings.Contains(text, `"started"`) {
+			var said transcript
+			stderr := writerFunc(func(text []byte) (int, error) {
+				if bytes.Contains(text, []byte(`"started"`)) {
 					cancel()
 				}
-				return strings.Contains(text, `"`+last+`"`)
+				return said.Write(text)
 			})
-			require.Equal(t, test.code, <-code)
+			err := run(ctx, []string{"-addr", ":0", "-data", test.data, "-log", "-"}, nil, io.Discard, stderr)
+			require.Equal(t, test.code, report(err, stderr))
 			var messages []string
-			for line := range strings.Lines(stderr.String()) {
+			for line := range strings.Lines(said.String()) {
 				entry := decoded[map[string]any](t, line)
 				messages = append(messages, entry["msg"].(string))
 				if test.reason != "" {
