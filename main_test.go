@@ -5434,9 +5434,8 @@ func (j *journal) send(client *http.Client, base string, in *intent) (o outcome,
 		return unknown, got.err
 	}
 	var answer struct {
-		OrderID string `json:"order_id"`
-		Type    string `json:"type"`
-		Detail  string `json:"detail"`
+		OrderID      string `json:"order_id"`
+		Type, Detail string
 	}
 	if err := json.Unmarshal([]byte(got.body), &answer); err != nil {
 		j.violate("answer %d is no JSON: %q", got.status, got.body)
@@ -5489,19 +5488,14 @@ func (j *journal) place(tb testing.TB, base string, n int) {
 // load sends orders on n connections, at most most in all, until it is stopped
 // or the service has gone. Every client checks that its own IDs increase.
 func (j *journal) load(base string, n, most int) (stop func()) {
-	quit := make(chan struct{})
+	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	var sent atomic.Int64
 	for range n {
 		wg.Go(func() {
 			client := newClient()
 			defer client.CloseIdleConnections()
-			for last := ""; sent.Add(1) <= int64(most); {
-				select {
-				case <-quit:
-					return
-				default:
-				}
+			for last := ""; ctx.Err() == nil && sent.Add(1) <= int64(most); {
 				in := j.next()
 				o, err := j.send(client, base, in)
 				if err != nil && !j.replicas {
@@ -5519,9 +5513,8 @@ func (j *journal) load(base string, n, most int) (stop func()) {
 			}
 		})
 	}
-	var once sync.Once
 	return func() {
-		once.Do(func() { close(quit) })
+		cancel()
 		wg.Wait()
 	}
 }
@@ -5541,66 +5534,28 @@ func (j *journal) count(o outcome) (n int) {
 // observe reads accepted orders, one by one and as lists, and demands that no
 // status goes backward and no order vanishes, across restarts too.
 func (j *journal) observe(base string) (stop func()) {
-	quit := make(chan struct{})
+	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	watch := func(look func(*http.Client, *rand.Rand) error) {
+	for _, look := range []func(*http.Client, string, *rand.Rand) error{j.lookAtOne, j.lookAtOne, j.lookAtMany} {
 		wg.Go(func() {
 			client, r := newClient(), rand.New(rand.NewPCG(3, 4))
 			defer client.CloseIdleConnections()
-			for {
-				select {
-				case <-quit:
-					return
-				default:
-				}
-				if err := look(client, r); err != nil && !j.replicas {
+			for ctx.Err() == nil {
+				if err := look(client, base, r); err != nil && !j.replicas {
 					return // the service has gone
 				}
 				time.Sleep(5 * time.Millisecond) // what is observed needs the processor
 			}
 		})
 	}
-	for range 2 {
-		watch(func(client *http.Client, r *rand.Rand) error { return j.look(client, base, r) })
-	}
-	watch(func(client *http.Client, _ *rand.Rand) error {
-		j.mu.Lock()
-		floor := maps.Clone(j.seen) // shown before the request
-		j.mu.Unlock()
-		shown := map[string]status{}
-		page, err := fetchPage(client, base+"/orders?limit=200")
-		if errors.Is(err, errNotListed) && !(j.replicas && strings.Contains(err.Error(), " answers 503")) {
-			j.violate("%v", err)
-		}
-		if err != nil {
-			return err
-		}
-		for i, o := range page.Orders {
-			if i > 0 && o.OrderID >= page.Orders[i-1].OrderID {
-				j.violate("the list is out of order at %s", o.OrderID)
-			}
-			s := status(slices.Index(statusNames[:], o.Status))
-			if s < floor[o.OrderID] {
-				j.violate("the list shows %s of %s after %s", s, o.OrderID, floor[o.OrderID])
-			}
-			shown[o.OrderID] = s
-		}
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		for id, s := range shown {
-			j.seen[id] = max(j.seen[id], s)
-		}
-		return nil
-	})
-	var once sync.Once
 	return func() {
-		once.Do(func() { close(quit) })
+		cancel()
 		wg.Wait()
 	}
 }
 
-// look reads the status of one accepted order, more often a new one.
-func (j *journal) look(client *http.Client, base string, r *rand.Rand) error {
+// lookAtOne reads the status of one accepted order, more often a new one.
+func (j *journal) lookAtOne(client *http.Client, base string, r *rand.Rand) error {
 	j.mu.Lock()
 	id, floor := ulid.ULID{}.String(), pending
 	known := len(j.accepted) > 0
@@ -5617,13 +5572,10 @@ func (j *journal) look(client *http.Client, base string, r *rand.Rand) error {
 	if got.err != nil {
 		return got.err
 	}
-	var answer struct {
-		OrderID string `json:"order_id"`
-		Status  string `json:"status"`
-	}
 	if !known && got.status == http.StatusNotFound || j.replicas && got.status == http.StatusServiceUnavailable {
 		return nil
 	}
+	var answer orderDocument
 	err := json.Unmarshal([]byte(got.body), &answer)
 	s := slices.Index(statusNames[:], answer.Status)
 	switch {
@@ -5637,6 +5589,37 @@ func (j *journal) look(client *http.Client, base string, r *rand.Rand) error {
 	defer j.mu.Unlock()
 	j.seen[id] = max(j.seen[id], status(s))
 	j.reads++
+	return nil
+}
+
+// lookAtMany reads a list.
+func (j *journal) lookAtMany(client *http.Client, base string, _ *rand.Rand) error {
+	j.mu.Lock()
+	floor := maps.Clone(j.seen) // shown before the request
+	j.mu.Unlock()
+	page, err := fetchPage(client, base+"/orders?limit=200")
+	if errors.Is(err, errNotListed) && !(j.replicas && strings.Contains(err.Error(), " answers 503")) {
+		j.violate("%v", err)
+	}
+	if err != nil {
+		return err
+	}
+	shown := map[string]status{}
+	for i, o := range page.Orders {
+		if i > 0 && o.OrderID >= page.Orders[i-1].OrderID {
+			j.violate("the list is out of order at %s", o.OrderID)
+		}
+		s := status(slices.Index(statusNames[:], o.Status))
+		if s < floor[o.OrderID] {
+			j.violate("the list shows %s of %s after %s", s, o.OrderID, floor[o.OrderID])
+		}
+		shown[o.OrderID] = s
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for id, s := range shown {
+		j.seen[id] = max(j.seen[id], s)
+	}
 	return nil
 }
 
@@ -5798,7 +5781,7 @@ func (j *journal) checkFiles(dir string) error {
 	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	look := func(name, query string, into ...any) {
 		path := filepath.Join(dir, "data", name)
-		if _, err := os.Stat(path + "-wal"); err == nil {
+		if exists(path + "-wal") {
 			bad("%s-wal is left", name)
 		}
 		db, err := openSQLite(path, "mode=ro")
@@ -5808,35 +5791,18 @@ func (j *journal) checkFiles(dir string) error {
 			if err = db.QueryRow("PRAGMA integrity_check").Scan(&verdict); err == nil && verdict != "ok" {
 				bad("%s: %s", name, verdict)
 			}
-			if err == nil {
-				err = db.QueryRow(query).Scan(into...)
-			}
+		}
+		if err == nil {
+			err = db.QueryRow(query).Scan(into...)
 		}
 		if err != nil {
 			bad("%s: %v", name, err)
 		}
 	}
-	compare := func(look func(name, query string, into ...any), totalsTable string) {
-		var rows, done, spent int64
-		var t, counted totals
-		look("orders.db", `SELECT o.*, accepted, processing, completed, l.took FROM `+totalsTable+` l,
-			(SELECT count(*), count(*) FILTER (WHERE status = 2), CAST(coalesce(sum(took), 0) AS bigint) FROM orders) o`,
-			&rows, &done, &spent, &t.accepted, &t.processing, &t.completed, &t.sumTook)
-		look("metrics.db", "SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.sumTook)
-		if rows != done || t.accepted != rows || t.completed != rows || t.processing != 0 || t.sumTook != spent ||
-			counted.accepted != t.accepted || counted.completed != t.completed || counted.sumTook != t.sumTook {
-			bad("%d rows, %d completed, %d µs; totals %+v; metrics.db %+v", rows, done, spent, t, counted)
-		}
-		if rows > 0 && math.Abs(j.average-float64(spent)/float64(rows)/1e6) > 1e-9 {
-			bad("the average was %v and is %v", j.average, float64(spent)/float64(rows)/1e6)
-		}
-	}
+	lookAtOrders, totalsTable := look, "totals"
 	if url := ordersURL(dir); url != "" {
-		compare(func(name, query string, into ...any) {
-			if name == "metrics.db" {
-				look(name, query, into...)
-				return
-			}
+		totalsTable = "leader"
+		lookAtOrders = func(_, query string, into ...any) {
 			db, err := sql.Open("pgx", url)
 			if err == nil {
 				defer db.Close()
@@ -5845,9 +5811,19 @@ func (j *journal) checkFiles(dir string) error {
 			if err != nil {
 				bad("%s: %v", url, err)
 			}
-		}, "leader")
-	} else {
-		compare(look, "totals")
+		}
+	}
+	var rows, done, spent int64
+	var written, counted totals
+	lookAtOrders("orders.db", `SELECT o.*, accepted, processing, completed, l.took FROM `+totalsTable+` l,
+		(SELECT count(*), count(*) FILTER (WHERE status = 2), CAST(coalesce(sum(took), 0) AS bigint) FROM orders) o`,
+		&rows, &done, &spent, &written.accepted, &written.processing, &written.completed, &written.sumTook)
+	look("metrics.db", "SELECT accepted, completed, took FROM totals", &counted.accepted, &counted.completed, &counted.sumTook)
+	if want := (totals{accepted: rows, completed: rows, sumTook: spent}); done != rows || written != want || counted != want {
+		bad("%d rows, %d completed, %d µs; totals %+v; metrics.db %+v", rows, done, spent, written, counted)
+	}
+	if average := float64(spent) / float64(rows) / 1e6; rows > 0 && math.Abs(j.average-average) > 1e-9 {
+		bad("the average was %v and is %v", j.average, average)
 	}
 	return toldOf(wrong)
 }
