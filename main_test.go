@@ -3651,12 +3651,10 @@ type userEndpoint struct {
 	addr   string
 	server *httptest.Server
 	opened atomic.Int64 // connections
-	now    atomic.Int64 // attempts under way
 
 	mu       sync.Mutex // guards the rest
 	answer   http.HandlerFunc
 	attempts []attempted
-	most     int64 // attempts at a time
 }
 
 // attempted is an attempt as the endpoint saw it.
@@ -3695,10 +3693,8 @@ func (e *userEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body)
 	e.mu.Lock()
 	e.attempts = append(e.attempts, attempted{r.Header.Get("Idempotency-Key"), r.Header.Get("Orderd-Attempt"), string(body), r.Header})
-	e.most = max(e.most, e.now.Add(1))
 	answer := e.answer
 	e.mu.Unlock()
-	defer e.now.Add(-1)
 	answer(w, r)
 }
 
@@ -3860,6 +3856,12 @@ func TestAnswersOfTheEndpoint(t *testing.T) {
 	require.Equal(t, failed-begins, told(a.pool.orderWarnings, attemptFailed))
 }
 
+// posterTo posts orders of no content to a URL, as three workers do.
+func posterTo(url string, timeout time.Duration) *endpoint {
+	find := func(id ulid.ULID) (order, error) { return order{id: id}, nil }
+	return newEndpoint(endpointOptions{url: url, timeout: timeout}, 3, find)
+}
+
 // TestOnlyThePoolRepeatsAnAttempt breaks connections that were kept alive, where
 // net/http by itself sends a request with an Idempotency-Key again.
 func TestOnlyThePoolRepeatsAnAttempt(t *testing.T) {
@@ -3870,47 +3872,32 @@ func TestOnlyThePoolRepeatsAnAttempt(t *testing.T) {
 			brokenOff(w, r)
 		}
 	})
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.workers = 1
-	})
-	commitTogether(t, a.store, sampleOrders(4))
-	awaitRest(t, a, 0, 4)
-	seen := map[string]int{}
-	for _, got := range e.seen() {
-		seen[got.id+" "+got.number]++
+	poster := posterTo("http://"+e.addr, time.Minute)
+	for n := range int64(8) {
+		require.Equal(t, n%2 == 0, poster.post(t.Context(), ulid.Make(), 1) == nil)
+		require.Equal(t, n+1, calls.Load())
 	}
-	require.Len(t, seen, int(calls.Load()), "each attempt comes once: %v", seen)
-	require.EqualValues(t, 4+a.pool.failed.Load(), calls.Load(), "each that the endpoint saw is one of the pool's")
-	checkInvariants(t, a)
 }
 
 func TestConnectionsToTheEndpointAreUsedAgain(t *testing.T) {
 	t.Parallel()
 	e := newUserEndpoint(t, func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, maxAnswer-1)) })
-	a := newTestApp(t, func(c *config) {
-		e.works(c)
-		c.pool.workers = 3
-	})
-	for range 3 {
-		commitTogether(t, a.store, sampleOrders(100))
+	poster := posterTo("http://"+e.addr, time.Minute)
+	for range 100 { // and after each, all connections are idle
+		var workers sync.WaitGroup
+		for range 3 {
+			workers.Go(func() { assert.NoError(t, poster.post(t.Context(), ulid.Make(), 1)) })
+		}
+		workers.Wait()
 	}
-	awaitRest(t, a, 0, 300)
-	require.Len(t, e.seen(), 300)
-	require.LessOrEqual(t, e.most, int64(3))
 	require.LessOrEqual(t, e.opened.Load(), int64(3))
-}
-
-func newTestEndpoint(url string, timeout time.Duration) *endpoint {
-	find := func(id ulid.ULID) (order, error) { return order{id: id}, nil }
-	return newEndpoint(endpointOptions{url: url, timeout: timeout}, 1, find)
 }
 
 // TestATimeOutPausesOneOrderOnly, since it is no trouble.
 func TestATimeOutPausesOneOrderOnly(t *testing.T) {
 	t.Parallel()
 	e := newUserEndpoint(t, withoutAnswer)
-	err := newTestEndpoint("http://"+e.addr, 2*time.Second).post(t.Context(), ulid.Make(), 1)
+	err := posterTo("http://"+e.addr, 2*time.Second).post(t.Context(), ulid.Make(), 1)
 	require.EqualError(t, err, "no answer within 2s")
 	require.False(t, errors.As(err, new(*trouble)) || errors.As(err, new(*refusal)))
 }
@@ -3968,7 +3955,7 @@ func TestAHandshakeThatHangsIsTrouble(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { silent.Close() })
 	began := time.Now()
-	err = newTestEndpoint("https://"+silent.Addr().String(), time.Minute).post(t.Context(), ulid.Make(), 1)
+	err = posterTo("https://"+silent.Addr().String(), time.Minute).post(t.Context(), ulid.Make(), 1)
 	require.ErrorAs(t, err, new(*trouble))
 	require.Less(t, time.Since(began), trialLimit)
 }
@@ -4153,12 +4140,15 @@ func (p pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
 // when the answer comes and when the connection ends.
 func TestTimesOfAConnection(t *testing.T) {
 	t.Parallel()
-	const minute = time.Minute
+	const second, minute = time.Second, time.Minute
 	type part struct {
 		after time.Duration
 		text  string
 	}
-	begun := "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+	const live, rest = "GET /livez HTTP/1.1\r\n", "Host: localhost\r\n\r\n"
+	const begun = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+	const wait = " HTTP/1.1\r\nPrefer: wait=60\r\n" + rest
+	create := string(postRequest(exampleOrder))
 	for _, test := range []struct {
 		name     string
 		parts    []part
@@ -4166,14 +4156,14 @@ func TestTimesOfAConnection(t *testing.T) {
 		answered time.Duration // after the first part
 		ended    time.Duration // the connection
 	}{
-		{"nothing is sent", nil, 0, 0, 10 * time.Second},
-		{"a header that comes slowly", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\nX: y"}}, 0, 0, 10 * time.Second},
-		{"a header that comes just in time", []part{{0, "GET /livez HTTP/1.1\r\n"}, {9 * time.Second, "Host: localhost\r\n\r\n"}}, 200, 9 * time.Second, 2*minute + 9*time.Second},
-		{"a body that comes slowly", []part{{0, begun}, {29 * time.Second, " "}}, 408, 30 * time.Second, 30 * time.Second},
-		{"a body that comes just in time", []part{{0, string(postRequest(exampleOrder))[:150]}, {29 * time.Second, string(postRequest(exampleOrder))[150:]}}, 201, 29 * time.Second, 2*minute + 29*time.Second},
-		{"an idle connection that is used again", []part{{0, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}, {2*minute - time.Second, "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"}}, 200, 2*minute - time.Second, 4*minute - time.Second},
-		{"the longest wait", []part{{0, "GET /orders/ID HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, minute, 3 * minute},
-		{"a wait that ends with its order", []part{{0, "GET /orders/SOON HTTP/1.1\r\nHost: localhost\r\nPrefer: wait=60\r\n\r\n"}}, 200, 50 * time.Second, 2*minute + 50*time.Second},
+		{"nothing is sent", nil, 0, 0, 10 * second},
+		{"a header that comes slowly", []part{{0, live}, {9 * second, "Host: localhost\r\nX: y"}}, 0, 0, 10 * second},
+		{"a header that comes just in time", []part{{0, live}, {9 * second, rest}}, 200, 9 * second, 2*minute + 9*second},
+		{"a body that comes slowly", []part{{0, begun}, {29 * second, " "}}, 408, 30 * second, 30 * second},
+		{"a body that comes just in time", []part{{0, create[:150]}, {29 * second, create[150:]}}, 201, 29 * second, 2*minute + 29*second},
+		{"an idle connection that is used again", []part{{0, live + rest}, {2*minute - second, live + rest}}, 200, 2*minute - second, 4*minute - second},
+		{"the longest wait", []part{{0, "GET /orders/ID" + wait}}, 200, minute, 3 * minute},
+		{"a wait that ends with its order", []part{{0, "GET /orders/SOON" + wait}}, 200, 50 * second, 2*minute + 50*second},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -4181,7 +4171,7 @@ func TestTimesOfAConnection(t *testing.T) {
 				a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
 					took := time.Hour
 					if o.itemIDs == "soon" {
-						took = 50 * time.Second
+						took = 50 * second
 					}
 					return simulate(took)(ctx, o.id, 1)
 				})
