@@ -4497,11 +4497,12 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		e.tell(full, nil)
 		time.Sleep(10*time.Second + 10*time.Millisecond)
 		e.mu.Lock()
-		require.Len(t, e.commits, 10)
-		for i := range e.commits[1:] {
-			require.Equal(t, retryPause, e.commits[i+1].Sub(e.commits[i]))
-		}
+		commits := slices.Clone(e.commits)
 		e.mu.Unlock()
+		require.Len(t, commits, 10)
+		for i := range commits[1:] {
+			require.Equal(t, retryPause, commits[i+1].Sub(commits[i]))
+		}
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodPost, "/orders", asJSON, exampleOrder).Code)
 		e.tell(nil, nil)
 		time.Sleep(retryPause)
