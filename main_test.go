@@ -5794,10 +5794,7 @@ func (j *journal) recover(tb testing.TB, dir string, args ...string) {
 
 func TestKillNine(t *testing.T) {
 	t.Parallel()
-	seed := *killSeed
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano())
-	}
+	seed := cmp.Or(*killSeed, uint64(time.Now().UnixNano()))
 	t.Logf("repeat with -seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, seed))
 	dir := t.TempDir()
@@ -5834,8 +5831,8 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 		select {
 		case <-p.exited: // in the start, where metrics.db lagged
 		case <-opened(p):
-			base := "http://" + strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
-			stop := j.load(base, 4, 100_000)
+			p.addr = strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
+			stop := j.load(p.url(), 4, 100_000)
 			p.wait(t, *patience)
 			stop()
 		}
@@ -5897,10 +5894,7 @@ func TestSigtermAnswersWhatIsInFlight(t *testing.T) {
 	outcomes := make(chan outcome, heldCreates)
 	for range heldCreates {
 		in := j.next()
-		in.key, in.body = "", strings.Replace(in.body, ": -1}", ": 1}", 1)
-		if strings.HasSuffix(in.body, ": 1}") {
-			in.cents = 100
-		}
+		in.key, in.cents, in.body = "", 100, orderBody(strconv.Quote(in.userID), strconv.Quote(in.itemIDs), "1")
 		go func() {
 			o, _ := j.send(newClient(), p.url(), in)
 			outcomes <- o
@@ -5934,12 +5928,7 @@ func TestOracle(t *testing.T) {
 	first, last := j.accepted[0], j.accepted[len(j.accepted)-1]
 	idHigh := func(in *intent) string { return strconv.FormatInt(high(ulid.MustParse(in.id)), 10) }
 	const recount = "UPDATE totals SET accepted = (SELECT count(*) FROM orders), completed = (SELECT count(*) FROM orders WHERE status = 2), took = (SELECT sum(took) FROM orders)"
-	for _, test := range []struct {
-		name    string
-		orders  string // SQL for orders.db
-		metrics string
-		says    string
-	}{
+	for _, test := range []struct{ name, orders, metrics, says string }{ // SQL for both databases
 		{"completions counted twice", "UPDATE totals SET accepted = accepted + 1, completed = completed + 1", "", "processed"},
 		{"an order lost", "DELETE FROM orders WHERE id_high = " + idHigh(last) + "; " + recount, "UPDATE totals SET accepted = 0, completed = 0", "is lost"},
 		{"an order twice", "INSERT INTO orders SELECT id_high + 1, id_low, status, user_id, item_ids, cents, started, took, NULL FROM orders WHERE id_high = " + idHigh(last) + "; " + recount, "", "2 times"},
@@ -5994,8 +5983,7 @@ func TestOracle(t *testing.T) {
 
 // ---- faults: the disk fails ----
 
-// straced is the command that starts the service under strace, as its own
-// process and only the named calls on path traced.
+// straced is the command that starts the service, as its own process, with its calls on path traced.
 func straced(tb testing.TB, log, path string, options ...string) []string {
 	tb.Helper()
 	needs(tb, "strace")
@@ -6010,15 +5998,14 @@ func straced(tb testing.TB, log, path string, options ...string) []string {
 	return command
 }
 
-// usedDir has a data directory that has been used and stopped, so that the
-// first calls on orders.db-wal are those of the first commit.
-func usedDir(t *testing.T) (dir, data string) {
+// usedDir has been used and stopped, so that the first calls on the -wal of db are those of the first commit.
+func usedDir(t *testing.T) (dir, db string) {
 	t.Helper()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
 	_, stop := openIdle(t, dir, nil, nil)
 	stop()
-	return dir, filepath.Join(dir, "data")
+	return dir, filepath.Join(dir, "data", "orders.db")
 }
 
 // TestDiskFaults has system calls on one file fail under load, by strace.
@@ -6027,13 +6014,11 @@ func TestDiskFaults(t *testing.T) {
 	const unknownOutcome = "orderd: the outcome of the commit is unknown: check the disk, then start orderd again"
 	const fsyncs = "fsync,fdatasync"
 	for _, test := range []struct {
-		name  string
-		file  string
-		calls string
-		fault string // strace counts by thread, so a few calls succeed before, or fail again
-		ends  bool   // the service, and says unknownOutcome
-		large bool   // orders, so that the WAL is soon full and a checkpoint comes
-		alone bool   // the batch that fails is a client's, without steps
+		name, file, calls string
+		fault             string // strace counts by thread, so a few calls succeed before, or fail again
+		ends              bool   // the service, and says unknownOutcome
+		large             bool   // orders, so that the WAL is soon full and a checkpoint comes
+		alone             bool   // the batch that fails is a client's, without steps
 	}{
 		{name: "every fsync from one on", file: "orders.db-wal", calls: fsyncs, fault: "error=EIO:when=4+", ends: true},
 		{name: "one fsync: the next would succeed, and mean nothing", file: "orders.db-wal", calls: fsyncs, fault: "error=EIO:when=4", ends: true, alone: true},
@@ -6043,7 +6028,7 @@ func TestDiskFaults(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			dir, data := usedDir(t)
+			dir, _ := usedDir(t)
 			log, args := filepath.Join(dir, "strace"), []string{"-delay", "1ms"}
 			j := newJournal("fault", time.Millisecond)
 			j.large = test.large
@@ -6054,7 +6039,7 @@ func TestDiskFaults(t *testing.T) {
 				until(t, func() bool { return metric(t, p.url(), `orderd_orders{status="Processing"}`) == 1 })
 				p.stop(t)
 			}
-			p := startWrapped(t, straced(t, log, filepath.Join(data, test.file),
+			p := startWrapped(t, straced(t, log, filepath.Join(dir, "data", test.file),
 				"-e", "trace="+test.calls, "-e", "inject="+test.calls+":"+test.fault), dir, nil, args...)
 			stopObservers := j.observe(p.url())
 			if test.ends && !test.alone {
@@ -6095,21 +6080,20 @@ func TestDiskFaults(t *testing.T) {
 	}
 }
 
-// TestStartSyncsWhatAKilledProcessLeft shows that nothing is answered before
-// the WAL that was found is on disk.
+// TestStartSyncsWhatAKilledProcessLeft to disk before anything is answered.
 func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	t.Parallel()
 	for _, watched := range []bool{false, true} {
 		t.Run(fmt.Sprintf("beside a reader %v", watched), func(t *testing.T) {
 			t.Parallel()
-			dir, data := usedDir(t)
-			wal := filepath.Join(data, "orders.db-wal")
-			db := strings.TrimSuffix(wal, "-wal")
+			dir, db := usedDir(t)
+			synced, end := []string{db + "-wal", filepath.Join(dir, "data", "metrics.db-wal")}, func() {}
 			j := newJournal("left", 0)
 			p := startProcess(t, dir, nil, "-delay", "0s")
-			end := func() {}
 			if watched { // it reads an older state, and so keeps SQLite from a checkpoint
 				_, end = holdSnapshot(t, db)
+			} else { // what an fsync once failed on must go to other pages
+				synced = append(synced, db)
 			}
 			j.place(t, p.url(), 20)
 			drained(t, p.url())
@@ -6119,14 +6103,8 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 			j.check(t, p.url())
 			end()
 			j.stopAndCheck(t, p)
-			text, err := os.ReadFile(log)
-			require.NoError(t, err)
-			before, _, served := strings.Cut(string(text), "accept4(")
+			before, _, served := strings.Cut(bytesOf(t, log), "accept4(")
 			require.True(t, served)
-			synced := []string{wal, filepath.Join(dir, "data", "metrics.db-wal")}
-			if !watched { // what an fsync once failed on must go to other pages
-				synced = append(synced, db)
-			}
 			for _, path := range synced {
 				require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(path)+`>`, before)
 			}
@@ -6134,8 +6112,7 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	}
 }
 
-// TestAFirstStartSyncsItsDirectories, so that the names of the files are on disk
-// before anything is answered.
+// TestAFirstStartSyncsItsDirectories, so that the files' names are on disk before anything is answered.
 func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	t.Parallel()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
@@ -6149,18 +6126,15 @@ func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	_, afterRename, renamed := strings.Cut(before, `orders.db.new", `)
 	require.True(t, renamed)
 	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`>`, afterRename, "the new name")
-	for _, made := range []string{filepath.Dir(deep), dir} {
+	for _, made := range []string{filepath.Dir(deep), dir, deep + "/orders.db.new"} {
 		require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(made)+`>`, before)
 	}
-	require.Regexp(t, `sync\(\d+<`+regexp.QuoteMeta(deep)+`/orders.db.new>`, before)
 }
 
-// TestAnsweredAfterFsync reads in a trace of the process that every 201 is
-// written after an fsync of the WAL, which follows the request.
+// TestAnsweredAfterFsync reads in a trace that every 201 follows an fsync of the WAL, and that the request.
 func TestAnsweredAfterFsync(t *testing.T) {
 	t.Parallel()
-	dir, data := usedDir(t)
-	wal := filepath.Join(data, "orders.db-wal")
+	dir, db := usedDir(t)
 	j := newJournal("trace", 0)
 	log := filepath.Join(dir, "strace")
 	p := startWrapped(t, straced(t, log, "", "-y", "-s", "64", "-e", "trace=read,write,fsync,fdatasync"), dir, nil)
@@ -6168,17 +6142,13 @@ func TestAnsweredAfterFsync(t *testing.T) {
 	j.check(t, p.url())
 	j.stopAndCheck(t, p)
 
-	file, err := os.Open(log)
-	require.NoError(t, err)
-	defer file.Close()
 	const requested, synced = 1, 2
 	state, answers := 0, 0
 	syncing := map[string]bool{} // threads inside an fsync of the WAL
 	var trace []string
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		line := lines.Text()
+	for line := range strings.Lines(bytesOf(t, log)) {
 		thread, _, _ := strings.Cut(line, " ")
-		sync := strings.Contains(line, "sync(") && strings.Contains(line, "<"+wal+">")
+		sync := strings.Contains(line, "sync(") && strings.Contains(line, "<"+db+"-wal>")
 		if sync && strings.Contains(line, "<unfinished") {
 			syncing[thread] = state == requested // only one that began after the request counts
 			continue
@@ -6192,17 +6162,15 @@ func TestAnsweredAfterFsync(t *testing.T) {
 		case sync && strings.Contains(line, "= 0") && state == requested:
 			state = synced
 		case strings.Contains(line, `"HTTP/1.1 201`):
-			require.Equal(t, synced, state, "%s\n%s", strings.Join(trace, "\n"), line)
-			answers++
-			state = 0
+			require.Equal(t, synced, state, strings.Join(append(trace, line), ""))
+			state, answers = 0, answers+1
 		}
 		trace = append(trace, line)
 	}
 	require.Equal(t, j.count(accepted), answers)
 }
 
-// fullDisk runs the story of a full disk: orders are refused, everything else
-// goes on, and with room again orders are taken again.
+// fullDisk fills the disk: orders are refused, and everything else goes on.
 func (j *journal) fullDisk(t *testing.T, p *process) {
 	t.Helper()
 	client := newClient()
@@ -6230,20 +6198,18 @@ func (j *journal) fullDisk(t *testing.T, p *process) {
 	require.Equal(t, http.StatusServiceUnavailable, ready.status)
 	require.Equal(t, "1", ready.header.Get("Retry-After"))
 	require.Equal(t, http.StatusOK, callAt(t, p.addr, http.MethodGet, "/livez", nil, "").status)
-	var took []float64                                                    // seconds
-	found := 0                                                            // times that a smaller batch still found room
-	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; { // more than one attempt of the writer
-		sent := time.Now()
-		in := j.next()
+	var took []float64 // seconds
+	found := 0         // times that a smaller batch still found room
+	for began := time.Now(); time.Since(began) < 3*retryPause/2; {
+		in, sent := j.next(), time.Now()
 		in.key = ""
 		o, err := j.send(client, p.url(), in)
 		require.NoError(t, err)
 		require.NotEqual(t, unknown, o)
 		took = append(took, time.Since(sent).Seconds())
 		if o == accepted {
-			found++
+			found, began = found+1, time.Now()
 			require.Less(t, found, 1000)
-			began = time.Now()
 		}
 	}
 	require.Less(t, median(took), retryPause.Seconds()/2, "nobody waits for the writer's next attempt")
@@ -6295,8 +6261,7 @@ func TestFullDisk(t *testing.T) {
 
 // ---- faults: the start ----
 
-// contents maps every file under dir/data to its bytes, but for those that hold
-// no data: the lock, the shared memory and an empty WAL.
+// contents are the files of dir/data that hold data: not the lock, the shared memory or an empty WAL.
 func contents(tb testing.TB, dir string) map[string]string {
 	tb.Helper()
 	found := map[string]string{}
@@ -6304,18 +6269,16 @@ func contents(tb testing.TB, dir string) map[string]string {
 		if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), "orderd.lock") || strings.HasSuffix(d.Name(), "-shm") {
 			return err
 		}
-		text, err := os.ReadFile(path)
-		if len(text) > 0 || !strings.HasSuffix(path, "-wal") {
-			found[path] = string(text)
+		if text := bytesOf(tb, path); text != "" || !strings.HasSuffix(path, "-wal") {
+			found[path] = text
 		}
-		return err
+		return nil
 	})
 	require.NoError(tb, err)
 	return found
 }
 
-// refusedStart runs the service in this process and returns the sentence that
-// it ends with.
+// refusedStart runs the service in this process and returns the sentence that it ends with.
 func refusedStart(t *testing.T, dir string, args ...string) string {
 	t.Helper()
 	var stdout, stderr transcript
@@ -6329,8 +6292,8 @@ func refusedStart(t *testing.T, dir string, args ...string) string {
 // TestStartIsRefused with one sentence that says why, and leaves the data as it was.
 func TestStartIsRefused(t *testing.T) {
 	t.Parallel()
-	// Four directories: stopped, the same ten orders earlier, killed, and another service's.
-	stopped, earlier, killed, elsewhere := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	// Five directories: stopped, the same ten orders earlier, killed, another service's, and an older version's.
+	stopped, earlier, killed, elsewhere, older := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	complete := func(dir string, orders int) {
 		a, stop := openIdle(t, dir, nil, nil)
 		for _, id := range commitTogether(t, a.store, sampleOrders(orders)) {
@@ -6348,6 +6311,7 @@ func TestStartIsRefused(t *testing.T) {
 	newJournal("killed", 0).place(t, p.url(), 10)
 	drained(t, p.url())
 	p.kill()
+	leftByKill(t, filepath.Join(older, "data", "orders.db"), versionTwo)
 
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -6360,10 +6324,13 @@ func TestStartIsRefused(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(file, []byte("text"), 0o600))
 
+	textOf := func(dir, name string) string { return bytesOf(t, filepath.Join(dir, "data", name)) }
+	orders, metrics, junk := textOf(stopped, "orders.db"), textOf(stopped, "metrics.db"), strings.Repeat("junk ", 5000)
+
 	// A way to spoil a directory returns more arguments for the start.
 	type spoiler = func(t *testing.T, dir string) []string
 	given := func(args ...string) spoiler { return func(*testing.T, string) []string { return args } }
-	remove := func(names ...string) spoiler {
+	removed := func(names ...string) spoiler {
 		return func(t *testing.T, dir string) []string {
 			for _, name := range names {
 				require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
@@ -6371,31 +6338,16 @@ func TestStartIsRefused(t *testing.T) {
 			return nil
 		}
 	}
-	shortened := func(name string, by func(size int64) int64) spoiler {
+	replaced := func(name, text string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			path := filepath.Join(dir, "data", name)
-			info, err := os.Stat(path)
-			require.NoError(t, err)
-			require.NoError(t, os.Truncate(path, info.Size()-by(info.Size())))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), []byte(text), 0o600))
 			return nil
 		}
-	}
-	half := func(size int64) int64 { return size / 2 }
-	bytesLess := func(n int64) func(int64) int64 { return func(int64) int64 { return n } }
-	replaced := func(name string, by func() string) spoiler {
-		return func(t *testing.T, dir string) []string {
-			require.NoError(t, os.WriteFile(filepath.Join(dir, "data", name), []byte(by()), 0o600))
-			return nil
-		}
-	}
-	junk := func() string { return strings.Repeat("junk ", 5000) }
-	from := func(dir string) func() string {
-		return func() string { return bytesOf(t, filepath.Join(dir, "data", "orders.db")) }
 	}
 	directory := func(name string) spoiler {
 		return func(t *testing.T, dir string) []string {
-			require.NoError(t, os.Remove(filepath.Join(dir, "data", name)))
-			require.NoError(t, os.Mkdir(filepath.Join(dir, "data", name), 0o700))
+			path := filepath.Join(dir, "data", name)
+			require.NoError(t, errors.Join(os.Remove(path), os.Mkdir(path, 0o700)))
 			return nil
 		}
 	}
@@ -6416,20 +6368,20 @@ func TestStartIsRefused(t *testing.T) {
 		spoil spoiler
 		says  string
 	}{
-		{"-wal deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm"), lost(10, 10, 20, 20)},
-		{"both -wal files deleted after kill -9", killed, remove("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), lost(10, 10, 20, 20)},
-		{"orders.db deleted", stopped, remove("orders.db"), lost(0, 0, 20, 20)},
-		{"an older orders.db", stopped, replaced("orders.db", from(earlier)), lost(10, 10, 20, 20)},
+		{"-wal deleted after kill -9", killed, removed("orders.db-wal", "orders.db-shm"), lost(10, 10, 20, 20)},
+		{"both -wal files deleted after kill -9", killed, removed("orders.db-wal", "orders.db-shm", "metrics.db-wal", "metrics.db-shm"), lost(10, 10, 20, 20)},
+		{"orders.db deleted", stopped, removed("orders.db"), lost(0, 0, 20, 20)},
+		{"an older orders.db", stopped, replaced("orders.db", textOf(earlier, "orders.db")), lost(10, 10, 20, 20)},
 		{"one order more was counted", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = seq + 1"), lost(20, 20, 21, 20)},
 		{"one order more was accepted, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET accepted = 21, seq = 0, identity = 0"), lost(20, 20, 21, 20)},
 		{"one order more was completed, by a version without seq", stopped, query("metrics.db", "UPDATE totals SET completed = 21, seq = 0, identity = 0"), lost(20, 20, 20, 21)},
 		{"an order was started", stopped, query("metrics.db", "UPDATE totals SET seq = seq + 1"), lost(20, 20, 20, 20)},
-		{"another service's orders.db", stopped, replaced("orders.db", from(elsewhere)), `orders\.db is not the database whose 20 orders \S+metrics\.db has counted: put that one back, or delete`},
-		{"half of orders.db", stopped, shortened("orders.db", half), "orders.db is damaged or not a database: put a backup in its place"},
-		{"half of metrics.db", stopped, shortened("metrics.db", half), "metrics.db is damaged or not a database: "},
-		{"orders.db without its last byte", stopped, shortened("orders.db", bytesLess(1)), "orders.db is damaged or not a database: "},
-		{"metrics.db without its last byte", stopped, shortened("metrics.db", bytesLess(1)), "metrics.db is damaged or not a database: "},
-		{"orders.db without most of its last page", stopped, shortened("orders.db", bytesLess(4095)), "orders.db is damaged or not a database: "},
+		{"another service's orders.db", stopped, replaced("orders.db", textOf(elsewhere, "orders.db")), `orders\.db is not the database whose 20 orders \S+metrics\.db has counted: put that one back, or delete`},
+		{"half of orders.db", stopped, replaced("orders.db", orders[:len(orders)/2]), "orders.db is damaged or not a database: put a backup in its place"},
+		{"half of metrics.db", stopped, replaced("metrics.db", metrics[:len(metrics)/2]), "metrics.db is damaged or not a database: "},
+		{"orders.db without its last byte", stopped, replaced("orders.db", orders[:len(orders)-1]), "orders.db is damaged or not a database: "},
+		{"metrics.db without its last byte", stopped, replaced("metrics.db", metrics[:len(metrics)-1]), "metrics.db is damaged or not a database: "},
+		{"orders.db without most of its last page", stopped, replaced("orders.db", orders[:len(orders)-4095]), "orders.db is damaged or not a database: "},
 		{"no row in orders.db", stopped, query("orders.db", "DELETE FROM totals"), "orders.db is damaged or not a database: "},
 		{"no row in metrics.db", stopped, query("metrics.db", "DELETE FROM totals"), "metrics.db is damaged or not a database: "},
 		{"junk in orders.db", stopped, replaced("orders.db", junk), "orders.db is damaged or not a database: "},
@@ -6452,8 +6404,7 @@ func TestStartIsRefused(t *testing.T) {
 		{"the log is another orderd's", stopped, given("-log", running.cfg.log.file), "cannot write the log file .*: another orderd uses it; choose another with -log"},
 		{"the log is orders.db", stopped, func(_ *testing.T, dir string) []string {
 			return []string{"-log", filepath.Join(dir, "data", "orders.db")}
-		},
-			"cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
+		}, "cannot write the log file .*: it is orderd's own orders.db; choose another with -log"},
 		{"the log is the -wal of an orders.db that lies elsewhere", killed, func(t *testing.T, dir string) []string {
 			elsewhere := t.TempDir()
 			for _, name := range []string{"orders.db", "orders.db-wal"} {
@@ -6466,6 +6417,7 @@ func TestStartIsRefused(t *testing.T) {
 		{"the log is the key", stopped, given("-tls-cert", "c", "-tls-key", file, "-log", file), "cannot write the log file .*: it is orderd's own file; choose another with -log"},
 		{"a certificate that is none", stopped, given("-tls-cert", file, "-tls-key", file), "cannot serve HTTPS: .*; see -tls-cert and -tls-key"},
 		{"a port that is taken", stopped, given("-addr", taken.Addr().String()), "address " + taken.Addr().String() + " is taken by another program: choose another with -addr"},
+		{"a port that is taken, before an upgrade", older, given("-addr", taken.Addr().String()), "is taken by another program"},
 		{"an address that is not ours", stopped, given("-addr", "192.0.2.1:0"), "cannot listen on 192.0.2.1:0: .*; choose another address with -addr"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -6539,8 +6491,7 @@ func TestStartIsRefused(t *testing.T) {
 	})
 }
 
-// TestMetricsAreRebuiltFromTheOrders whatever has become of metrics.db, unless
-// it has counted more than there is.
+// TestMetricsAreRebuiltFromTheOrders whatever has become of metrics.db.
 func TestMetricsAreRebuiltFromTheOrders(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]string{
@@ -6585,8 +6536,7 @@ func TestWALIndexCannotGrow(t *testing.T) {
 		}
 		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
 			t.Parallel()
-			dir, data := usedDir(t)
-			wal := filepath.Join(data, "orders.db-wal")
+			dir, db := usedDir(t)
 			log := filepath.Join(dir, "strace")
 			straced(t, log, "") // or skips
 			j := newJournal("index", time.Millisecond)
@@ -6599,25 +6549,19 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			})
 			p := startProcess(t, dir, nil, "-delay", "1ms", "-workers", "2")
 			j.place(t, p.url(), 1)
-			_, end := holdSnapshot(t, strings.TrimSuffix(wal, "-wal")) // or a checkpoint would begin the WAL anew
-			defer end()
+			_, end := holdSnapshot(t, db) // or a checkpoint would begin the WAL anew
 			stopLoad := j.load(p.url(), 16, math.MaxInt)
 			until(t, func() bool { return metric(t, p.url(), "orderd_wal_bytes") > 15.8e6 }, "the next step of the index is near, at 16.7 MB")
 			stopLoad()
-			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", strings.TrimSuffix(wal, "-wal")+"-shm",
+			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", db+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
 			require.NoError(t, tracer.Start())
-			traced := func() bool {
-				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-				return err == nil && !strings.Contains(string(text), "TracerPid:\t0\n")
-			}
-			until(t, traced)
+			until(t, func() bool {
+				return !strings.Contains(bytesOf(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "TracerPid:\t0\n")
+			}, "it is traced")
 			stopLoad = j.load(p.url(), 4, math.MaxInt) // each system call costs now
 			stopObservers := j.observe(p.url())
-			until(t, func() bool {
-				text, err := os.ReadFile(log)
-				return err == nil && bytes.Contains(text, []byte("INJECTED"))
-			})
+			until(t, func() bool { return strings.Contains(bytesOf(t, log), "INJECTED") })
 			if killed {
 				p.kill()
 				stopLoad()
@@ -7875,24 +7819,6 @@ func leftByKill(tb testing.TB, path, text string) {
 		require.NoError(tb, err)
 		require.NoError(tb, os.WriteFile(path+suffix, content, 0o600))
 	}
-}
-
-// TestATakenPortUpgradesNothing: the older binary must be able to go on.
-func TestATakenPortUpgradesNothing(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	leftByKill(t, filepath.Join(dir, "data", "orders.db"), versionTwo)
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	t.Cleanup(func() { taken.Close() })
-	a := lookedAt(t, dir, func(c *config) { c.addr = taken.Addr().String() }, nil)
-	require.ErrorContains(t, a.abandon(a.start()), "is taken by another program")
-	db, err := openSQLite(filepath.Join(dir, "data", "orders.db"), "mode=ro")
-	require.NoError(t, err)
-	t.Cleanup(func() { db.Close() })
-	var version int
-	require.NoError(t, db.QueryRow("PRAGMA user_version").Scan(&version))
-	require.Equal(t, 2, version)
 }
 
 // TestDataOfAnOlderVersionIsUpgraded starts on each pair of versions that a
