@@ -255,7 +255,7 @@ var mutations = []mutation{
 	{"main.go", `len(entries) > 0 {`, `len(entries) > 9 {`, "TestBackup"},
 	{"main.go", `signal.Ignore(syscall.SIGHUP) // a terminal`, `_ = signal.Ignore // a terminal`, "TestSignals/a_terminal"},
 	{"main.go", `if r.creates > 0 {`, `if r.creates > 1 {`, "TestGetOrder"},
-	{"main.go", `defer os.Remove(c.path + ".part")`, `defer os.Remove(c.path + ".parts")`, "TestBackupThatIsInterrupted"},
+	{"main.go", `defer os.Remove(c.path + ".part")`, `defer os.Remove(c.path + ".parts")`, "TestBackupOfAStopped"},
 	{"main.go", `return r <= ' ' || r > '~' }`, `return r > '~' }`, "TestWrongArguments"},
 
 	{"postgres.go", `later := row.term > r.highestConfirmed.term`, `later := row.term > r.highestConfirmed.term+1`, "TestLossBehind|TestLostCommits"},
