@@ -7129,24 +7129,13 @@ func TestOverload(t *testing.T) {
 	reached := held.arm()
 	base := base(a)
 	var wg sync.WaitGroup
-	var failed atomic.Int64
-	place := func() {
-		wg.Go(func() {
-			if a.store.create(&creation{order: order{userID: "u", itemIDs: "x"}}) != nil {
-				failed.Add(1)
-			}
-		})
-	}
-	place()
+	create := func() { assert.NoError(t, a.store.create(&creation{order: order{userID: "u", itemIDs: "x"}})) }
+	wg.Go(create)
 	<-reached
 	for range maxCreates {
-		place()
+		wg.Go(create)
 	}
-	until(t, func() bool {
-		a.store.intake.mu.Lock()
-		defer a.store.intake.mu.Unlock()
-		return len(a.store.intake.open.creates) == maxCreates
-	})
+	until(t, func() bool { return a.store.intake.creates() == maxCreates })
 	j := newJournal("overload", 0)
 	for range 10 { // at once: the writer is held
 		o, err := j.send(newClient(), base, j.next())
@@ -7156,7 +7145,6 @@ func TestOverload(t *testing.T) {
 	require.Equal(t, http.StatusOK, get(t, a, "/orders?limit=1").status, "reads go on")
 	held.release()
 	wg.Wait()
-	require.Zero(t, failed.Load())
 	j.place(t, base, 1)
 	require.EqualValues(t, maxCreates+2, drained(t, base).TotalOrdersProcessed)
 	require.Empty(t, j.violations)
@@ -7166,8 +7154,8 @@ func TestOverload(t *testing.T) {
 func TestTheOpenBatchIsBounded(t *testing.T) {
 	t.Parallel()
 	in := newIntake()
-	for range maxCreateBytes / maxItemIDs {
-		_, err := in.add(largest(1)[0])
+	for _, c := range largest(maxCreateBytes / maxItemIDs) {
+		_, err := in.add(c)
 		require.NoError(t, err)
 	}
 	_, err := in.add(sampleOrder(1, ""))
@@ -7208,65 +7196,56 @@ func TestAMillionPending(t *testing.T) {
 	require.Zero(t, behind, "orders that were started before an older one")
 }
 
-// doubtfulEngine ends commits with creates as told. In doubt, it commits the
-// same batch when it is asked again for the third time.
-type doubtfulEngine struct {
+// tampered is an engine whose commits a test makes.
+type tampered struct {
 	engine
-	err    error // errInDoubt or errOutcomeUnknown
-	tries  atomic.Int64
-	others atomic.Int64 // commits without creates
+	with func(e engine, b *batch) error
 }
 
-func (e *doubtfulEngine) commit(b *batch) error {
-	if len(b.creates) == 0 {
-		e.others.Add(1)
-		return e.engine.commit(b)
-	}
-	if n := e.tries.Add(1); n <= 3 {
-		return e.err
-	}
-	return e.engine.commit(b)
+func (e tampered) commit(b *batch) error { return e.with(e.engine, b) }
+
+// commits has the writer of an app commit so.
+func commits(with func(e engine, b *batch) error) func(*app) {
+	return func(a *app) { a.store.writer.engine = tampered{a.store.engine, with} }
 }
 
-// TestNothingFollowsWhatIsInDoubt stops the writer while nobody knows whether
-// its last batch is in the table.
+// TestNothingFollowsWhatIsInDoubt stops the writer while its last batch may be in the table or not.
 func TestNothingFollowsWhatIsInDoubt(t *testing.T) {
 	t.Parallel()
-	e := &doubtfulEngine{err: errInDoubt}
-	a, stop := openIdle(t, t.TempDir(), nil, func(a *app) {
-		e.engine, a.store.writer.engine = a.store.engine, e
-	})
+	var others atomic.Int64
+	a, stop := openIdle(t, t.TempDir(), nil, commits(func(e engine, b *batch) error {
+		if len(b.creates) > 0 {
+			return errInDoubt
+		}
+		others.Add(1)
+		return e.commit(b)
+	}))
 	require.ErrorIs(t, a.store.create(sampleOrder(1, "")), errOutcomeUnknown)
 	until(t, func() bool { return a.store.ready() != nil })
 	a.store.step(transition{id: ulid.Make(), from: pending, to: processing, startedMS: 1})
-	before := e.others.Load()
+	before := others.Load()
 	stop()
-	require.Equal(t, before, e.others.Load(), "another batch would be taken for it")
+	require.Equal(t, before, others.Load(), "another batch would be taken for it")
 }
 
-// TestWhatIsInDoubtIsNotCalledRefused places orders while nobody knows whether
-// an earlier commit is in the table.
+// TestWhatIsInDoubtIsNotCalledRefused, nor are orders that come before it is cleared up.
 func TestWhatIsInDoubtIsNotCalledRefused(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct {
-		name string
-		err  error
-		ends bool // the writer
-	}{
-		{"until the next start", errOutcomeUnknown, true},
-		{"for a while", errInDoubt, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
+	for name, doubt := range map[string]error{"until the next start": errOutcomeUnknown, "for a while": errInDoubt} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e := &doubtfulEngine{err: test.err}
-			a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-				e.engine, a.store.writer.engine = a.store.engine, e
-			})
+			var tries atomic.Int64
+			a, _ := openIdle(t, t.TempDir(), nil, commits(func(e engine, b *batch) error {
+				if len(b.creates) > 0 && tries.Add(1) <= 3 {
+					return doubt
+				}
+				return e.commit(b)
+			}))
 			require.ErrorIs(t, a.store.create(sampleOrder(1, "cart")), errOutcomeUnknown)
 			until(t, func() bool { return a.store.ready() != nil })
 			require.ErrorIs(t, a.store.create(sampleOrder(1, "cart")), errOutcomeUnknown, "its first create may be there")
 			require.ErrorIs(t, a.store.create(sampleOrder(2, "")), errInDoubt, "it is not taken")
-			if test.ends {
+			if doubt == errOutcomeUnknown {
 				<-a.store.failed()
 				a.store.writer.failure = nil // the test closes it as if nothing had been
 				return
@@ -7286,110 +7265,83 @@ func TestWhatIsInDoubtIsNotCalledRefused(t *testing.T) {
 
 // ---- what people break: the table changed by hand, files taken away ----
 
-// latePublisher leaves time between a commit, which the table then shows, and
-// the writer's taking it over into the cache.
-type latePublisher struct{ engine }
-
-func (e latePublisher) commit(b *batch) error {
-	err := e.engine.commit(b)
-	time.Sleep(2 * time.Millisecond)
-	return err
-}
-
-// TestAListIsNotBehindAnAnswer asks for an order by each route right after
-// another has told that it is Completed.
+// TestAListIsNotBehindAnAnswer asks for an order by each route right after another has told its status.
 func TestAListIsNotBehindAnAnswer(t *testing.T) {
 	t.Parallel()
-	a, _ := openTestApp(t, t.TempDir(), func(c *config) { c.pool.delay = 4 * time.Millisecond }, func(a *app) {
-		a.store.writer.engine = latePublisher{a.sqlite}
-	})
-	done := completed
-	var wrong atomic.Pointer[string]
+	slow := func(c *config) { c.pool.delay = 4 * time.Millisecond }
+	a, _ := openTestApp(t, t.TempDir(), slow, commits(func(e engine, b *batch) error {
+		err := e.commit(b)
+		time.Sleep(2 * time.Millisecond) // the table shows it, and the cache does not yet
+		return err
+	}))
 	var clients sync.WaitGroup
-	for client := range 8 {
+	client := func(ask func() error) {
 		clients.Go(func() {
-			user := fmt.Sprintf("user%d", client)
 			for range many(300) {
-				c := &creation{order: order{userID: user, itemIDs: "item"}}
-				if a.store.create(c) != nil || a.store.wait(t.Context(), c.id) != nil {
-					wrong.Store(new("an order was refused"))
+				if !assert.NoError(t, ask()) {
 					return
-				}
-				for _, f := range []filter{{status: &done}, {userID: user}, {userID: user, status: &done}} {
-					f.before, f.limit = high(c.id)+1, 1
-					p, err := a.store.list(f)
-					if err != nil || len(p.orders) == 0 || p.orders[0].id != c.id || p.orders[0].status != completed {
-						wrong.Store(new(fmt.Sprintf("%s is Completed by its ID, and by list %+v: %v, %v", c.id, f, p.orders, err)))
-						return
-					}
-				}
-			}
-		})
-		clients.Go(func() { // and the other way round
-			for range many(300) {
-				p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
-				for _, o := range p.orders {
-					if st, statusErr := a.store.status(o.id); err != nil || statusErr != nil || st < o.status {
-						wrong.Store(new(fmt.Sprintf("%s is %s in a list, then %s by its ID: %v, %v", o.id, o.status, st, err, statusErr)))
-						return
-					}
 				}
 			}
 		})
 	}
-	clients.Go(func() { // nor is a whole order ahead of the status alone
-		for range many(300) {
-			c := &creation{order: order{userID: "user", itemIDs: "item"}}
-			if a.store.create(c) != nil {
-				wrong.Store(new("an order was refused"))
-				return
+	done := completed
+	for i := range 8 {
+		user := fmt.Sprintf("user%d", i)
+		client(func() error {
+			c := &creation{order: order{userID: user, itemIDs: "item"}}
+			err := a.store.create(c)
+			if err = cmp.Or(err, a.store.wait(t.Context(), c.id)); err != nil {
+				return err
 			}
-			for st := pending; st < completed; {
-				o, err := a.store.get(c.id)
-				after, statusErr := a.store.status(c.id)
-				if err != nil || statusErr != nil || after < o.status {
-					wrong.Store(new(fmt.Sprintf("%s is %s, then %s: %v, %v", c.id, o.status, after, err, statusErr)))
-					return
+			for _, f := range []filter{{status: &done}, {userID: user}, {userID: user, status: &done}} {
+				f.before, f.limit = high(c.id)+1, 1
+				p, err := a.store.list(f)
+				if err != nil || len(p.orders) == 0 || p.orders[0].id != c.id || p.orders[0].status != completed {
+					return fmt.Errorf("%s is Completed by its ID, and by list %+v: %v, %v", c.id, f, p.orders, err)
 				}
-				st = after
 			}
+			return nil
+		})
+		client(func() error { // and the other way round
+			p, err := a.store.list(filter{before: math.MaxInt64, limit: 50})
+			for _, o := range p.orders {
+				if st, statusErr := a.store.status(o.id); statusErr != nil || st < o.status {
+					return fmt.Errorf("%s is %s in a list, then %s by its ID: %v", o.id, o.status, st, statusErr)
+				}
+			}
+			return err
+		})
+	}
+	client(func() error { // nor is a whole order ahead of the status alone
+		c := &creation{order: order{userID: "user", itemIDs: "item"}}
+		err := a.store.create(c)
+		for st := pending; st < completed && err == nil; {
+			o, getErr := a.store.get(c.id)
+			after, statusErr := a.store.status(c.id)
+			if err = cmp.Or(getErr, statusErr); err == nil && after < o.status {
+				return fmt.Errorf("%s is %s, then %s", c.id, o.status, after)
+			}
+			st = after
 		}
+		return err
 	})
 	clients.Wait()
-	if text := wrong.Load(); text != nil {
-		t.Fatal(*text)
-	}
 }
 
-// heldPublisher holds a commit of steps up once the table shows it, and before the
-// cache does, until held is received from and what came is closed.
-type heldPublisher struct {
-	engine
-	held chan chan struct{}
-}
-
-func (e heldPublisher) commit(b *batch) error {
-	err := e.engine.commit(b)
-	if len(b.steps) > 0 {
-		release := make(chan struct{})
-		e.held <- release
-		<-release
-	}
-	return err
-}
-
-// TestAReadIsHeldUntilTheCommitItSawIsPublished: meanwhile the cache would answer
-// with an older status.
+// TestAReadIsHeldUntilTheCommitItSawIsPublished: meanwhile the cache would answer with an older status.
 func TestAReadIsHeldUntilTheCommitItSawIsPublished(t *testing.T) {
 	t.Parallel()
-	e := heldPublisher{held: make(chan chan struct{})}
-	a, _ := openIdle(t, t.TempDir(), nil, func(a *app) {
-		e.engine = a.sqlite
-		a.store.writer.engine = e
-	})
+	var held heldOnce
+	a, _ := openIdle(t, t.TempDir(), nil, commits(func(e engine, b *batch) error {
+		err := e.commit(b)
+		held.hold()
+		return err
+	}))
+	t.Cleanup(held.release)
 	id := commitTogether(t, a.store, sampleOrders(1))[0]
+	reached := held.arm()
 	a.store.step(transition{id: id, from: pending, to: completed, startedMS: 1})
-	release := <-e.held
+	<-reached
 	reads := make(chan order, 2)
 	for _, read := range []func() (order, error){
 		func() (order, error) { return a.store.get(id) },
@@ -7405,7 +7357,7 @@ func TestAReadIsHeldUntilTheCommitItSawIsPublished(t *testing.T) {
 		}()
 	}
 	assert.Never(t, func() bool { return len(reads) > 0 }, 100*time.Millisecond, time.Millisecond)
-	close(release)
+	held.release()
 	for range cap(reads) {
 		o := <-reads
 		require.Equal(t, completed, o.status)
@@ -7415,24 +7367,7 @@ func TestAReadIsHeldUntilTheCommitItSawIsPublished(t *testing.T) {
 	}
 }
 
-func TestAKeyWhoseOrderIsGoneIsFree(t *testing.T) {
-	t.Parallel()
-	a := newTestApp(t, nil)
-	body := orderBody(`"user"`, `"item"`, "1")
-	first := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
-	awaitRest(t, a, 0, 1)
-	tamper(t, a, "DELETE FROM orders")
-	second := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
-	require.Equal(t, http.StatusCreated, second.status, second.body)
-	require.Empty(t, second.header.Get("Idempotent-Replayed"))
-	require.NotEqual(t, first.body, second.body)
-	third := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
-	require.Equal(t, second.body, third.body)
-	require.Equal(t, "true", third.header.Get("Idempotent-Replayed"))
-}
-
-// TestAnOrderThatTheTableRefusesFailsAlone has a trigger refuse one order in
-// the middle of a batch that is large enough for statements of many rows.
+// TestAnOrderThatTheTableRefusesFailsAlone, in a batch large enough for statements of many rows.
 func TestAnOrderThatTheTableRefusesFailsAlone(t *testing.T) {
 	t.Parallel()
 	a, _ := openIdle(t, t.TempDir(), nil, nil)
@@ -7442,15 +7377,12 @@ func TestAnOrderThatTheTableRefusesFailsAlone(t *testing.T) {
 		creates[insertRows].userID, creates[insertRows].key = "poison", key
 		creates[7].key = key + "another"
 		commitTogether(t, a.store, creates)
-		for i, c := range creates {
-			if i == insertRows {
-				require.ErrorIs(t, c.err, errRejected)
-			} else {
-				require.NoError(t, c.err)
-				o, err := a.store.get(c.id)
-				require.NoError(t, err)
-				require.Equal(t, c.userID, o.userID)
-			}
+		require.ErrorIs(t, creates[insertRows].err, errRejected)
+		for _, c := range slices.Delete(creates, insertRows, insertRows+1) {
+			require.NoError(t, c.err)
+			o, err := a.store.get(c.id)
+			require.NoError(t, err)
+			require.Equal(t, c.userID, o.userID)
 		}
 	}
 	require.NoError(t, a.store.ready())
@@ -7477,13 +7409,19 @@ func TestTheUserIndexStopsNoOrder(t *testing.T) {
 	require.NotEmpty(t, logged(t, dir, "the index of users could not be written; lists by user are slower until it can"))
 }
 
+// servedToItsEnd is an app whose service ends by itself, or with ctx. ended gets why.
+func servedToItsEnd(ctx context.Context, t *testing.T, dir string) (a *app, ended chan error) {
+	t.Helper()
+	a, ended = lookedAt(t, dir, nil, nil), make(chan error, 1)
+	require.NoError(t, a.start())
+	go func() { ended <- a.serve(ctx) }()
+	return a, ended
+}
+
 func TestASecondWriterIsNoticed(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	a := lookedAt(t, dir, nil, nil)
-	require.NoError(t, a.start())
-	ended := make(chan error, 1)
-	go func() { ended <- a.serve(t.Context()) }()
+	a, ended := servedToItsEnd(t.Context(), t, dir)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
 	require.NoError(t, os.Remove(filepath.Join(dir, "data", "orderd.lock")))
@@ -7525,33 +7463,28 @@ func TestFilesTakenAwayWhileServing(t *testing.T) {
 func TestFilesRemovedWhileServing(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
-	a := lookedAt(t, t.TempDir(), nil, nil)
-	require.NoError(t, a.start())
 	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- a.serve(ctx) }()
+	a, ended := servedToItsEnd(ctx, t, t.TempDir())
 	require.NoError(t, os.RemoveAll(a.cfg.data))
 	until(t, func() bool { return a.store.ready() != nil })
 	cancel()
 	require.ErrorContains(t, <-ended, "orders.db was removed or replaced while orderd has it open")
 }
 
-// TestOrdersBehindALink kills a service whose orders.db is a link: SQLite keeps
-// the -wal beside the target.
+// TestOrdersBehindALink kills a service whose orders.db is a link: SQLite keeps the -wal beside the target.
 func TestOrdersBehindALink(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
-	dir, elsewhere := t.TempDir(), t.TempDir()
-	require.NoError(t, os.Mkdir(filepath.Join(dir, "data"), 0o700))
+	dir, there := t.TempDir(), filepath.Join(t.TempDir(), "there.db")
 	link := filepath.Join(dir, "data", "orders.db")
-	require.NoError(t, os.Symlink(filepath.Join(elsewhere, "there.db"), link))
+	require.NoError(t, errors.Join(os.Mkdir(filepath.Dir(link), 0o700), os.Symlink(there, link)))
 	require.Contains(t, refusedStart(t, dir), link+" is a link to a file that does not exist")
-	require.NoError(t, os.WriteFile(filepath.Join(elsewhere, "there.db"), nil, 0o600))
+	require.NoError(t, os.WriteFile(there, nil, 0o600))
 	j := newJournal("link", 0)
 	p := startProcess(t, dir, nil, "-delay", "0s")
 	j.place(t, p.url(), 20)
 	p.kill()
-	require.FileExists(t, filepath.Join(elsewhere, "there.db-wal"))
+	require.FileExists(t, there+"-wal")
 	j.recover(t, dir, "-delay", "0s")
 }
 
@@ -7564,12 +7497,9 @@ func TestPermanentErrorsEndTheService(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := lookedAt(t, t.TempDir(), nil, nil)
-			require.NoError(t, a.start())
-			ended := make(chan error, 1)
-			go func() { ended <- a.serve(t.Context()) }()
+			a, ended := servedToItsEnd(t.Context(), t, t.TempDir())
 			tamper(t, a, test.damage)
-			post(t, a, orderBody(`"user"`, `"item"`, "1"))
+			post(t, a, exampleOrder)
 			select {
 			case err := <-ended:
 				require.ErrorIs(t, err, errBroken)
@@ -7598,8 +7528,8 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 	stop()
 	tamper(t, a, "UPDATE orders SET status = 0, started = NULL"+newest)
 	a, stop = openIdle(t, dir, nil, nil)
-	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: a.metrics.summarize(a.store.publishedTotals()).AverageProcessingTime},
-		a.metrics.summarize(a.store.publishedTotals()))
+	sum := a.metrics.summarize(a.store.publishedTotals())
+	require.Equal(t, summary{OrdersPending: 1, OrdersCompleted: 2, TotalOrdersProcessed: 2, AverageProcessingTime: sum.AverageProcessingTime}, sum)
 	stop()
 	require.Len(t, logged(t, dir, "the totals did not agree with the orders, which somebody has changed: they were counted anew"), 2)
 	a, _ = openTestApp(t, dir, nil, nil)
@@ -7609,52 +7539,37 @@ func TestTotalsAreMendedAtStart(t *testing.T) {
 
 func TestAClockThatWasAheadIsTold(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	a, stop := openTestApp(t, dir, func(cfg *config) {
-		cfg.store.now = func() time.Time { return time.Now().Add(24 * time.Hour) }
-	}, nil)
+	dir, tomorrow := t.TempDir(), func() time.Time { return time.Now().Add(24 * time.Hour) }
+	a, stop := openTestApp(t, dir, func(c *config) { c.store.now = tomorrow }, nil)
 	place(t, a, "user", "item")
 	stop()
 	a, stop = openTestApp(t, dir, nil, nil)
 	require.InDelta(t, 86400, metric(t, base(a), "orderd_clock_behind_seconds"), 600)
 	stop()
-	text, err := os.ReadFile(filepath.Join(dir, "logs", "orderd.log"))
-	require.NoError(t, err)
-	require.Contains(t, string(text), "the clock was once")
+	require.Contains(t, bytesOf(t, a.cfg.log.file), "the clock was once")
 }
 
-// TestACutFirstStartIsNoDamage finds what a power cut during the very first
-// start can leave, and a -wal whose database was deleted.
+// TestACutFirstStartIsNoDamage, whatever a power cut then leaves, nor is a -wal whose database was deleted.
 func TestACutFirstStartIsNoDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	cfg := testConfig(dir)
 	require.NoError(t, os.MkdirAll(cfg.data, 0o700))
-	for name, text := range map[string]string{
-		"metrics.db": "", "metrics.db.new": "half a page", "metrics.db-journal": "junk",
-	} {
+	for name, text := range map[string]string{"metrics.db": "", "metrics.db.new": "half a page", "metrics.db-journal": "junk"} {
 		require.NoError(t, os.WriteFile(filepath.Join(cfg.data, name), []byte(text), 0o600))
 	}
-	killed := filepath.Join(cfg.data, "orders.db.new") // with a whole -wal
-	db, err := openSQLite(killed)
-	require.NoError(t, err)
-	_, err = db.Exec("PRAGMA journal_mode = WAL; CREATE TABLE orders (id)")
-	require.NoError(t, err)
-	wal, err := os.ReadFile(killed + "-wal")
-	require.NoError(t, errors.Join(err, db.Close(), os.WriteFile(killed+"-wal", wal, 0o600)))
-	require.NoError(t, os.WriteFile(filepath.Join(cfg.data, "orders.db-wal"), wal, 0o600)) // of a database that was deleted
+	leftByKill(t, filepath.Join(cfg.data, "orders.db.new"), "CREATE TABLE orders (id)")
+	ofDeleted := filepath.Join(cfg.data, "orders.db")
+	leftByKill(t, ofDeleted, "CREATE TABLE orders (id)")
+	require.NoError(t, os.Remove(ofDeleted))
 	a, stop := openTestApp(t, dir, nil, nil)
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 1)
 	checkInvariants(t, a)
 	stop()
-	left, err := os.ReadDir(cfg.data)
+	left, err := filepath.Glob(filepath.Join(cfg.data, "*"))
 	require.NoError(t, err)
-	var names []string
-	for _, entry := range left {
-		names = append(names, entry.Name())
-	}
-	require.Equal(t, []string{"metrics.db", "orderd.lock", "orders.db"}, names)
+	require.Equal(t, []string{cfg.data + "/metrics.db", cfg.data + "/orderd.lock", cfg.data + "/orders.db"}, left)
 }
 
 // TestReadsAtTheEndLeaveNoWAL lists while the service closes its files.
@@ -7679,35 +7594,26 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 	}
 }
 
-// TestMemoryIsBoundedInBytes has a backlog of the largest orders that the API
-// takes, in the channel as far as they go.
+// TestMemoryIsBoundedInBytes with a backlog of the largest orders, in the channel as far as they go.
 func TestMemoryIsBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
 	quiet := p.residentMB(t)
-	request := postRequest(orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1"))
-	var failed atomic.Pointer[error]
+	body := orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1")
 	var clients sync.WaitGroup
 	for range 16 {
 		clients.Go(func() {
-			conn, err := net.Dial("tcp", p.addr)
-			if err != nil {
-				failed.Store(&err)
-				return
-			}
-			defer conn.Close()
-			r := bufio.NewReader(conn)
+			client := newClient()
+			defer client.CloseIdleConnections()
 			for range max(many(20_000), 3_000) / 16 {
-				_, err := conn.Write(request)
-				if err := cmp.Or(err, readAnswer(r, []byte("HTTP/1.1 201 "))); err != nil {
-					failed.Store(&err)
+				got := exchange(t.Context(), client, p.url(), http.MethodPost, "/orders", asJSON, body)
+				if !assert.Equal(t, http.StatusCreated, got.status, got.err) {
 					return
 				}
 			}
 		})
 	}
 	clients.Wait()
-	require.Nil(t, failed.Load())
 	require.True(t, p.residentMB(t) < quiet+40 || raced(), "not even the least number of them, of 16 KB each, would fit there") // the race detector takes memory of its own
 	p.stop(t)
 }
@@ -7730,8 +7636,7 @@ func TestListsPushNoStatusOut(t *testing.T) {
 
 // ---- older versions ----
 
-// versionTwo is orders.db as version 2 made it, with orders in every status,
-// one key, and an index of users that lacks the newest order.
+// versionTwo is orders.db of version 2: orders in every status, a key, and an index of users without the newest order.
 const versionTwo = `
 CREATE TABLE orders (id_high INTEGER PRIMARY KEY, id_low INTEGER NOT NULL, status INTEGER NOT NULL CHECK (status BETWEEN 0 AND 2),
 	user_id TEXT NOT NULL, item_ids TEXT NOT NULL, cents INTEGER NOT NULL CHECK (cents >= 0), started INTEGER, took INTEGER) STRICT;
@@ -7782,20 +7687,20 @@ func leftByKill(tb testing.TB, path, text string) {
 // crash between the two upgrades can leave, and on them without metrics.db.
 func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 	t.Parallel()
-	for name, metrics := range map[string]string{"both": "old", "orders.db is new": "old", "metrics.db is new": "new", "metrics.db is missing": ""} {
+	for _, name := range []string{"both", "orders.db is new", "metrics.db is new", "metrics.db is missing"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			orders, projection := filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "data", "metrics.db")
+			orders, metrics := filepath.Join(dir, "data", "orders.db"), filepath.Join(dir, "data", "metrics.db")
 			leftByKill(t, orders, versionTwo)
-			if metrics != "" {
-				leftByKill(t, projection, metricsOne)
-			}
-			if metrics == "new" {
-				execOn(t, projection, metricsUpgradeTo2+"PRAGMA user_version = 2")
-			}
-			if name == "orders.db is new" {
+			leftByKill(t, metrics, metricsOne)
+			switch name {
+			case "orders.db is new":
 				execOn(t, orders, ordersUpgradeTo3+"PRAGMA user_version = 3")
+			case "metrics.db is new":
+				execOn(t, metrics, metricsUpgradeTo2+"PRAGMA user_version = 2")
+			case "metrics.db is missing":
+				require.NoError(t, errors.Join(os.Remove(metrics), os.Remove(metrics+"-wal")))
 			}
 			a, stop := openIdle(t, dir, nil, nil)
 			checkInvariants(t, a)
@@ -7822,8 +7727,7 @@ func TestDataOfAnOlderVersionIsUpgraded(t *testing.T) {
 
 // ---- retention ----
 
-// TestCompletedOrdersAreRemoved keeps orders for a second: nothing of a removed
-// one stays, and an order that is not completed does.
+// TestCompletedOrdersAreRemoved after a second, whole; an order that is not completed stays.
 func TestCompletedOrdersAreRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -7834,11 +7738,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	a, stop := openTestApp(t, dir, keep, func(a *app) {
 		a.pool.work = onOrders(a, func(ctx context.Context, o order) error {
 			if o.itemIDs == "held" {
-				select {
-				case <-gate:
-				case <-ctx.Done():
-					return ctx.Err()
-				}
+				return hold(gate)(ctx, o.id, 1)
 			}
 			return nil
 		})
@@ -7866,6 +7766,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	require.Equal(t, placed-1, a.metrics.summarize(a.store.publishedTotals()).TotalOrdersProcessed)
 	require.Zero(t, a.metrics.summarize(a.store.publishedTotals()).OrdersCompleted)
 	again := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
+	require.Equal(t, http.StatusCreated, again.status, again.body)
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
 	until(t, func() bool { return a.store.publishedTotals().removed == placed }, "the next one too")
 	stop()
@@ -7906,9 +7807,8 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	stop()
 	execOn(t, path, "CREATE TRIGGER held BEFORE DELETE ON orders BEGIN SELECT RAISE(ABORT, 'held'); END")
 	a, stop = openTestApp(t, dir, keep, nil)
-	until(t, func() bool {
-		return len(logged(t, dir, "orders that were kept long enough could not be removed")) > 0
-	}, "a pass fails")
+	const told = "orders that were kept long enough could not be removed"
+	until(t, func() bool { return len(logged(t, dir, told)) > 0 }, "a pass fails")
 	place(t, a, "user", "item")
 	awaitRest(t, a, 0, 2)
 	require.Equal(t, []int64{2, 0}, []int64{counts(a).completed, counts(a).removed})
@@ -7918,47 +7818,35 @@ func TestRetentionStopsNoOrder(t *testing.T) {
 	until(t, func() bool { return a.store.publishedTotals().removed == 2 }, "a later pass removes both")
 }
 
-// fullEngine has no room for a commit that removes orders.
-type fullEngine struct{ engine }
-
-func (e fullEngine) commit(b *batch) error {
-	if x := b.expiry; x != nil {
-		x.through, x.examined = x.after+1, expiryRows // as it came before the disk was full
-		return errNotWritten
-	}
-	return e.engine.commit(b)
-}
-
-// TestRetentionWaitsForRoom lets orders go on where the disk has room for them
-// and not for what a removal writes.
+// TestRetentionWaitsForRoom where the disk has room for orders, and not for what a removal writes.
 func TestRetentionWaitsForRoom(t *testing.T) {
 	t.Parallel()
-	a := lookedAt(t, t.TempDir(), func(c *config) { c.store.keep = time.Hour }, nil)
-	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	_, err := onSQLite(t, a).start()
-	require.NoError(t, err)
+	a, _ := engineAlone(t, func(c *config) { c.store.keep = time.Hour })
+	commits(func(e engine, b *batch) error {
+		if x := b.expiry; x != nil {
+			x.through, x.examined = x.after+1, expiryRows // as it came before the disk was full
+			return errNotWritten
+		}
+		return e.commit(b)
+	})(a)
 	w := a.store.writer
-	w.engine, w.onCommit = fullEngine{a.sqlite}, func(commitReport) {}
+	w.onCommit = func(commitReport) {}
 	w.retention.start()
 	w.retention.due = time.Time{}
 	require.NoError(t, w.turn(newBatch(nil)), "it is tried again without")
 	require.Nil(t, w.retention.next(maxCreates), "and not at the next commit")
 }
 
-// TestFreedPagesAreUsedAgain fills the table three times, and empties it a few
-// orders at a time.
+// TestFreedPagesAreUsedAgain fills the table three times, and empties it a few orders at a time.
 func TestFreedPagesAreUsedAgain(t *testing.T) {
 	t.Parallel()
-	a := lookedAt(t, t.TempDir(), nil, nil)
-	t.Cleanup(func() { assert.NoError(t, errors.Join(a.closeFiles(), a.log.close())) })
-	e, orders := a.sqlite, 2*maxCreates
-	_, err := e.start()
-	require.NoError(t, err)
+	a, e := engineAlone(t, nil)
 	commit := func(b *batch) {
 		require.NoError(t, e.commit(b))
-		_, err = e.tidy()
+		_, err := e.tidy()
 		require.NoError(t, err)
 	}
+	const orders = 2 * maxCreates
 	var pages [3]int64
 	for i := range pages {
 		for range orders / maxCreates {
@@ -7984,12 +7872,10 @@ func TestFreedPagesAreUsedAgain(t *testing.T) {
 	require.InEpsilon(t, pages[0], pages[2], 0.25, pages)
 }
 
-// TestAJumpOfTheClockRemovesNothing has the clock go ahead by more than a day,
-// and then a new start confirm it.
+// TestAJumpOfTheClockRemovesNothing where the clock goes ahead by more than a day, until a start confirms it.
 func TestAJumpOfTheClockRemovesNothing(t *testing.T) {
 	t.Parallel()
-	ahead := time.Duration(0)
-	lines := &transcript{}
+	ahead, lines := time.Duration(0), &transcript{}
 	log := newLogger(lines, slog.LevelInfo, io.Discard)
 	due := func(r *retention) bool {
 		r.due = time.Time{}
@@ -8030,22 +7916,24 @@ func dialed(t *testing.T, a *app, text string) (net.Conn, *bufio.Reader) {
 func TestAbuse(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
+	const livez = "GET /livez HTTP/1.1\r\nHost: localhost\r\n"
+	const posted = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+	order, unknown := string(postRequest(exampleOrder)), string(getRequest("01M82P53T20003ZZE2RJ5B5TRM"))
 	for _, test := range []struct {
 		name, request string
-		within        time.Duration
 		statuses      []int
 	}{
-		{"a header of nearly 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader-100) + "\r\n\r\n", 5 * time.Second, []int{200}},
-		{"a header over 64 KiB", "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", maxHeader) + "\r\n\r\n", 5 * time.Second, []int{431}},
-		{"many headers", "GET /livez HTTP/1.1\r\nHost: localhost\r\n" + strings.Repeat("X: y\r\n", 20_000) + "\r\n", 5 * time.Second, []int{431}},
-		{"a body of 1 GB announced", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n", 5 * time.Second, []int{413}},
-		{"a body of 1 GB begun", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n" + strings.Repeat(" ", maxBody+1), 5 * time.Second, []int{413}},
-		{"chunks without end", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 17), 5 * time.Second, []int{413}},
-		{"pipelined requests", "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" + string(postRequest(exampleOrder)) + "GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" + string(getRequest("01M82P53T20003ZZE2RJ5B5TRM")) + "GET /orders HTTP/1.1\r\nHost: localhost\r\n\r\n", 5 * time.Second, []int{200, 201, 404, 404, 200}},
-		{"HTTP/1.0", "GET /livez HTTP/1.0\r\n\r\n", 5 * time.Second, []int{200}},
-		{"an order by HTTP/1.0", strings.Replace(string(postRequest(exampleOrder)), "HTTP/1.1", "HTTP/1.0", 1), 5 * time.Second, []int{201}},
-		{"no HTTP", "\x16\x03\x01\x00\x00 nonsense\r\n\r\n", 5 * time.Second, []int{400}},
-		{"two lengths", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", 5 * time.Second, []int{400}},
+		{"a header of nearly 64 KiB", livez + "X: " + strings.Repeat("x", maxHeader-100) + "\r\n\r\n", []int{200}},
+		{"a header over 64 KiB", livez + "X: " + strings.Repeat("x", maxHeader) + "\r\n\r\n", []int{431}},
+		{"many headers", livez + strings.Repeat("X: y\r\n", 20_000) + "\r\n", []int{431}},
+		{"a body of 1 GB announced", posted + "Content-Length: 1000000000\r\n\r\n", []int{413}},
+		{"a body of 1 GB begun", posted + "Content-Length: 1000000000\r\n\r\n" + strings.Repeat(" ", maxBody+1), []int{413}},
+		{"chunks without end", posted + "Transfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1000\r\n"+strings.Repeat(" ", 4096)+"\r\n", 17), []int{413}},
+		{"pipelined requests", livez + "\r\n" + order + "GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" + unknown + "GET /orders HTTP/1.1\r\nHost: localhost\r\n\r\n", []int{200, 201, 404, 404, 200}},
+		{"HTTP/1.0", "GET /livez HTTP/1.0\r\n\r\n", []int{200}},
+		{"an order by HTTP/1.0", strings.Replace(order, "HTTP/1.1", "HTTP/1.0", 1), []int{201}},
+		{"no HTTP", "\x16\x03\x01\x00\x00 nonsense\r\n\r\n", []int{400}},
+		{"two lengths", "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", []int{400}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			began := time.Now()
@@ -8056,14 +7944,13 @@ func TestAbuse(t *testing.T) {
 				io.Copy(io.Discard, response.Body)
 				require.Equal(t, want, response.StatusCode)
 			}
-			require.Less(t, time.Since(began), test.within)
+			require.Less(t, time.Since(began), 5*time.Second)
 		})
 	}
 	drained(t, base(a))
 }
 
-// TestRefusedBodiesAreReadToTheEnd sends, as nginx does, a body that is refused, on
-// a connection that ends with it.
+// TestRefusedBodiesAreReadToTheEnd where, as by nginx, the connection ends with them.
 func TestRefusedBodiesAreReadToTheEnd(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
@@ -8124,22 +8011,17 @@ func TestCrowd(t *testing.T) {
 		_, err := bufio.NewReader(dial("GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")).ReadByte()
 		require.NoError(t, err)
 	}
-	slow := many(500)
 	var left atomic.Int64
-	left.Store(int64(slow))
-	var mu sync.Mutex
-	var headers, bodies []time.Duration
-	for i := range slow {
-		text, cut := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", &headers
+	for i := range many(500) {
+		text, limit := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", 10.0
 		if i%2 == 1 && *long {
-			text, cut = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", &bodies
+			text, limit = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", 30
 		}
+		left.Add(1)
 		conn, began, ended := dial(text), time.Now(), make(chan struct{})
 		go func() {
 			io.Copy(io.Discard, conn)
-			mu.Lock()
-			*cut = append(*cut, time.Since(began))
-			mu.Unlock()
+			assert.InDelta(t, limit, time.Since(began).Seconds(), 4)
 			left.Add(-1)
 			close(ended)
 		}()
@@ -8157,12 +8039,6 @@ func TestCrowd(t *testing.T) {
 	limit := time.Now().Add(time.Minute)
 	beside, alone := honest(func() bool { return left.Load() > 0 && time.Now().Before(limit) })
 	require.Zero(t, left.Load(), "slow connections that were not cut")
-	for _, cut := range headers {
-		require.InDelta(t, 10, cut.Seconds(), 4)
-	}
-	for _, cut := range bodies {
-		require.InDelta(t, 30, cut.Seconds(), 4)
-	}
 	resident := p.residentMB(t)
 	t.Logf("alone p50 %v, p99 %v; beside the crowd p50 %v, p99 %v; %.0f MB resident",
 		alone[len(alone)/2], alone[len(alone)*99/100], beside[len(beside)/2], beside[len(beside)*99/100], resident)
@@ -8172,8 +8048,7 @@ func TestCrowd(t *testing.T) {
 	j.stopAndCheck(t, p)
 }
 
-// TestWaiters lets 10,000 connections wait, half of them for one order and each
-// of the others for one of its own, and then stops the service.
+// TestWaiters has 10,000 connections wait, half of them for one order, the others each for its own, when the service stops.
 func TestWaiters(t *testing.T) {
 	t.Parallel()
 	needsUnix(t)
@@ -8231,9 +8106,7 @@ func TestWaiters(t *testing.T) {
 	if tooMany.Load() {
 		t.Skip("needs more open files: ", n)
 	}
-	until(t, func() bool {
-		return metric(t, p.url(), "orderd_cache_hits_total") >= float64(n)
-	}, "all wait")
+	until(t, func() bool { return metric(t, p.url(), "orderd_cache_hits_total") >= float64(n) }, "all wait")
 	full := p.residentMB(t)
 	require.Zero(t, answers.Load())
 	began := time.Now()
@@ -9169,7 +9042,7 @@ var onPostgreSQL = strings.Join([]string{
 	"ABacklogOfLargeOrdersIsTaken", "WhatIsInDoubtIsNotCalledRefused", "Drain",
 	"TheEndpointGetsTheOrderExactly", "AnswersOfTheEndpoint", "ThePoolPausesWhileTheEndpointIsAway", "AnAttemptThatTheStopCutsOffIsMadeAgain",
 	"MetricsAreRebuiltFromTheOrders", "AverageIsOverCompletedOrders", "KillNine", "SigtermUnderLoad",
-	"AKeyWhoseOrderIsGoneIsFree", "TotalsAreMendedAtStart",
+	"TotalsAreMendedAtStart",
 	"AClockThatWasAheadIsTold", "ListsPushNoStatusOut", "CompletedOrdersAreRemoved", "AJumpOfTheClockRemovesNothing", "Waiters", "RandomIDs",
 }, "|")
 
