@@ -6112,6 +6112,11 @@ func TestStartSyncsWhatAKilledProcessLeft(t *testing.T) {
 	}
 }
 
+func (p *process) get(tb testing.TB, path string) answer {
+	tb.Helper()
+	return send(tb.Context(), p.addr, http.MethodGet, path, nil, "")
+}
+
 // TestAFirstStartSyncsItsDirectories, so that the files' names are on disk before anything is answered.
 func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	t.Parallel()
@@ -6119,7 +6124,7 @@ func TestAFirstStartSyncsItsDirectories(t *testing.T) {
 	require.NoError(t, err)
 	log, deep := filepath.Join(dir, "strace"), filepath.Join(dir, "a", "b")
 	p := startWrapped(t, straced(t, log, "", "-y", "-e", "trace=accept4,fsync,fdatasync,rename,renameat,renameat2"), dir, nil, "-data", deep)
-	require.Equal(t, http.StatusOK, send(t.Context(), p.addr, http.MethodGet, "/livez", nil, "").status)
+	require.Equal(t, http.StatusOK, p.get(t, "/livez").status)
 	p.kill()
 	before, _, served := strings.Cut(bytesOf(t, log), "accept4(")
 	require.True(t, served)
@@ -6771,7 +6776,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	}
 	placed := int64(0)
 	place := func() {
-		ask(postRequest(exampleOrder), http.StatusCreated)
+		ask(examplePost, http.StatusCreated)
 		placed++
 	}
 	dropped := func() (lines int64) {
@@ -7918,7 +7923,7 @@ func TestAbuse(t *testing.T) {
 	a := newTestApp(t, nil)
 	const livez = "GET /livez HTTP/1.1\r\nHost: localhost\r\n"
 	const posted = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-	order, unknown := string(postRequest(exampleOrder)), string(getRequest("01M82P53T20003ZZE2RJ5B5TRM"))
+	order, unknown := string(examplePost), string(getRequest("01M82P53T20003ZZE2RJ5B5TRM"))
 	for _, test := range []struct {
 		name, request string
 		statuses      []int
@@ -8073,7 +8078,7 @@ func TestWaiters(t *testing.T) {
 		reader := bufio.NewReaderSize(conn, 16)
 		id := shared
 		if i%2 == 0 {
-			conn.Write(postRequest(exampleOrder))
+			conn.Write(examplePost)
 			created, err := http.ReadResponse(reader, nil)
 			if !assert.NoError(t, err) {
 				return
@@ -8257,8 +8262,7 @@ func FuzzCreateBody(f *testing.F) {
 	})
 }
 
-// exactCents is a second opinion on an amount. Exponents that math/big would
-// take forever over are decided by their sign.
+// exactCents is a second opinion on an amount. Exponents too large for math/big are decided by their sign.
 func exactCents(number string) (cents int64, ok bool) {
 	mantissa, exponent, found := strings.Cut(strings.ToLower(number), "e")
 	if found {
@@ -8307,6 +8311,8 @@ func FuzzAmount(f *testing.F) {
 
 const exampleOrder = `{"user_id": "user123", "item_ids": "item1,item2", "total_amount": 99.99}`
 
+var examplePost = postRequest(exampleOrder)
+
 // Requests are built once: the client costs two system calls and a scan.
 func postRequest(body string) []byte {
 	return fmt.Appendf(nil, "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
@@ -8316,8 +8322,7 @@ func getRequest(id string) []byte {
 	return fmt.Appendf(nil, "GET /orders/%s HTTP/1.1\r\nHost: localhost\r\n\r\n", id)
 }
 
-// startFloor starts the floor, and startOurs the service, each in a process of
-// its own, so that neither shares a scheduler or a collector with the client.
+// startFloor and startOurs start processes, so that neither shares a scheduler or a collector with the client.
 func startFloor(b *testing.B) *process {
 	return startProcess(b, b.TempDir(), []string{childMode + "=floor"})
 }
@@ -8326,8 +8331,7 @@ func startOurs(b *testing.B, dir string) *process {
 	return startProcess(b, dir, nil, "-delay", "0s")
 }
 
-// serveFloor is Echo with nothing behind it: it decodes the same request and
-// answers the same bytes.
+// serveFloor is Echo with nothing behind it: it decodes the same request and answers the same bytes.
 func serveFloor() {
 	const id = "01M82P53T20003ZZE2RJ5B5TRM"
 	e := echo.New()
@@ -8355,11 +8359,15 @@ func serveFloor() {
 			Status  string `json:"status"`
 		}{c.Param("order_id"), "Completed"})
 	})
+	serveEcho(e)
+}
+
+func serveEcho(e *echo.Echo) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		panic(err)
 	}
-	fmt.Fprintf(os.Stderr, "orderd is open at http://%s\n", listener.Addr())
+	fmt.Fprintf(os.Stderr, "%s%s\n", announced, listener.Addr())
 	panic(http.Serve(listener, e))
 }
 
@@ -8372,8 +8380,7 @@ type load struct {
 
 func (l load) p99() time.Duration { return l.latencies[len(l.latencies)*99/100] }
 
-// hammer sends the requests in turn on each of n connections, each waiting for
-// its answer, and demands the same status of all.
+// hammer sends the requests in turn on n connections, each waiting for its answer, and demands the same status of all.
 func hammer(tb testing.TB, addr string, n, status int, requests ...[]byte) load {
 	tb.Helper()
 	want := fmt.Appendf(nil, "HTTP/1.1 %d ", status)
@@ -8440,16 +8447,26 @@ func readAnswer(r *bufio.Reader, want []byte) error {
 	return err
 }
 
-// rounds is how often each side of a comparison is measured, in turn; the
-// median counts.
+// posts and gets are one side of a comparison.
+func posts(b *testing.B, p *process, n int, requests ...[]byte) func() load {
+	return func() load { return hammer(b, p.addr, n, http.StatusCreated, requests...) }
+}
+
+func gets(b *testing.B, p *process, n int, request []byte) func() load {
+	return func() load { return hammer(b, p.addr, n, http.StatusOK, request) }
+}
+
+// rounds is how often each side of a comparison is measured, in turn; the median counts.
 const rounds = 3
 
 // lasting is one side's time in a round.
-func lasting() time.Duration {
+func lasting() time.Duration { return ifShort(300*time.Millisecond, 3*time.Second) }
+
+func ifShort[T any](short, full T) T {
 	if testing.Short() {
-		return 300 * time.Millisecond
+		return short
 	}
-	return 3 * time.Second
+	return full
 }
 
 // compare measures two sides in turn and reports ours as a share of the floor:
@@ -8472,8 +8489,7 @@ func median(values []float64) float64 {
 	return values[len(values)/2]
 }
 
-// seed fills a fresh data directory with orders that were not posted:
-// Completed ones, and Pending ones behind them.
+// seed fills a fresh data directory with Completed orders, and Pending ones behind them.
 func seed(tb testing.TB, dir string, completed, pending int) {
 	tb.Helper()
 	a, stop := openIdle(tb, dir, nil, nil)
@@ -8501,77 +8517,65 @@ func seed(tb testing.TB, dir string, completed, pending int) {
 func BenchmarkCreate(b *testing.B) {
 	for _, conns := range []int{256, 64, 1} {
 		b.Run(fmt.Sprintf("conns=%d", conns), func(b *testing.B) {
-			base, ours, request := startFloor(b), startOurs(b, b.TempDir()), postRequest(exampleOrder)
+			ours := startOurs(b, b.TempDir())
 			var accepted int64
 			var behind []float64
-			compare(b,
-				func() load { return hammer(b, base.addr, conns, http.StatusCreated, request) },
-				func() load {
-					l := hammer(b, ours.addr, conns, http.StatusCreated, request)
-					now, err := getSummary(ours.url())
-					require.NoError(b, err)
-					behind = append(behind, float64(now.OrdersPending+now.OrdersProcessing)/float64(l.count))
-					accepted += l.count
-					require.Equal(b, accepted, drained(b, ours.url()).TotalOrdersProcessed)
-					return l
-				})
+			compare(b, posts(b, startFloor(b), conns, examplePost), func() load {
+				l := hammer(b, ours.addr, conns, http.StatusCreated, examplePost)
+				now, err := getSummary(ours.url())
+				require.NoError(b, err)
+				behind = append(behind, float64(now.OrdersPending+now.OrdersProcessing)/float64(l.count))
+				accepted += l.count
+				require.Equal(b, accepted, drained(b, ours.url()).TotalOrdersProcessed)
+				return l
+			})
 			b.ReportMetric(median(behind), "behind")
 		})
 	}
 }
 
-// BenchmarkCreateByManyUsers is what the index for user_id costs where orders
-// come from 100,000 users, against all from one.
+// BenchmarkCreateByManyUsers has orders from 100,000 users at random, against all from one.
 func BenchmarkCreateByManyUsers(b *testing.B) {
 	one, many := startOurs(b, b.TempDir()), startOurs(b, b.TempDir())
 	requests := make([][]byte, 100_000)
-	for i := range requests {
-		requests[i] = postRequest(fmt.Sprintf(`{"user_id": "user%06d", "item_ids": "item1,item2", "total_amount": 99.99}`, i))
+	for i, user := range rand.Perm(len(requests)) {
+		requests[i] = postRequest(fmt.Sprintf(`{"user_id": "user%06d", "item_ids": "item1,item2", "total_amount": 99.99}`, user))
 	}
-	rand.Shuffle(len(requests), func(i, j int) { requests[i], requests[j] = requests[j], requests[i] })
-	compare(b,
-		func() load { return hammer(b, one.addr, 256, http.StatusCreated, requests[0]) },
-		func() load { return hammer(b, many.addr, 256, http.StatusCreated, requests...) })
+	compare(b, posts(b, one, 256, requests[0]), posts(b, many, 256, requests...))
 }
 
-// BenchmarkCreateWithKeys is POST /orders with an Idempotency-Key each, at
-// random, against none.
+// BenchmarkCreateWithKeys has an Idempotency-Key with each order, at random, against none.
 func BenchmarkCreateWithKeys(b *testing.B) {
-	plain, ours, request := startOurs(b, b.TempDir()), startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	plain, ours := startOurs(b, b.TempDir()), startOurs(b, b.TempDir())
 	unused := func() (requests [][]byte) {
 		for range int(50_000 * lasting().Seconds()) {
 			header := fmt.Appendf(nil, "POST /orders HTTP/1.1\r\nIdempotency-Key: %016x-%016x\r\n", rand.Uint64(), rand.Uint64())
-			requests = append(requests, bytes.Replace(request, []byte("POST /orders HTTP/1.1\r\n"), header, 1))
+			requests = append(requests, bytes.Replace(examplePost, []byte("POST /orders HTTP/1.1\r\n"), header, 1))
 		}
 		return requests
 	}
-	compare(b,
-		func() load { return hammer(b, plain.addr, 256, http.StatusCreated, request) },
-		func() load { return hammer(b, ours.addr, 256, http.StatusCreated, unused()...) })
+	compare(b, posts(b, plain, 256, examplePost), func() load { return posts(b, ours, 256, unused()...)() })
 }
 
 // BenchmarkCreateWithDelay is POST /orders where an order takes 2 s of 50,000
 // workers, against none. last-s is how long after the load the last one was
 // Completed and counted: first in, first out, no other took longer.
 func BenchmarkCreateWithDelay(b *testing.B) {
-	atOnce, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
 	delayed := startProcess(b, b.TempDir(), nil, "-delay", "2s", "-workers", "50000")
+	post := posts(b, delayed, 256, examplePost)
 	var last []float64
-	compare(b,
-		func() load { return hammer(b, atOnce.addr, 256, http.StatusCreated, request) },
-		func() load {
-			hammer(b, delayed.addr, 256, http.StatusCreated, request) // from then on as many are Completed as created
-			l := hammer(b, delayed.addr, 256, http.StatusCreated, request)
-			ended := time.Now()
-			drained(b, delayed.url())
-			last = append(last, time.Since(ended).Seconds())
-			return l
-		})
+	compare(b, posts(b, startOurs(b, b.TempDir()), 256, examplePost), func() load {
+		post() // from then on as many are Completed as created
+		l := post()
+		ended := time.Now()
+		drained(b, delayed.url())
+		last = append(last, time.Since(ended).Seconds())
+		return l
+	})
 	b.ReportMetric(median(last), "last-s")
 }
 
-// BenchmarkIdle is the processor time of a service with 1,000 orders in a pause
-// and 1,000 clients that wait for them.
+// BenchmarkIdle is the processor time of a service with 1,000 orders in a pause, and as many clients that wait for them.
 func BenchmarkIdle(b *testing.B) {
 	const n = 1000
 	var attempts atomic.Int64
@@ -8588,7 +8592,7 @@ func BenchmarkIdle(b *testing.B) {
 		conn, err := net.Dial("tcp", p.addr)
 		require.NoError(b, err)
 		defer conn.Close()
-		_, err = conn.Write(postRequest(exampleOrder))
+		_, err = conn.Write(examplePost)
 		require.NoError(b, err)
 		created, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		require.NoError(b, err)
@@ -8612,46 +8616,38 @@ func BenchmarkIdle(b *testing.B) {
 func BenchmarkRead(b *testing.B) {
 	base, ours := startFloor(b), startOurs(b, b.TempDir())
 	request := getRequest(completedOrder(b, ours))
-	compare(b,
-		func() load { return hammer(b, base.addr, 64, http.StatusOK, request) },
-		func() load { return hammer(b, ours.addr, 64, http.StatusOK, request) })
+	compare(b, gets(b, base, 64, request), gets(b, ours, 64, request))
 }
 
 // BenchmarkReadBesideCreates is the same while 64 connections POST.
 func BenchmarkReadBesideCreates(b *testing.B) {
 	base, ours := startFloor(b), startOurs(b, b.TempDir())
-	get, post := getRequest(completedOrder(b, ours)), postRequest(exampleOrder)
-	both := func(addr string) (reads load) {
-		var creates sync.WaitGroup
-		creates.Go(func() { hammer(b, addr, 64, http.StatusCreated, post) })
-		reads = hammer(b, addr, 64, http.StatusOK, get)
-		creates.Wait()
-		return reads
+	request := getRequest(completedOrder(b, ours))
+	both := func(p *process) func() load {
+		return func() load {
+			var creates sync.WaitGroup
+			creates.Go(func() { posts(b, p, 64, examplePost)() })
+			defer creates.Wait()
+			return gets(b, p, 64, request)()
+		}
 	}
-	compare(b, func() load { return both(base.addr) }, func() load { return both(ours.addr) })
+	compare(b, both(base), both(ours))
 }
 
 // completedOrder posts one and waits for it.
 func completedOrder(b *testing.B, p *process) string {
-	response, err := http.Post(p.url()+"/orders", "application/json", strings.NewReader(exampleOrder))
-	require.NoError(b, err)
-	defer response.Body.Close()
-	require.Equal(b, http.StatusCreated, response.StatusCode)
+	created := send(b.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	require.Equal(b, http.StatusCreated, created.status, created.err)
 	drained(b, p.url())
-	return filepath.Base(response.Header.Get("Location"))
+	return filepath.Base(created.header.Get("Location"))
 }
 
-// BenchmarkBacklog drains Pending orders without HTTP load; the share is of
-// the floor's POSTs.
+// BenchmarkBacklog drains Pending orders without HTTP load; the share is of the floor's POSTs.
 func BenchmarkBacklog(b *testing.B) {
-	orders := 500_000
-	if testing.Short() {
-		orders = 20_000
-	}
-	base, request := startFloor(b), postRequest(exampleOrder)
+	orders, base := ifShort(20_000, 500_000), startFloor(b)
 	var ratios []float64
 	for range rounds {
-		f := hammer(b, base.addr, 256, http.StatusCreated, request)
+		f := hammer(b, base.addr, 256, http.StatusCreated, examplePost)
 		dir := b.TempDir()
 		seed(b, dir, 0, orders)
 		began := time.Now()
@@ -8677,61 +8673,44 @@ func BenchmarkLargeTable(b *testing.B) {
 	large := startOurs(b, dir)
 	started := time.Since(began)
 	require.EqualValues(b, 5_001_000, drained(b, large.url()).TotalOrdersProcessed)
-	empty, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
-	compare(b,
-		func() load { return hammer(b, empty.addr, 256, http.StatusCreated, request) },
-		func() load { return hammer(b, large.addr, 256, http.StatusCreated, request) })
+	compare(b, posts(b, startOurs(b, b.TempDir()), 256, examplePost), posts(b, large, 256, examplePost))
 	b.ReportMetric(started.Seconds(), "start-s")
 }
 
-// BenchmarkCreateBesideRetention is POST /orders while a million old orders are
-// removed, against a service that keeps all.
+// BenchmarkCreateBesideRetention is POST /orders while a million old orders are removed, against a service that keeps all.
 func BenchmarkCreateBesideRetention(b *testing.B) {
-	orders := 1_000_000
-	if testing.Short() {
-		orders = 50_000
-	}
 	dir := b.TempDir()
-	seed(b, dir, orders, 0)
-	plain, request := startOurs(b, b.TempDir()), postRequest(exampleOrder)
+	seed(b, dir, ifShort(50_000, 1_000_000), 0)
 	var pace []float64
-	compare(b,
-		func() load { return hammer(b, plain.addr, 64, http.StatusCreated, request) },
-		func() load {
-			p := startProcess(b, dir, nil, "-delay", "0s", "-keep", "10s")
-			removed := func() int64 {
-				sum, err := getSummary(p.url())
-				require.NoError(b, err)
-				return sum.TotalOrdersProcessed - sum.OrdersCompleted
-			}
-			earlier := removed()
-			until(b, func() bool { return removed() > earlier })
-			earlier = removed()
-			l := hammer(b, p.addr, 64, http.StatusCreated, request)
-			pace = append(pace, float64(removed()-earlier)/float64(l.count))
-			p.stop(b)
-			return l
-		})
+	compare(b, posts(b, startOurs(b, b.TempDir()), 64, examplePost), func() load {
+		p := startProcess(b, dir, nil, "-delay", "0s", "-keep", "10s")
+		removed := func() int64 {
+			sum, err := getSummary(p.url())
+			require.NoError(b, err)
+			return sum.TotalOrdersProcessed - sum.OrdersCompleted
+		}
+		earlier := removed()
+		until(b, func() bool { return removed() > earlier })
+		earlier = removed()
+		l := hammer(b, p.addr, 64, http.StatusCreated, examplePost)
+		pace = append(pace, float64(removed()-earlier)/float64(l.count))
+		p.stop(b)
+		return l
+	})
 	b.ReportMetric(median(pace), "removed/create")
 }
 
-// BenchmarkCreateBesideBackup is POST /orders while backups are made, one after
-// the other, against none.
+// BenchmarkCreateBesideBackup is POST /orders while backups are made, one after the other, against none.
 func BenchmarkCreateBesideBackup(b *testing.B) {
-	orders := 1_000_000
-	if testing.Short() {
-		orders = 50_000
-	}
 	dir := b.TempDir()
-	seed(b, dir, orders, 0)
-	p, request := startOurs(b, dir), postRequest(exampleOrder)
-	post := func() load { return hammer(b, p.addr, 64, http.StatusCreated, request) }
+	seed(b, dir, ifShort(50_000, 1_000_000), 0)
+	post := posts(b, startOurs(b, dir), 64, examplePost)
 	compare(b, post, func() load {
 		ctx, cancel := context.WithCancel(b.Context())
 		var backups sync.WaitGroup
 		backups.Go(func() {
 			for ctx.Err() == nil {
-				err := run(ctx, []string{"-data", filepath.Join(dir, "data"), "-backup", filepath.Join(b.TempDir(), "copy")}, nil, io.Discard, io.Discard)
+				err := backUp(ctx, filepath.Join(dir, "data"), filepath.Join(b.TempDir(), "copy"))
 				assert.True(b, err == nil || ctx.Err() != nil, err)
 			}
 		})
@@ -8746,16 +8725,11 @@ func BenchmarkCreateBesideBackup(b *testing.B) {
 // statuses in its cache and as many orders in its backlog, and the bytes on
 // disk of an order after it was stopped.
 func BenchmarkFootprint(b *testing.B) {
-	orders := int64(1_000_000)
-	if testing.Short() {
-		orders = 20_000
-	}
 	dir := b.TempDir()
 	p := startProcess(b, dir, nil, "-delay", "24h", "-drain", "0s")
-	request := postRequest(exampleOrder)
 	var accepted int64
-	for accepted < orders {
-		accepted += hammer(b, p.addr, 256, http.StatusCreated, request).count
+	for accepted < ifShort[int64](20_000, 1_000_000) {
+		accepted += hammer(b, p.addr, 256, http.StatusCreated, examplePost).count
 	}
 	b.ReportMetric(p.residentMB(b), "resident-MB")
 	p.stop(b)
@@ -8803,8 +8777,7 @@ type cluster struct {
 	cmd  *exec.Cmd
 }
 
-// postgresProgram is a command of PostgreSQL's that runs, as the server demands,
-// not as root, and ends with the test.
+// postgresProgram is a command of PostgreSQL's, which runs, as it demands, not as root, and ends with the test.
 func postgresProgram(name string, args ...string) *exec.Cmd {
 	command := []string{"--pdeathsig", "QUIT"}
 	if os.Getuid() == 0 {
@@ -8986,6 +8959,14 @@ func sampleReplica(tb testing.TB, dsn string) *replica {
 
 func nobodyFollows(string, string) {}
 
+// lead returns an engine that leads on the server until the test ends.
+func (c *cluster) lead(tb testing.TB) *postgresEngine {
+	tb.Helper()
+	l := leadOn(tb, sampleReplica(tb, c.url("")))
+	tb.Cleanup(func() { l.close() })
+	return l
+}
+
 // leadOn returns the engine of a replica that leads.
 func leadOn(tb testing.TB, p *replica) *postgresEngine {
 	tb.Helper()
@@ -9134,8 +9115,7 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 		queries = append(queries, "ALTER ROLE orderd SET "+setting)
 	}
 	c.exec(t, queries...) // in one session, which they do not change yet
-	l := leadOn(t, sampleReplica(t, c.url("")))
-	t.Cleanup(func() { l.close() })
+	l := c.lead(t)
 	var idle string
 	require.NoError(t, l.conn.QueryRow(t.Context(), "SHOW idle_session_timeout").Scan(&idle))
 	require.Equal(t, "0", idle)
@@ -9196,13 +9176,11 @@ func TestCommitOnPostgreSQL(t *testing.T) {
 	require.NoError(t, err, "an order is not removed by the commit that answers with it")
 }
 
-// TestAnUnconfirmedCommitIsGone has another server go on without a commit that
-// was never confirmed: that is no loss, but the end of a term.
+// TestAnUnconfirmedCommitIsGone where another server goes on without it: that is no loss, but the end of a term.
 func TestAnUnconfirmedCommitIsGone(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t)
-	l := leadOn(t, sampleReplica(t, c.url("")))
-	t.Cleanup(func() { l.close() })
+	l := c.lead(t)
 	b := batchOf(sampleOrder(1, ""))
 	require.NoError(t, l.commit(b))
 	l.state = unproven
@@ -9215,13 +9193,11 @@ func TestAnUnconfirmedCommitIsGone(t *testing.T) {
 	require.ErrorIs(t, l.current(), errDeposed, "nothing is shown by it any more")
 }
 
-// TestWhatPostgreSQLRefuses has somebody's constraints forbid an order, and the
-// removal of others.
+// TestWhatPostgreSQLRefuses by somebody's constraints, an order and the removal of others, stops nothing else.
 func TestWhatPostgreSQLRefuses(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t)
-	l := leadOn(t, sampleReplica(t, c.url("")))
-	t.Cleanup(func() { l.close() })
+	l := c.lead(t)
 	first := batchOf(sampleOrder(1, ""))
 	require.NoError(t, l.commit(first))
 	require.NoError(t, l.commit(newBatch(stepsOf(pending, completed, 1, first.creates...))))
@@ -9244,28 +9220,22 @@ func TestWhatPostgreSQLRefuses(t *testing.T) {
 	require.ErrorIs(t, l.commit(batchOf(sampleOrder(5, ""))), errBroken, "what no retry mends ends it")
 }
 
-// TestABacklogOfLargeOrdersIsTaken leaves orders whose content is more than a
-// read takes at once.
+// TestABacklogOfLargeOrdersIsTaken though their content is more than a read takes at once.
 func TestABacklogOfLargeOrdersIsTaken(t *testing.T) {
 	t.Parallel()
-	dir, n := t.TempDir(), int64(100)
+	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	large := sampleOrders(int(n))
-	for _, c := range large {
-		c.itemIDs = strings.Repeat("x", maxItemIDs)
-	}
-	commitTogether(t, a.store, large)
+	commitTogether(t, a.store, largest(100))
 	stop()
 	a, _ = openTestApp(t, dir, nil, nil)
-	awaitRest(t, a, 0, n)
+	awaitRest(t, a, 0, 100)
 }
 
 // TestTheFence writes as a leader that is no longer one, and as one that is late.
 func TestTheFence(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t)
-	l := leadOn(t, sampleReplica(t, c.url("")))
-	t.Cleanup(func() { l.close() })
+	l := c.lead(t)
 	for _, test := range []struct {
 		name      string
 		term, seq int64
@@ -9289,24 +9259,23 @@ func TestTheFence(t *testing.T) {
 		conn.Close(t.Context())
 	}
 	require.Zero(t, ask[int64](t, c, "SELECT count(*) FROM orders"))
-	first, second := sampleReplica(t, c.url("")), sampleReplica(t, c.url(""))
-	var rows [2]leaderRow
-	var conns [2]*pgx.Conn
-	for i, p := range []*replica{first, second} {
-		var err error
-		conns[i], err = p.connect(t.Context())
+	var takeOvers [2]func() error
+	for i := range takeOvers {
+		p := sampleReplica(t, c.url(""))
+		conn, err := p.connect(t.Context())
 		require.NoError(t, err)
-		rows[i], err = p.readRow(t.Context(), conns[i])
+		row, err := p.readRow(t.Context(), conn)
 		require.NoError(t, err)
+		takeOvers[i] = func() error {
+			_, err := p.takeOver(t.Context(), conn, row)
+			return err
+		}
 	}
-	_, err := first.takeOver(t.Context(), conns[0], rows[0])
-	require.NoError(t, err)
-	_, err = second.takeOver(t.Context(), conns[1], rows[1])
-	require.ErrorIs(t, err, errDeposed, "of two that saw the same row, one takes over")
+	require.NoError(t, takeOvers[0]())
+	require.ErrorIs(t, takeOvers[1](), errDeposed, "of two that saw the same row, one takes over")
 }
 
-// dropper is a TCP proxy to a server, which loses its answers on demand, and
-// every request to cancel.
+// dropper is a TCP proxy to a server, which loses its answers on demand, and every request to cancel.
 type dropper struct {
 	addr  string
 	every atomic.Int64 // one answer in so many is lost, with its connection; 0 loses none
@@ -9334,8 +9303,7 @@ func newDropper(tb testing.TB, c *cluster) *dropper {
 	return d
 }
 
-// carry leaves the server's end open where the client's is cut: what it was
-// sent goes on.
+// carry leaves the server's end open where the client's is cut: what it was sent goes on.
 func (d *dropper) carry(tb testing.TB, client net.Conn, addr string) {
 	defer client.Close()
 	server, err := net.Dial("tcp", addr)
@@ -9435,8 +9403,10 @@ func commitAside(l *postgresEngine, b *batch) <-chan error {
 	return done
 }
 
-func requirePounded(t *testing.T, c *cluster, stored int) {
+// requirePounded closes the engine and looks for what pound has stored by it.
+func requirePounded(t *testing.T, c *cluster, l *postgresEngine, stored int) {
 	t.Helper()
+	require.NoError(t, l.close())
 	requireExact(t, c)
 	require.EqualValues(t, stored, ask[int64](t, c, "SELECT accepted FROM leader"))
 	require.EqualValues(t, stored, ask[int64](t, c, "SELECT completed FROM leader"))
@@ -9452,8 +9422,7 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 		d.every.Store(8)
 		stored := pound(t, l, many(600))
 		d.every.Store(0)
-		require.NoError(t, l.close())
-		requirePounded(t, c, stored)
+		requirePounded(t, c, l, stored)
 	})
 	t.Run("sessions that are terminated", func(t *testing.T) {
 		t.Parallel()
@@ -9477,8 +9446,7 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 		stored := pound(t, l, many(600))
 		cancel()
 		<-ended
-		require.NoError(t, l.close())
-		requirePounded(t, c, stored)
+		requirePounded(t, c, l, stored)
 	})
 	t.Run("a server that restarts", func(t *testing.T) {
 		t.Parallel()
@@ -9494,15 +9462,12 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 			c.stop(t, how)
 			c.start(t)
 		}
-		stored := <-done
-		require.NoError(t, l.close())
-		requirePounded(t, c, stored)
+		requirePounded(t, c, l, <-done)
 	})
 	t.Run("a row that somebody has changed", func(t *testing.T) {
 		t.Parallel()
 		c := newCluster(t)
-		l := leadOn(t, sampleReplica(t, c.url("")))
-		t.Cleanup(func() { l.close() })
+		l := c.lead(t)
 		l.state = inDoubt
 		c.exec(t, "UPDATE leader SET seq = seq + 2")
 		err := l.commit(batchOf(sampleOrder(1, "")))
@@ -9511,8 +9476,7 @@ func TestUnknownOutcomesAreFoundOut(t *testing.T) {
 	})
 }
 
-// TestOriginalAndResend has a batch arrive at the row before or after its own
-// resend, or never.
+// TestOriginalAndResend has a batch arrive at the row before or after its own resend, or never.
 func TestOriginalAndResend(t *testing.T) {
 	t.Parallel()
 	for _, dies := range []bool{false, true} {
@@ -9601,9 +9565,7 @@ func TestASynchronousStandby(t *testing.T) {
 	until(t, func() bool {
 		return ask[int64](t, c, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == 1
 	}, "the standby is synchronous")
-	l := leadOn(t, sampleReplica(t, c.url("")))
-	t.Cleanup(func() { l.close() })
-	placed := int64(0)
+	l, placed := c.lead(t), int64(0)
 	for _, end := range []string{"pg_cancel_backend", "pg_terminate_backend", ""} {
 		s.stop(t, os.Interrupt)
 		b := batchOf(sampleOrders(4)...)
@@ -9631,8 +9593,7 @@ func TestASynchronousStandby(t *testing.T) {
 	require.NoError(t, l.commit(last))
 	c.stop(t, syscall.SIGKILL)
 	s.promote(t)
-	next := leadOn(t, sampleReplica(t, s.url("")))
-	t.Cleanup(func() { next.close() })
+	next := s.lead(t)
 	_, _, err := next.find(last.creates[5].id)
 	require.NoError(t, err)
 	require.EqualValues(t, placed+6, next.replica.row.totals.accepted)
@@ -9659,9 +9620,7 @@ func startReplicas(tb testing.TB, orders string, n int, args ...string) *replica
 	}
 	r.leader(tb)
 	for _, p := range r.all {
-		until(tb, func() bool {
-			return send(tb.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status == http.StatusOK
-		})
+		until(tb, func() bool { return p.get(tb, "/readyz").status == http.StatusOK })
 	}
 	return r
 }
@@ -9688,7 +9647,7 @@ func (r *replicas) leader(tb testing.TB) (leader int) {
 	until(tb, func() bool {
 		for i, p := range r.all {
 			got := send(tb.Context(), p.addr, http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
-			if leader = i; strings.Contains(got.body, "\norderd_leader 1\n") && send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK {
+			if leader = i; strings.Contains(got.body, "\norderd_leader 1\n") && p.get(tb, "/metrics").status == http.StatusOK {
 				return true
 			}
 		}
@@ -9708,6 +9667,7 @@ func TestReplicasUnderFaults(t *testing.T) {
 	seed := cmp.Or(*killSeed, uint64(time.Now().UnixNano()))
 	t.Logf("repeat with -seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 1))
+	pause := func(most time.Duration) { <-time.After(time.Duration(random.Int64N(int64(most)))) }
 	j := newJournal("replicas", 5*time.Millisecond)
 	j.rand, j.replicas = rand.New(rand.NewPCG(seed, 0)), true
 	hang := time.Duration(many(200)) * 100 * time.Millisecond // longer than a lease and a take-over, or just a lease
@@ -9750,7 +9710,7 @@ func TestReplicasUnderFaults(t *testing.T) {
 		{"sessions are terminated", func() {
 			for range 5 {
 				c.exec(t, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name <> 'asker' AND backend_type = 'client backend'")
-				<-time.After(time.Duration(random.Int64N(int64(300 * time.Millisecond))))
+				pause(300 * time.Millisecond)
 			}
 		}},
 		{"answers are lost", func() { d.every.Store(10); <-time.After(2 * time.Second); d.every.Store(0) }},
@@ -9768,10 +9728,10 @@ func TestReplicasUnderFaults(t *testing.T) {
 		for _, url := range r.urls() {
 			stops = append(stops, j.load(url, 3, 100_000), j.observe(url))
 		}
-		<-time.After(time.Duration(random.Int64N(int64(time.Second))))
+		pause(time.Second)
 		fault.make()
 		r.leader(t)
-		<-time.After(time.Duration(random.Int64N(int64(time.Second))))
+		pause(time.Second)
 		for _, stop := range stops {
 			stop()
 		}
@@ -9789,8 +9749,7 @@ func (r *replicas) leaderAmong(tb testing.TB, gone int) {
 	rest.leader(tb)
 }
 
-// checkReplicas sends what is unknown again, by its key, and asks one replica
-// after the other.
+// checkReplicas sends what is unknown again, by its key, and asks one replica after the other.
 func (j *journal) checkReplicas(t *testing.T, r *replicas) {
 	t.Helper()
 	client := newClient()
@@ -9865,10 +9824,9 @@ func TestLossBehindALaterTerm(t *testing.T) {
 		{"it began with what was confirmed", 101, false},
 		{"it began before that", 100, true},
 	} {
-		p, err := newReplica("postgres://orderd@db/orderd", totals{}, func(totals) {}, nil)
-		require.NoError(t, err)
+		p := sampleReplica(t, "postgres://orderd@db/orderd")
 		require.NoError(t, p.noteRow(leaderRow{term: 3, since: 7, proven: 100, totals: totals{identity: 1, seq: 101}}))
-		err = p.noteRow(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
+		err := p.noteRow(leaderRow{term: 4, since: test.since, proven: 119, totals: totals{identity: 1, seq: 120}})
 		require.Equal(t, test.lost, errors.Is(err, errBroken), test.name)
 		if !test.lost { // and a server that has begun the same term for another replica
 			require.NoError(t, p.noteRow(leaderRow{term: 4, since: test.since, proven: 120, totals: totals{identity: 1, seq: 121}}))
@@ -9905,9 +9863,9 @@ func TestAStandbyPassesOn(t *testing.T) {
 	require.Equal(t, 1.0, metric(t, r.url(leader), "orderd_leader"))
 	require.Equal(t, 0.0, metric(t, r.url(standby), "orderd_leader"))
 	require.Equal(t, metric(t, r.url(leader), "orderd_term"), metric(t, r.url(standby), "orderd_term"))
-	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, "/readyz", nil, "").status)
+	require.Equal(t, http.StatusOK, r.all[standby].get(t, "/readyz").status)
 	for _, path := range []string{"/orders?limit=%zz", "/orders?a;b"} {
-		require.Equal(t, http.StatusBadRequest, send(t.Context(), addr, http.MethodGet, path, nil, "").status, path)
+		require.Equal(t, http.StatusBadRequest, r.all[standby].get(t, path).status, path)
 	}
 	expect := keyed("other")
 	expect.Set("Expect", "100-continue")
@@ -9925,19 +9883,14 @@ func TestAStandbyPassesOn(t *testing.T) {
 	require.Contains(t, hung.body, "outcome-unknown")
 	require.Less(t, time.Since(began), 6*time.Second)
 	r.leaderAmong(t, leader)
-	require.Equal(t, http.StatusOK, send(t.Context(), addr, http.MethodGet, location, nil, "").status)
+	require.Equal(t, http.StatusOK, r.all[standby].get(t, location).status)
 	require.NoError(t, r.all[leader].signal("-CONT"))
 	require.Equal(t, 0, r.all[standby].terminate(t, time.Minute))
 	r.leaderAmong(t, standby) // the one that stood still
-	for i, p := range r.all {
-		if i != standby {
-			require.Equal(t, 0, p.terminate(t, *patience))
-		}
-	}
-	text, err := os.ReadFile(filepath.Join(r.dirs[leader], "logs", "orderd.log"))
-	require.NoError(t, err)
-	require.Contains(t, string(text), `"client":"127.0.0.1","method":"POST"`, "the leader logs for whom it was asked")
-	require.NotContains(t, string(text), "6.6.6.6")
+	require.Equal(t, 0, r.all[leader].terminate(t, *patience))
+	text := bytesOf(t, filepath.Join(r.dirs[leader], "logs", "orderd.log"))
+	require.Contains(t, text, `"client":"127.0.0.1","method":"POST"`, "the leader logs for whom it was asked")
+	require.NotContains(t, text, "6.6.6.6")
 }
 
 func TestReplicasWaitForTheDatabase(t *testing.T) {
@@ -9945,22 +9898,20 @@ func TestReplicasWaitForTheDatabase(t *testing.T) {
 	c := newCluster(t)
 	c.stop(t, os.Interrupt)
 	p := startProcess(t, t.TempDir(), nil, "-orders", c.url(""), "-advertise", "http://127.0.0.1:1")
-	require.Equal(t, http.StatusOK, send(t.Context(), p.addr, http.MethodGet, "/livez", nil, "").status)
-	require.Equal(t, http.StatusServiceUnavailable, send(t.Context(), p.addr, http.MethodGet, "/readyz", nil, "").status)
+	require.Equal(t, http.StatusOK, p.get(t, "/livez").status)
+	require.Equal(t, http.StatusServiceUnavailable, p.get(t, "/readyz").status)
 	began := time.Now()
-	got := send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder)
+	post := func() answer { return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder) }
+	got := post()
 	require.Equal(t, http.StatusServiceUnavailable, got.status)
 	require.Contains(t, got.body, "not taken")
 	require.Less(t, time.Since(began), time.Second)
 	c.start(t)
-	until(t, func() bool {
-		return send(t.Context(), p.addr, http.MethodPost, "/orders", asJSON, exampleOrder).status == http.StatusCreated
-	}, "it goes on by itself")
+	until(t, func() bool { return post().status == http.StatusCreated }, "it goes on by itself")
 	require.Equal(t, 0, p.terminate(t, *patience))
 }
 
-// serveTransactions is what replicas are measured against: the same service in
-// its simplest form, with a transaction for each operation.
+// serveTransactions is the same service in its simplest form, with a transaction for each operation.
 func serveTransactions() {
 	ctx := context.Background()
 	db, err := pgxpool.New(ctx, os.Getenv("TEST_TRANSACTIONS"))
@@ -9999,12 +9950,7 @@ func serveTransactions() {
 		created <- id
 		return c.JSON(http.StatusCreated, map[string]string{"message": "Order created", "order_id": id})
 	})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
-	}
-	fmt.Fprintf(os.Stderr, "orderd is open at http://%s\n", listener.Addr())
-	panic(http.Serve(listener, e))
+	serveEcho(e)
 }
 
 // BenchmarkPostgres has server, replicas and clients on one machine.
@@ -10012,11 +9958,10 @@ func BenchmarkPostgres(b *testing.B) {
 	c := newCluster(b)
 	r := startReplicas(b, c.url(""), 2, "-delay", "0s", "-workers", "8")
 	leader := r.leader(b)
-	post := postRequest(exampleOrder)
 	// driven counts the orders by the time until the last is Completed.
 	driven := func(addr string, await func()) load {
 		began := time.Now()
-		l := hammer(b, addr, 256, http.StatusCreated, post)
+		l := hammer(b, addr, 256, http.StatusCreated, examplePost)
 		await()
 		l.rate = float64(l.count) / time.Since(began).Seconds()
 		return l
@@ -10040,17 +9985,11 @@ func BenchmarkPostgres(b *testing.B) {
 		}, byLeader)
 	})
 	floor := startFloor(b)
-	b.Run("create", func(b *testing.B) {
-		compare(b, func() load { return hammer(b, floor.addr, 256, http.StatusCreated, post) }, byLeader)
-	})
+	b.Run("create", func(b *testing.B) { compare(b, posts(b, floor, 256, examplePost), byLeader) })
 	get := getRequest(completedOrder(b, r.all[leader]))
-	fromLeader := func() load { return hammer(b, r.all[leader].addr, 64, http.StatusOK, get) }
-	b.Run("read", func(b *testing.B) {
-		compare(b, func() load { return hammer(b, floor.addr, 64, http.StatusOK, get) }, fromLeader)
-	})
-	b.Run("read-by-standby-of-leader", func(b *testing.B) {
-		compare(b, fromLeader, func() load { return hammer(b, r.all[1-leader].addr, 64, http.StatusOK, get) })
-	})
+	fromLeader := gets(b, r.all[leader], 64, get)
+	b.Run("read", func(b *testing.B) { compare(b, gets(b, floor, 64, get), fromLeader) })
+	b.Run("read-by-standby-of-leader", func(b *testing.B) { compare(b, fromLeader, gets(b, r.all[1-leader], 64, get)) })
 	if !testing.Short() {
 		b.Run("create-with-5,000,000-of-none", func(b *testing.B) {
 			full := newCluster(b)
