@@ -6759,29 +6759,18 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	dir := t.TempDir()
 	logs := filepath.Join(dir, "logs")
 	p := startWrapped(t, []string{"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit)}, dir, nil, "-delay", "0s")
-	conn, err := net.Dial("tcp", p.addr) // made before there are too many; an http.Client might open another
-	require.NoError(t, err)
-	t.Cleanup(func() { conn.Close() })
-	answers := bufio.NewReader(conn)
-	ask := func(request []byte, status int) string {
-		require.NoError(t, conn.SetDeadline(time.Now().Add(*patience)))
-		_, err := conn.Write(request)
-		require.NoError(t, err)
-		response, err := http.ReadResponse(answers, nil)
-		require.NoError(t, err)
-		text, err := io.ReadAll(response.Body)
-		require.NoError(t, err)
-		require.Equal(t, status, response.StatusCode)
-		return string(text)
-	}
+	client := &http.Client{Timeout: *patience, Transport: &http.Transport{MaxConnsPerHost: 1}} // made before there are too many
+	t.Cleanup(client.CloseIdleConnections)
 	placed := int64(0)
 	place := func() {
-		ask(examplePost, http.StatusCreated)
+		got := exchange(t.Context(), client, p.url(), http.MethodPost, "/orders", asJSON, exampleOrder)
+		require.Equal(t, http.StatusCreated, got.status, got.err)
 		placed++
 	}
 	dropped := func() (lines int64) {
-		text := ask([]byte("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: text/plain\r\n\r\n"), http.StatusOK)
-		_, value, _ := strings.Cut(text, "\norderd_log_lines_dropped_total ")
+		got := exchange(t.Context(), client, p.url(), http.MethodGet, "/metrics", http.Header{"Accept": {"text/plain"}}, "")
+		require.Equal(t, http.StatusOK, got.status, got.err)
+		_, value, _ := strings.Cut(got.body, "\norderd_log_lines_dropped_total ")
 		fmt.Sscan(value, &lines)
 		return lines
 	}
@@ -6808,7 +6797,8 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	before := dropped()
 	until(t, func() bool {
 		place()
-		ask([]byte("GET /orders?user_id=nobody HTTP/1.1\r\nHost: localhost\r\n\r\n"), http.StatusOK)
+		got := exchange(t.Context(), client, p.url(), http.MethodGet, "/orders?user_id=nobody", nil, "")
+		require.Equal(t, http.StatusOK, got.status, got.err)
 		return dropped() > before+300
 	}, "orders and reads go on, and their lines are dropped")
 	require.NoFileExists(t, filepath.Join(logs, "orderd.log"))
@@ -7599,26 +7589,33 @@ func TestReadsAtTheEndLeaveNoWAL(t *testing.T) {
 	}
 }
 
+// askTogether has so many clients ask n times in all, and demands the same status of each answer.
+func askTogether(t *testing.T, clients, n, status int, ask func(*http.Client) answer) {
+	t.Helper()
+	var all sync.WaitGroup
+	for range clients {
+		all.Go(func() {
+			client := newClient()
+			defer client.CloseIdleConnections()
+			for range n / clients {
+				if got := ask(client); !assert.Equal(t, status, got.status, got.err) {
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
 // TestMemoryIsBoundedInBytes with a backlog of the largest orders, in the channel as far as they go.
 func TestMemoryIsBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	p := startProcess(t, t.TempDir(), nil, "-delay", "24h", "-drain", "0s", "-workers", "1", "-queue", "1000000")
 	quiet := p.residentMB(t)
 	body := orderBody(`"user"`, `"`+strings.Repeat("x", maxItemIDs)+`"`, "1")
-	var clients sync.WaitGroup
-	for range 16 {
-		clients.Go(func() {
-			client := newClient()
-			defer client.CloseIdleConnections()
-			for range max(many(20_000), 3_000) / 16 {
-				got := exchange(t.Context(), client, p.url(), http.MethodPost, "/orders", asJSON, body)
-				if !assert.Equal(t, http.StatusCreated, got.status, got.err) {
-					return
-				}
-			}
-		})
-	}
-	clients.Wait()
+	askTogether(t, 16, max(many(20_000), 3_000), http.StatusCreated, func(client *http.Client) answer {
+		return exchange(t.Context(), client, p.url(), http.MethodPost, "/orders", asJSON, body)
+	})
 	require.True(t, p.residentMB(t) < quiet+40 || raced(), "not even the least number of them, of 16 KB each, would fit there") // the race detector takes memory of its own
 	p.stop(t)
 }
@@ -8063,7 +8060,6 @@ func TestWaiters(t *testing.T) {
 	var all sync.WaitGroup
 	var tooMany atomic.Bool
 	shared := ""
-	answered := make([]string, n)
 	var answers atomic.Int64
 	wait := func(i int) {
 		conn, err := net.Dial("tcp", p.addr)
@@ -8093,7 +8089,7 @@ func TestWaiters(t *testing.T) {
 		all.Go(func() {
 			got, err := http.ReadResponse(reader, nil)
 			if assert.NoError(t, err) {
-				answered[i] = got.Status
+				assert.Equal(t, http.StatusOK, got.StatusCode)
 			}
 			answers.Add(1)
 		})
@@ -8118,9 +8114,7 @@ func TestWaiters(t *testing.T) {
 	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 10*time.Second)
 	all.Wait()
-	for _, status := range answered {
-		require.Equal(t, "200 OK", status)
-	}
+	require.EqualValues(t, n, answers.Load())
 	t.Logf("%d waiters, %.0f KB each, answered in %v", n, (full-quiet)*1024/float64(n), time.Since(began))
 	require.True(t, raced() || (full-quiet)*1024/float64(n) < 100, "KB a waiter")
 }
@@ -8133,31 +8127,12 @@ func TestRandomIDs(t *testing.T) {
 	j.place(t, base, 3)
 	j.check(t, base)
 	entries := a.store.cache.len()
-	const conns, pipelined = 4, 100
-	turns := many(100_000) / conns / pipelined
-	var wg sync.WaitGroup
-	for range conns {
-		conn, answers := dialed(t, a, "")
-		wg.Go(func() {
-			for range turns {
-				var requests []byte
-				for range pipelined {
-					var id ulid.ULID
-					id.SetTime(rand.Uint64N(ulid.MaxTime()))
-					id.SetEntropy(fmt.Appendf(nil, "%010d", rand.Int64N(1e10)))
-					requests = append(requests, getRequest(id.String())...)
-				}
-				conn.SetDeadline(time.Now().Add(time.Minute))
-				conn.Write(requests)
-				for range pipelined {
-					if !assert.NoError(t, readAnswer(answers, []byte("HTTP/1.1 404 "))) {
-						return
-					}
-				}
-			}
-		})
-	}
-	wg.Wait()
+	askTogether(t, 4, many(100_000), http.StatusNotFound, func(client *http.Client) answer {
+		var id ulid.ULID
+		id.SetTime(rand.Uint64N(ulid.MaxTime()))
+		id.SetEntropy(fmt.Appendf(nil, "%010d", rand.Int64N(1e10)))
+		return exchange(t.Context(), client, base, http.MethodGet, "/orders/"+id.String(), nil, "")
+	})
 	require.Equal(t, entries, a.store.cache.len())
 	// Of the ID of an order, the half that is no key counts too.
 	id := ulid.MustParse(j.accepted[0].id)
@@ -8169,26 +8144,12 @@ func TestLogInjection(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
 	forged := `{"time":"2026-01-01T00:00:00Z","level":"ERROR","msg":"forged"}`
-	for _, request := range []string{
-		"GET /" + url.PathEscape("x\n"+forged+"\n") + " HTTP/1.1\r\nHost: localhost\r\n\r\n",
-		"GET /orders/" + url.PathEscape("x\r\n"+forged) + " HTTP/1.1\r\nHost: localhost\r\n\r\n",
-		"GET /%00%1b[31m%E2%80%A8%ff HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: x\r\n\r\n",
-	} {
-		_, answers := dialed(t, a, request)
-		response, err := http.ReadResponse(answers, nil)
-		require.NoError(t, err)
-		require.Equal(t, http.StatusNotFound, response.StatusCode)
+	for _, path := range []string{"/" + url.PathEscape("x\n"+forged+"\n"), "/orders/" + url.PathEscape("x\r\n"+forged), "/%00%1b[31m%E2%80%A8%ff"} {
+		got := send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, http.Header{"X-Request-Id": {"x"}}, "")
+		require.Equal(t, http.StatusNotFound, got.status, got.err)
 	}
-	var text []byte
-	until(t, func() bool {
-		text, _ = os.ReadFile(a.cfg.log.file)
-		return bytes.Count(text, []byte(`"status":404`)) == 3
-	})
-	for line := range bytes.Lines(text) {
-		var entry struct{ Msg string }
-		require.NoError(t, json.Unmarshal(line, &entry), "%q", line)
-		require.NotEqual(t, "forged", entry.Msg)
-	}
+	until(t, func() bool { return strings.Count(bytesOf(t, a.cfg.log.file), `"status":404`) == 3 })
+	require.Empty(t, linesOf(t, bytesOf(t, a.cfg.log.file), "forged"), "every line is JSON, and none was made up")
 }
 
 // ---- fuzz ----
