@@ -6759,7 +6759,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	dir := t.TempDir()
 	logs := filepath.Join(dir, "logs")
 	p := startWrapped(t, []string{"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit)}, dir, nil, "-delay", "0s")
-	client := &http.Client{Timeout: *patience, Transport: &http.Transport{MaxConnsPerHost: 1}} // made before there are too many
+	client := &http.Client{Timeout: *patience, Transport: &http.Transport{MaxConnsPerHost: 1}} // before there are too many
 	t.Cleanup(client.CloseIdleConnections)
 	placed := int64(0)
 	place := func() {
@@ -8144,7 +8144,9 @@ func TestLogInjection(t *testing.T) {
 	t.Parallel()
 	a := newTestApp(t, nil)
 	forged := `{"time":"2026-01-01T00:00:00Z","level":"ERROR","msg":"forged"}`
-	for _, path := range []string{"/" + url.PathEscape("x\n"+forged+"\n"), "/orders/" + url.PathEscape("x\r\n"+forged), "/%00%1b[31m%E2%80%A8%ff"} {
+	for _, path := range []string{
+		"/" + url.PathEscape("x\n"+forged+"\n"), "/orders/" + url.PathEscape("x\r\n"+forged), "/%00%1b[31m%E2%80%A8%ff",
+	} {
 		got := send(t.Context(), a.listener.Addr().String(), http.MethodGet, path, http.Header{"X-Request-Id": {"x"}}, "")
 		require.Equal(t, http.StatusNotFound, got.status, got.err)
 	}
