@@ -673,6 +673,14 @@ var childModes = map[string]func(*app){
 			})
 		}
 	},
+	// serves creates with Echo and the store alone: no order is worked on, no request logged
+	"bare-store": func(a *app) {
+		debug.SetGCPercent(gcPercent(0))
+		if err := a.store.start(func(commitReport) {}); err != nil {
+			panic(err)
+		}
+		serveFloor(a.store)
+	},
 }
 
 func TestMain(m *testing.M) {
@@ -705,7 +713,7 @@ func TestMain(m *testing.M) {
 	case "serve":
 		main()
 	case "floor":
-		serveFloor()
+		serveFloor(nil)
 	case "transactions":
 		serveTransactions()
 	}
@@ -751,7 +759,7 @@ const announced = "orderd is open at http://" // and then the address
 func startWrapped(tb testing.TB, wrapper []string, dir string, env []string, args ...string) *process {
 	tb.Helper()
 	p := launch(tb, wrapper, dir, env, args...)
-	p.addr = strings.TrimPrefix(p.stderr.waitFor(tb, announced, p.exited), announced)
+	p.addr = strings.TrimPrefix(p.mustPrint(tb, announced), announced)
 	if sharedPostgres != "" {
 		until(tb, func() bool {
 			return send(tb.Context(), p.addr, http.MethodGet, "/metrics", nil, "").status == http.StatusOK
@@ -805,6 +813,35 @@ func (p *process) url() string { return "http://" + p.addr }
 func (p *process) kill() {
 	p.cmd.Process.Kill() // fails where it has ended
 	<-p.exited
+}
+
+// printed waits for a line with that prefix on stderr, and returns it; it is empty if
+// the process has ended without one.
+func (p *process) printed(tb testing.TB, prefix string) (line string) {
+	tb.Helper()
+	until(tb, func() bool {
+		ended := p.hasEnded()
+		line = p.stderr.line(prefix)
+		return line != "" || ended
+	}, "the process prints: "+prefix)
+	return line
+}
+
+func (p *process) hasEnded() bool {
+	select {
+	case <-p.exited:
+		return true
+	default:
+		return false
+	}
+}
+
+// mustPrint is printed for a process that does not end before.
+func (p *process) mustPrint(tb testing.TB, prefix string) string {
+	tb.Helper()
+	line := p.printed(tb, prefix)
+	require.NotEmpty(tb, line, "the process ended before it printed: %s\n%s", prefix, p.stderr)
+	return line
 }
 
 // wait returns the exit code.
@@ -864,17 +901,12 @@ func (p *process) cpu() (used time.Duration, ok bool) {
 type transcript struct {
 	mu   sync.Mutex
 	text []byte
-	more chan struct{} // closed by the next write; nil while nobody waits
 }
 
 func (c *transcript) Write(text []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.text = append(c.text, text...)
-	if c.more != nil {
-		close(c.more)
-		c.more = nil
-	}
 	return len(text), nil
 }
 
@@ -884,35 +916,14 @@ func (c *transcript) String() string {
 	return string(c.text)
 }
 
-// read returns the text so far and a channel that is closed when there is more.
-func (c *transcript) read() (text string, more <-chan struct{}) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.more == nil {
-		c.more = make(chan struct{})
-	}
-	return string(c.text), c.more
-}
-
-// waitFor returns the first whole line with that prefix.
-func (c *transcript) waitFor(tb testing.TB, prefix string, exited <-chan struct{}) string {
-	tb.Helper()
-	limit := time.After(*patience)
-	for {
-		text, more := c.read()
-		for line := range strings.Lines(text) {
-			if strings.HasPrefix(line, prefix) && strings.HasSuffix(line, "\n") {
-				return strings.TrimSuffix(line, "\n")
-			}
-		}
-		select {
-		case <-more:
-		case <-exited:
-			require.Fail(tb, "the process ended before it printed: "+prefix, c.String())
-		case <-limit:
-			require.Fail(tb, "the process does not print: "+prefix, c.String())
+// line returns the first whole line with that prefix, or nothing.
+func (c *transcript) line(prefix string) string {
+	for line := range strings.Lines(c.String()) {
+		if strings.HasPrefix(line, prefix) && strings.HasSuffix(line, "\n") {
+			return strings.TrimSuffix(line, "\n")
 		}
 	}
+	return ""
 }
 
 // raced tells whether the race detector is in, which takes time and memory.
@@ -1404,7 +1415,7 @@ func TestUnknownVariablesAreWarnedOf(t *testing.T) {
 	p := startProcess(t, t.TempDir(), []string{"ORDERD_WORKER=2", "ORDERD_TOKENS=s3cret", "ORDERD_TOKEN=t", "ORDERD_READ_TOKEN=r", "ORDERD_CACHE=10",
 		"ORDERD_PORT=tcp://10.0.0.1:80", "ORDERD_PORT_80_TCP_ADDR=10.0.0.1", "ORDERD_SERVICE_HOST=10.0.0.1", "ORDERD_SERVICE_PORT_HTTP=80"})
 	require.Equal(t, "warning: no setting is called ORDERD_TOKENS or ORDERD_WORKER: see orderd -h for those that are",
-		p.stderr.waitFor(t, "warning: ", p.exited))
+		p.mustPrint(t, "warning: "))
 	p.kill()
 	require.NotContains(t, p.stderr.String(), "s3cret")
 }
@@ -1469,7 +1480,7 @@ func TestSignals(t *testing.T) {
 	t.Run("a terminal that closes sends several SIGHUPs", func(t *testing.T) {
 		p := working(t, nil, "1s")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGHUP))
-		p.stderr.waitFor(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once", p.exited)
+		p.mustPrint(t, "stopping: waiting up to 1s for orders at work (1) and for requests; interrupt again to end at once")
 		p.cmd.Process.Signal(syscall.SIGHUP) // fails where it has ended
 		p.cmd.Process.Signal(syscall.SIGHUP)
 		require.Zero(t, p.wait(t, *patience))
@@ -1479,7 +1490,7 @@ func TestSignals(t *testing.T) {
 		t.Run("a second one ends at once: "+signal.String(), func(t *testing.T) {
 			p := working(t, nil, "24h")
 			require.NoError(t, p.cmd.Process.Signal(signal))
-			p.stderr.waitFor(t, "stopping: waiting up to 24h0m0s for orders at work (1)", p.exited)
+			p.mustPrint(t, "stopping: waiting up to 24h0m0s for orders at work (1)")
 			require.NoError(t, p.cmd.Process.Signal(signal))
 			require.Equal(t, -1, p.wait(t, *patience), "it ended by the signal")
 		})
@@ -1497,7 +1508,7 @@ func TestSignals(t *testing.T) {
 		require.NoError(t, err)
 		require.Contains(t, line, "100 Continue", "its body is being read")
 		require.NoError(t, p.cmd.Process.Signal(syscall.SIGTERM))
-		p.stderr.waitFor(t, "stopping: waiting up to 10s for orders at work (0) and for requests", p.exited)
+		p.mustPrint(t, "stopping: waiting up to 10s for orders at work (0) and for requests")
 		answers.ReadString('\n')
 		conn.Write([]byte(exampleOrder))
 		line, err = answers.ReadString('\n')
@@ -4547,10 +4558,11 @@ func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
 		commitTogether(t, a.store, sampleOrders(5))
 		awaitRest(t, a, 0, 5)
 		e.mu.Lock()
-		for i := range 3 {
-			require.Equal(t, retryPause, e.reads[i+1].Sub(e.reads[i]))
-		}
+		reads := slices.Clone(e.reads)
 		e.mu.Unlock()
+		for i := range 3 {
+			require.Equal(t, retryPause, reads[i+1].Sub(reads[i]))
+		}
 		seq := a.store.publishedTotals().seq
 		time.Sleep(time.Hour)
 		require.Equal(t, seq, a.store.publishedTotals().seq, "an idle service writes nothing")
@@ -4574,11 +4586,12 @@ func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
 		time.Sleep(5*retryPause + retryPause/2)
 		require.Equal(t, summary{OrdersCompleted: 5}, a.metrics.summarize(a.store.publishedTotals()), "what is processed is counted later")
 		mu.Lock()
-		require.InDelta(t, 6, len(at), 1)
-		for i := range at[1:] {
-			require.Equal(t, retryPause, at[i+1].Sub(at[i]))
-		}
+		failed := slices.Clone(at)
 		mu.Unlock()
+		require.InDelta(t, 6, len(failed), 1)
+		for i := range failed[1:] {
+			require.Equal(t, retryPause, failed[i+1].Sub(failed[i]))
+		}
 		execOn(t, a.metrics.file.path, "DROP TRIGGER held")
 		awaitRest(t, a, 0, 5)
 		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(at)-1)
@@ -5828,10 +5841,8 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 	behind := 0
 	for _, at := range []string{"1", "2", "4"} {
 		p := launch(t, nil, dir, []string{childMode + "=exit-between-commits", "TEST_AT=" + at}, "-delay", "1ms")
-		select {
-		case <-p.exited: // in the start, where metrics.db lagged
-		case <-opened(p):
-			p.addr = strings.TrimPrefix(p.stderr.waitFor(t, announced, p.exited), announced)
+		if line := p.printed(t, announced); line != "" { // else it ended in the start, where metrics.db lagged
+			p.addr = strings.TrimPrefix(line, announced)
 			stop := j.load(p.url(), 4, 100_000)
 			p.wait(t, *patience)
 			stop()
@@ -5841,26 +5852,6 @@ func TestKilledBetweenTheTwoCommits(t *testing.T) {
 	}
 	require.NotZero(t, behind)
 	j.recover(t, dir)
-}
-
-// opened is closed once the process has announced its address.
-func opened(p *process) <-chan struct{} {
-	open := make(chan struct{})
-	go func() {
-		for {
-			text, more := p.stderr.read()
-			if strings.Contains(text, announced) {
-				close(open)
-				return
-			}
-			select {
-			case <-more:
-			case <-p.exited:
-				return
-			}
-		}
-	}()
-	return open
 }
 
 func TestSigtermUnderLoad(t *testing.T) {
@@ -5900,7 +5891,7 @@ func TestSigtermAnswersWhatIsInFlight(t *testing.T) {
 			outcomes <- o
 		}()
 	}
-	p.stderr.waitFor(t, "all creates are in flight", p.exited)
+	p.mustPrint(t, "all creates are in flight")
 	began := time.Now()
 	require.Equal(t, 0, p.terminate(t, *patience), p.stderr.String())
 	require.Less(t, time.Since(began), 4*time.Second) // -drain and a second
@@ -6288,7 +6279,9 @@ func refusedStart(t *testing.T, dir string, args ...string) string {
 	t.Helper()
 	var stdout, stderr transcript
 	args = append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log"}, args...)
-	code, sentence := exited(t, run(t.Context(), args, []string{"GOGC=off"}, &stdout, &stderr))
+	ctx, cancel := context.WithTimeout(t.Context(), *patience)
+	defer cancel()
+	code, sentence := exited(t, run(ctx, args, []string{"GOGC=off"}, &stdout, &stderr))
 	require.Equal(t, 1, code)
 	require.Empty(t, stdout.String()+stderr.String())
 	return sentence
@@ -6484,13 +6477,12 @@ func TestStartIsRefused(t *testing.T) {
 		}
 		started := 0
 		for _, p := range all {
-			select {
-			case <-opened(p):
+			if p.printed(t, announced) != "" {
 				started++
-			case <-p.exited:
-				require.Equal(t, 1, p.code)
-				require.Contains(t, p.stderr.String(), "another orderd uses the data directory")
+				continue
 			}
+			require.Equal(t, 1, p.code)
+			require.Contains(t, p.stderr.String(), "another orderd uses the data directory")
 		}
 		require.Equal(t, 1, started)
 	})
@@ -6676,7 +6668,7 @@ func TestLogTakenAway(t *testing.T) {
 		return os.RemoveAll(logs) == nil && os.WriteFile(logs, nil, 0o600) == nil // else the log was just made anew
 	}, "no log can be made")
 	j.place(t, p.url(), 10)
-	line := p.stderr.waitFor(t, "orderd: cannot write the log", p.exited)
+	line := p.mustPrint(t, "orderd: cannot write the log")
 	require.Contains(t, line, "orders go on")
 	j.place(t, p.url(), 10)
 	require.NotZero(t, metric(t, p.url(), "orderd_log_lines_dropped_total"))
@@ -8294,18 +8286,26 @@ func startOurs(b *testing.B, dir string) *process {
 	return startProcess(b, dir, nil, "-delay", "0s")
 }
 
-// serveFloor is Echo with nothing behind it: it decodes the same request and answers the same bytes.
-func serveFloor() {
-	const id = "01M82P53T20003ZZE2RJ5B5TRM"
+// serveFloor is Echo with nothing behind it: it decodes the same request and answers the
+// same bytes. With a store, it stores the orders.
+func serveFloor(s *store) {
 	e := echo.New()
 	e.POST("/orders", func(c echo.Context) error {
-		var order struct {
+		var body struct {
 			UserID      string  `json:"user_id"`
 			ItemIDs     string  `json:"item_ids"`
 			TotalAmount float64 `json:"total_amount"`
 		}
-		if err := c.Bind(&order); err != nil {
+		if err := c.Bind(&body); err != nil {
 			return err
+		}
+		id := "01M82P53T20003ZZE2RJ5B5TRM"
+		if s != nil {
+			o := &creation{order: order{userID: body.UserID, itemIDs: body.ItemIDs, cents: 9999}}
+			if err := s.create(o); err != nil {
+				return err
+			}
+			id = o.id.String()
 		}
 		c.Response().Header().Set(echo.HeaderLocation, "/orders/"+id)
 		c.Response().Header().Set(echo.HeaderXRequestID, "3t45y58fkbzu5-1")
@@ -8493,6 +8493,18 @@ func BenchmarkCreate(b *testing.B) {
 				return l
 			})
 			b.ReportMetric(median(behind), "behind")
+		})
+	}
+}
+
+// BenchmarkBareStore is what Echo reaches with the store alone behind it: the bound of
+// BenchmarkCreate, which works on the orders besides, checks and logs requests, and
+// limits their time.
+func BenchmarkBareStore(b *testing.B) {
+	for _, conns := range []int{256, 64} {
+		b.Run(fmt.Sprintf("conns=%d", conns), func(b *testing.B) {
+			bare := startProcess(b, b.TempDir(), []string{childMode + "=bare-store"})
+			compare(b, posts(b, startFloor(b), conns, examplePost), posts(b, bare, conns, examplePost))
 		})
 	}
 }
