@@ -623,8 +623,8 @@ const (
 	heldCreates          = 16 // how many creates are in flight when hold-commit says so
 )
 
-// childModes break the service on purpose, before it starts. Besides there are
-// serve, the service as it is, and what benchmarks compare it with.
+// childModes change the service before it starts, most to break it on purpose. Besides
+// there are serve, the service as it is, and what benchmarks compare it with.
 var childModes = map[string]func(*app){
 	// ends the process at once where orders.db has been committed and metrics.db not yet, at the time TEST_AT
 	"exit-between-commits": func(a *app) {
@@ -823,7 +823,7 @@ func (p *process) printed(tb testing.TB, prefix string) (line string) {
 		ended := p.hasEnded()
 		line = p.stderr.line(prefix)
 		return line != "" || ended
-	}, "the process prints: "+prefix)
+	}, "it does not print %s, but:\n%s", prefix, p.stderr)
 	return line
 }
 
@@ -1295,8 +1295,8 @@ func TestFlags(t *testing.T) {
 	}
 	for _, f := range flagTable {
 		f.accepted, f.beside = inDir(f.accepted), inDir(f.beside)
-		flag, variable := "-"+f.name, "ORDERD_"+strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
-		t.Run(flag, func(t *testing.T) {
+		name, variable := "-"+f.name, "ORDERD_"+strings.ToUpper(strings.ReplaceAll(f.name, "-", "_"))
+		t.Run(name, func(t *testing.T) {
 			requireValue := func(want string, variables map[string]string, args ...string) {
 				t.Helper()
 				c, err := parseConfig(args, variables)
@@ -1305,15 +1305,15 @@ func TestFlags(t *testing.T) {
 			}
 			requireValue(f.initial, nil)
 			for _, text := range f.accepted {
-				requireValue(text, nil, append(f.beside, flag, text)...)
+				requireValue(text, nil, slices.Concat(f.beside, []string{name, text})...)
 			}
 			low, high := f.accepted[0], f.accepted[len(f.accepted)-1]
 			requireValue(low, map[string]string{variable: low}, f.beside...)
-			requireValue(high, map[string]string{variable: low}, append(f.beside, flag, high)...) // the flag wins
+			requireValue(high, map[string]string{variable: low}, slices.Concat(f.beside, []string{name, high})...) // the flag wins
 			for _, text := range f.refused {
-				_, byFlag := parseConfig(append(f.beside, flag, text), nil)
+				_, byFlag := parseConfig(slices.Concat(f.beside, []string{name, text}), nil)
 				_, byVariable := parseConfig(f.beside, map[string]string{variable: text})
-				for source, err := range map[string]error{"flag " + flag: byFlag, variable: byVariable} {
+				for source, err := range map[string]error{"flag " + name: byFlag, variable: byVariable} {
 					code, sentence := exited(t, err)
 					require.Equal(t, 2, code)
 					require.Contains(t, sentence, fmt.Sprintf("%q for %s: must ", text, source))
@@ -1353,8 +1353,11 @@ func TestHelpAndVersion(t *testing.T) {
 
 func TestWrongArguments(t *testing.T) {
 	t.Parallel()
-	blank := filepath.Join(t.TempDir(), "blank.token")
+	dir := t.TempDir()
+	blank := filepath.Join(dir, "blank.token")
 	require.NoError(t, os.WriteFile(blank, []byte("\n"), 0o600))
+	ended, cancel := context.WithCancel(t.Context())
+	cancel() // stops at once what should not have started
 	for _, test := range []struct {
 		name          string
 		args, environ []string
@@ -1382,12 +1385,13 @@ func TestWrongArguments(t *testing.T) {
 		{name: "an empty read token", environ: []string{"ORDERD_TOKEN=s", "ORDERD_READ_TOKEN="}, named: "ORDERD_READ_TOKEN"},
 		{name: "an empty token for the endpoint", environ: []string{"ORDERD_WORK_TOKEN="}, named: "ORDERD_WORK_TOKEN"},
 		{name: "a file that is no token", args: []string{"-token-file", "go.mod"}, named: "file of -token-file, go.mod, holds a line break"},
-		{name: "an empty token file", args: []string{"-token-file", blank}, named: `blank\.token`},
+		{name: "an empty token file", args: []string{"-token-file", blank}, environ: []string{"ORDERD_TOKEN=x"}, named: `blank\.token`},
 		{name: "a token file that is missing", args: []string{"-token-file", "gone.token"}, named: `gone\.token`, code: 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var stdout, stderr transcript
-			code, sentence := exited(t, run(t.Context(), test.args, test.environ, &stdout, &stderr))
+			args := append([]string{"-addr", "127.0.0.1:0", "-data", dir, "-log", dir + "/orderd.log"}, test.args...)
+			code, sentence := exited(t, run(ended, args, test.environ, &stdout, &stderr))
 			require.Equal(t, cmp.Or(test.code, 2), code)
 			require.Regexp(t, test.named, sentence)
 			require.Empty(t, stdout.String()+stderr.String())
@@ -1401,8 +1405,9 @@ func TestSettingsInFilesExist(t *testing.T) {
 	files, err := filepath.Glob("deploy/*")
 	require.NoError(t, err)
 	for _, file := range append(files, "README.md") {
-		variables := map[string]string{}
-		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(bytesOf(t, file), -1) {
+		text, variables := bytesOf(t, file), map[string]string{}
+		require.NotEmpty(t, text, file)
+		for _, name := range regexp.MustCompile(`\bORDERD_[A-Z_]*[A-Z]\b`).FindAllString(text, -1) {
 			variables[name] = ""
 		}
 		c, _ := parseConfig(nil, variables) // their values are refused
@@ -3102,7 +3107,7 @@ func TestStepsAreTakenOnlyFromTheStatusOfTheRow(t *testing.T) {
 	require.Equal(t, voids, inLog)
 }
 
-func TestOnlyTheLastStepOfAnOrderInABatchIsWritten(t *testing.T) {
+func TestOnlyTheLastStepOfAnOrderInABatchIsKept(t *testing.T) {
 	t.Parallel()
 	b := newBatch(nil)
 	b.move(transition{id: numbered(3), from: processing, to: completed, startedMS: 1000, tookMicros: 30})
@@ -3904,13 +3909,25 @@ func TestConnectionsToTheEndpointAreUsedAgain(t *testing.T) {
 	require.LessOrEqual(t, e.opened.Load(), int64(3))
 }
 
-// TestATimeOutPausesOneOrderOnly, since it is no trouble.
 func TestATimeOutPausesOneOrderOnly(t *testing.T) {
 	t.Parallel()
-	e := newUserEndpoint(t, withoutAnswer)
-	err := posterTo("http://"+e.addr, 2*time.Second).post(t.Context(), ulid.Make(), 1)
-	require.EqualError(t, err, "no answer within 2s")
-	require.False(t, errors.As(err, new(*trouble)) || errors.As(err, new(*refusal)))
+	dir := t.TempDir()
+	var first sync.Once
+	e := newUserEndpoint(t, func(w http.ResponseWriter, r *http.Request) {
+		first.Do(func() { withoutAnswer(w, r) })
+	})
+	a, stop := openTestApp(t, dir, func(c *config) {
+		e.works(c)
+		c.pool.workers, c.pool.endpoint.timeout = 1, time.Second
+	}, nil)
+	ids := commitTogether(t, a.store, sampleOrders(2))
+	awaitRest(t, a, 0, 2)
+	stop()
+	require.Empty(t, logged(t, dir, troubleBegins))
+	lines := logged(t, dir, attemptFailed)
+	require.Len(t, lines, 1)
+	require.Equal(t, ids[0].String(), lines[0]["order_id"])
+	require.Equal(t, "no answer within 1s", lines[0]["error"])
 }
 
 func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
@@ -6553,8 +6570,9 @@ func TestWALIndexCannotGrow(t *testing.T) {
 			tracer = exec.Command("strace", "-f", "-qq", "-o", log, "-P", db+"-shm",
 				"-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC:when=1", "-p", strconv.Itoa(p.cmd.Process.Pid))
 			require.NoError(t, tracer.Start())
+			traced := regexp.MustCompile(`TracerPid:\t[1-9]`)
 			until(t, func() bool {
-				return !strings.Contains(bytesOf(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "TracerPid:\t0\n")
+				return traced.MatchString(bytesOf(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
 			}, "it is traced")
 			stopLoad = j.load(p.url(), 4, math.MaxInt) // each system call costs now
 			stopObservers := j.observe(p.url())
@@ -7215,7 +7233,7 @@ func TestNothingFollowsWhatIsInDoubt(t *testing.T) {
 	require.Equal(t, before, others.Load(), "another batch would be taken for it")
 }
 
-// TestWhatIsInDoubtIsNotCalledRefused, nor are orders that come before it is cleared up.
+// TestWhatIsInDoubtIsNotCalledRefused: only an order that comes before it is cleared up is refused.
 func TestWhatIsInDoubtIsNotCalledRefused(t *testing.T) {
 	t.Parallel()
 	for name, doubt := range map[string]error{"until the next start": errOutcomeUnknown, "for a while": errInDoubt} {
@@ -7554,9 +7572,7 @@ func TestACutFirstStartIsNoDamage(t *testing.T) {
 	awaitRest(t, a, 0, 1)
 	checkInvariants(t, a)
 	stop()
-	left, err := filepath.Glob(filepath.Join(cfg.data, "*"))
-	require.NoError(t, err)
-	require.Equal(t, []string{cfg.data + "/metrics.db", cfg.data + "/orderd.lock", cfg.data + "/orders.db"}, left)
+	require.Equal(t, []string{"metrics.db", "orderd.lock", "orders.db"}, namesIn(t, cfg.data))
 }
 
 // TestReadsAtTheEndLeaveNoWAL lists while the service closes its files.
@@ -7762,6 +7778,7 @@ func TestCompletedOrdersAreRemoved(t *testing.T) {
 	again := call(t, a, http.MethodPost, "/orders", keyed("cart"), body)
 	require.Equal(t, http.StatusCreated, again.status, again.body)
 	require.Empty(t, again.header.Get("Idempotent-Replayed"), "its key is free again")
+	require.NotEqual(t, first.body, again.body)
 	until(t, func() bool { return a.store.publishedTotals().removed == placed }, "the next one too")
 	stop()
 	stored := func(table string) (rows int) {
@@ -8005,17 +8022,19 @@ func TestCrowd(t *testing.T) {
 		_, err := bufio.NewReader(dial("GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")).ReadByte()
 		require.NoError(t, err)
 	}
-	var left atomic.Int64
+	var left, cutAtOtherTimes atomic.Int64
 	for i := range many(500) {
-		text, limit := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", 10.0
+		text, cutAfter := "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", 10*time.Second
 		if i%2 == 1 && *long {
-			text, limit = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", 30
+			text, cutAfter = "POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", 30*time.Second
 		}
 		left.Add(1)
 		conn, began, ended := dial(text), time.Now(), make(chan struct{})
 		go func() {
 			io.Copy(io.Discard, conn)
-			assert.InDelta(t, limit, time.Since(began).Seconds(), 4)
+			if (time.Since(began) - cutAfter).Abs() > 4*time.Second {
+				cutAtOtherTimes.Add(1)
+			}
 			left.Add(-1)
 			close(ended)
 		}()
@@ -8033,6 +8052,7 @@ func TestCrowd(t *testing.T) {
 	limit := time.Now().Add(time.Minute)
 	beside, alone := honest(func() bool { return left.Load() > 0 && time.Now().Before(limit) })
 	require.Zero(t, left.Load(), "slow connections that were not cut")
+	require.Zero(t, cutAtOtherTimes.Load())
 	resident := p.residentMB(t)
 	t.Logf("alone p50 %v, p99 %v; beside the crowd p50 %v, p99 %v; %.0f MB resident",
 		alone[len(alone)/2], alone[len(alone)*99/100], beside[len(beside)/2], beside[len(beside)*99/100], resident)
