@@ -9319,6 +9319,7 @@ func (d *dropper) carry(tb testing.TB, client net.Conn, addr string) {
 			}
 			if n == 16 && binary.BigEndian.Uint32(buffer[4:]) == 80877102 { // CancelRequest
 				client.Close()
+				server.Close() // while PostgreSQL waits for a first message, for up to a minute, it does not stop
 				return
 			}
 			server.Write(buffer[:n])
