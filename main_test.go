@@ -438,28 +438,28 @@ func linesOf(tb testing.TB, log, message string) (lines []map[string]any) {
 	return lines
 }
 
-// diary notes orders in the order in which they were met.
-type diary struct {
-	mu  sync.Mutex
-	ids []ulid.ULID
+// diary notes what many goroutines meet, orders or moments, in that order.
+type diary[T any] struct {
+	mu    sync.Mutex
+	notes []T
 }
 
-func (d *diary) note(id ulid.ULID) {
+func (d *diary[T]) note(what T) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.ids = append(d.ids, id)
+	d.notes = append(d.notes, what)
 }
 
-func (d *diary) read() []ulid.ULID {
+func (d *diary[T]) read() []T {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.Clone(d.ids)
+	return slices.Clone(d.notes)
 }
 
-func (d *diary) forget() {
+func (d *diary[T]) forget() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.ids = nil
+	d.notes = nil
 }
 
 // hold is work that lasts until release is closed.
@@ -675,7 +675,7 @@ var childModes = map[string]func(*app){
 	},
 	// serves creates with Echo and the store alone: no order is worked on, no request logged
 	"bare-store": func(a *app) {
-		debug.SetGCPercent(gcPercent(0))
+		debug.SetGCPercent(gcPercent(a.cfg.pool.workers))
 		if err := a.store.start(func(commitReport) {}); err != nil {
 			panic(err)
 		}
@@ -1281,6 +1281,21 @@ func exited(t *testing.T, err error) (code int, sentence string) {
 	return code, stderr.String()
 }
 
+// leaveGC keeps run from setting GOGC for all tests of this process.
+var leaveGC = []string{"GOGC=off"}
+
+// runRefused runs in this process a service that must not start, and returns its exit code and sentence.
+func runRefused(t *testing.T, dir string, environ []string, args ...string) (code int, sentence string) {
+	t.Helper()
+	var stdout, stderr transcript
+	ended, cancel := context.WithCancel(t.Context())
+	cancel() // stops at once what has started all the same
+	args = append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log"}, args...)
+	code, sentence = exited(t, run(ended, args, slices.Concat(environ, leaveGC), &stdout, &stderr))
+	require.Empty(t, stdout.String()+stderr.String())
+	return code, sentence
+}
+
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1356,8 +1371,6 @@ func TestWrongArguments(t *testing.T) {
 	dir := t.TempDir()
 	blank := filepath.Join(dir, "blank.token")
 	require.NoError(t, os.WriteFile(blank, []byte("\n"), 0o600))
-	ended, cancel := context.WithCancel(t.Context())
-	cancel() // stops at once what should not have started
 	for _, test := range []struct {
 		name          string
 		args, environ []string
@@ -1389,12 +1402,9 @@ func TestWrongArguments(t *testing.T) {
 		{name: "a token file that is missing", args: []string{"-token-file", "gone.token"}, named: `gone\.token`, code: 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			var stdout, stderr transcript
-			args := append([]string{"-addr", "127.0.0.1:0", "-data", dir, "-log", dir + "/orderd.log"}, test.args...)
-			code, sentence := exited(t, run(ended, args, test.environ, &stdout, &stderr))
+			code, sentence := runRefused(t, dir, test.environ, test.args...)
 			require.Equal(t, cmp.Or(test.code, 2), code)
 			require.Regexp(t, test.named, sentence)
-			require.Empty(t, stdout.String()+stderr.String())
 		})
 	}
 }
@@ -3153,7 +3163,7 @@ func TestOrdersAgainstAModel(t *testing.T) {
 			done, resumed := 0, 0 // orders; resumed at the last start
 			var a *app
 			var stop func()
-			var worked diary
+			var worked diary[ulid.ULID]
 			permits := make(chan struct{}, 10_000)
 			start := func() {
 				worked.forget()
@@ -3246,7 +3256,7 @@ func TestIDsIncreaseWhateverTheClockDoes(t *testing.T) {
 	const noon, hour = 1_800_000_000_000, 3_600_000
 	dir := t.TempDir()
 	var clock atomic.Int64
-	var commits diary
+	var commits diary[ulid.ULID]
 	open := func() (*app, func()) {
 		return openIdle(t, dir, func(c *config) {
 			c.store.now = func() time.Time { return time.UnixMilli(clock.Load()) }
@@ -3531,7 +3541,7 @@ func TestCloseLosesNoConfirmedOrderAndLeavesNoWAL(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a, stop := openIdle(t, dir, nil, nil)
-	var confirmed diary
+	var confirmed diary[ulid.ULID]
 	var wg sync.WaitGroup
 	for range 16 {
 		wg.Go(func() {
@@ -3936,7 +3946,7 @@ func TestThePoolPausesWhileTheEndpointIsAway(t *testing.T) {
 		t.Run(fmt.Sprintf("%d workers", workers), func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			var worked diary
+			var worked diary[ulid.ULID]
 			e := newUserEndpoint(t, withStatus(200))
 			a, stop := openTestApp(t, dir, func(c *config) {
 				e.works(c)
@@ -4421,21 +4431,30 @@ type countingEngine struct {
 	mu        sync.Mutex         // guards the rest
 	fail      func(*batch) error // before the commit; or nil
 	hold      chan struct{}      // what tidy waits for, or nil
-	commits   []time.Time        // since tell
+	commits   diary[time.Time]   // since tell
 	failReads int                // of the backlog, that are left
-	reads     []time.Time        // of it
+	reads     diary[time.Time]   // of it
+}
+
+// requirePauses of the same length between two moments each.
+func requirePauses(t *testing.T, pause time.Duration, moments []time.Time) {
+	t.Helper()
+	for i := range moments[1:] {
+		require.Equal(t, pause, moments[i+1].Sub(moments[i]))
+	}
 }
 
 // tell what is to happen from now on.
 func (e *countingEngine) tell(fail func(*batch) error, hold chan struct{}) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.fail, e.hold, e.commits = fail, hold, nil
+	e.fail, e.hold = fail, hold
+	e.commits.forget()
 }
 
 func (e *countingEngine) commit(b *batch) error {
 	e.mu.Lock()
-	e.commits = append(e.commits, time.Now())
+	e.commits.note(time.Now())
 	fail := e.fail
 	e.mu.Unlock()
 	if fail != nil {
@@ -4459,7 +4478,7 @@ func (e *countingEngine) tidy() (totals, error) {
 func (e *countingEngine) backlog(after int64, limit int) ([]queued, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.reads = append(e.reads, time.Now())
+	e.reads.note(time.Now())
 	if e.failReads--; e.failReads >= 0 {
 		return nil, errors.New("input/output error")
 	}
@@ -4524,13 +4543,9 @@ func TestAFailedWriteIsTriedAgainOnceASecond(t *testing.T) {
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodGet, "/readyz", nil, "").Code)
 		e.tell(full, nil)
 		time.Sleep(10*time.Second + 10*time.Millisecond)
-		e.mu.Lock()
-		commits := slices.Clone(e.commits)
-		e.mu.Unlock()
+		commits := e.commits.read()
 		require.Len(t, commits, 10)
-		for i := range commits[1:] {
-			require.Equal(t, retryPause, commits[i+1].Sub(commits[i]))
-		}
+		requirePauses(t, retryPause, commits)
 		require.Equal(t, http.StatusServiceUnavailable, asked(a, http.MethodPost, "/orders", asJSON, exampleOrder).Code)
 		e.tell(nil, nil)
 		time.Sleep(retryPause)
@@ -4574,12 +4589,7 @@ func TestABacklogThatCannotBeReadIsTriedAgain(t *testing.T) {
 	timed(t, nil, counted(e), func(t *testing.T, a *app, stop func() string) {
 		commitTogether(t, a.store, sampleOrders(5))
 		awaitRest(t, a, 0, 5)
-		e.mu.Lock()
-		reads := slices.Clone(e.reads)
-		e.mu.Unlock()
-		for i := range 3 {
-			require.Equal(t, retryPause, reads[i+1].Sub(reads[i]))
-		}
+		requirePauses(t, retryPause, e.reads.read()[:4])
 		seq := a.store.publishedTotals().seq
 		time.Sleep(time.Hour)
 		require.Equal(t, seq, a.store.publishedTotals().seq, "an idle service writes nothing")
@@ -4592,26 +4602,17 @@ func TestMetricsThatCannotBeWrittenAreTriedAgain(t *testing.T) {
 	t.Parallel()
 	timed(t, nil, nil, func(t *testing.T, a *app, stop func() string) {
 		execOn(t, a.metrics.file.path, "CREATE TRIGGER held BEFORE UPDATE ON totals BEGIN SELECT RAISE(ABORT, 'held'); END")
-		var mu sync.Mutex
-		var at []time.Time
-		a.metrics.beforeProject = func() {
-			mu.Lock()
-			defer mu.Unlock()
-			at = append(at, time.Now())
-		}
+		var tries diary[time.Time]
+		a.metrics.beforeProject = func() { tries.note(time.Now()) }
 		commitTogether(t, a.store, sampleOrders(5))
 		time.Sleep(5*retryPause + retryPause/2)
 		require.Equal(t, summary{OrdersCompleted: 5}, a.metrics.summarize(a.store.publishedTotals()), "what is processed is counted later")
-		mu.Lock()
-		failed := slices.Clone(at)
-		mu.Unlock()
+		failed := tries.read()
 		require.InDelta(t, 6, len(failed), 1)
-		for i := range failed[1:] {
-			require.Equal(t, retryPause, failed[i+1].Sub(failed[i]))
-		}
+		requirePauses(t, retryPause, failed)
 		execOn(t, a.metrics.file.path, "DROP TRIGGER held")
 		awaitRest(t, a, 0, 5)
-		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(at)-1)
+		require.Len(t, linesOf(t, stop(), "metrics.db cannot be written; its counts lag until it can"), len(tries.read())-1)
 	})
 }
 
@@ -5289,7 +5290,7 @@ func TestStderrIsJSONWhereItIsTheLog(t *testing.T) {
 				}
 				return said.Write(text)
 			})
-			err := run(ctx, []string{"-addr", ":0", "-data", test.data, "-log", "-"}, nil, io.Discard, stderr)
+			err := run(ctx, []string{"-addr", ":0", "-data", test.data, "-log", "-"}, leaveGC, io.Discard, stderr)
 			require.Equal(t, test.code, report(err, stderr))
 			var messages []string
 			for line := range strings.Lines(said.String()) {
@@ -6292,16 +6293,11 @@ func contents(tb testing.TB, dir string) map[string]string {
 	return found
 }
 
-// refusedStart runs the service in this process and returns the sentence that it ends with.
+// refusedStart returns the sentence with which a start that the state of the machine forbids ends.
 func refusedStart(t *testing.T, dir string, args ...string) string {
 	t.Helper()
-	var stdout, stderr transcript
-	args = append([]string{"-addr", "127.0.0.1:0", "-data", dir + "/data", "-log", dir + "/logs/orderd.log"}, args...)
-	ctx, cancel := context.WithTimeout(t.Context(), *patience)
-	defer cancel()
-	code, sentence := exited(t, run(ctx, args, []string{"GOGC=off"}, &stdout, &stderr))
+	code, sentence := runRefused(t, dir, nil, args...)
 	require.Equal(t, 1, code)
-	require.Empty(t, stdout.String()+stderr.String())
 	return sentence
 }
 
@@ -8559,7 +8555,7 @@ func BenchmarkCreateWithKeys(b *testing.B) {
 		}
 		return requests
 	}
-	compare(b, posts(b, plain, 256, examplePost), func() load { return posts(b, ours, 256, unused()...)() })
+	compare(b, posts(b, plain, 256, examplePost), func() load { return hammer(b, ours.addr, 256, http.StatusCreated, unused()...) })
 }
 
 // BenchmarkCreateWithDelay is POST /orders where an order takes 2 s of 50,000
@@ -8631,9 +8627,9 @@ func BenchmarkReadBesideCreates(b *testing.B) {
 	both := func(p *process) func() load {
 		return func() load {
 			var creates sync.WaitGroup
-			creates.Go(func() { posts(b, p, 64, examplePost)() })
+			creates.Go(func() { hammer(b, p.addr, 64, http.StatusCreated, examplePost) })
 			defer creates.Wait()
-			return gets(b, p, 64, request)()
+			return hammer(b, p.addr, 64, http.StatusOK, request)
 		}
 	}
 	compare(b, both(base), both(ours))
@@ -9062,7 +9058,7 @@ func TestUnfitServersAreRefused(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		var stderr transcript
-		err := run(ctx, []string{"-orders", dsn, "-advertise", "http://127.0.0.1:1", "-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", "-"}, nil, io.Discard, &stderr)
+		err := run(ctx, []string{"-orders", dsn, "-advertise", "http://127.0.0.1:1", "-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", "-"}, leaveGC, io.Discard, &stderr)
 		require.ErrorContains(t, err, sentence)
 		require.Equal(t, 1, report(err, &stderr))
 		require.Regexp(t, `"level":"ERROR","msg":"(not started|stopped)","error":".*`+regexp.QuoteMeta(sentence), stderr.String())

@@ -1006,8 +1006,8 @@ func scanOrder(scan func(...any) error, more ...any) (o order, err error) {
 	return o, err
 }
 
-// The queries of a census, and the condition that an order
-// has expired, to which the bound (Unix ms) must be appended.
+// The queries of a census, and the condition that an order has expired, to which the
+// bound (Unix ms) must be appended.
 const (
 	expiredBefore   = "status = 2 AND started + took / 1000 < "
 	countUnfinished = `SELECT count(*) FILTER (WHERE status = 0), count(*) FILTER (WHERE status = 1),
@@ -2278,8 +2278,7 @@ func (d *database) makeNew() error {
 	return nil
 }
 
-// remember notes which files the database's paths name now, for
-// checkInPlace.
+// remember notes which files the database's paths name now, for checkInPlace.
 func (d *database) remember() {
 	d.opened = map[string]os.FileInfo{}
 	for _, path := range []string{d.path, d.path + "-wal"} {
